@@ -1,0 +1,207 @@
+"""The protocol of a backend, and the words it shares with the engine.
+
+Backends are thin: they never sleep, never print, never keep state, never retry. They raise the
+signals of `launcher.errors`. Numbered contracts:
+
+1. `plan` is pure and returns the very requests that `create` will send, with `${attempt}`,
+   `${resume}` and `${ref:name}` left as holes; `launcher.plan.fill` fills them.
+2. `create` is called after the journal holds the intent. A resource that exists under the
+   intent's deterministic name and our label is adopted, never doubled.
+3. `observe` is one cheap read, no loop. It never raises for a resource that is not there.
+4. `delete` starts a deletion and returns at once: DELETING or GONE; absent is GONE.
+5. `logs` yields what is there after `query.cursor` and ends; following is the caller's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Optional, Protocol, runtime_checkable
+
+from launcher.clock import Clock
+from launcher.spec import Hardware
+
+
+class Phase(str, Enum):
+    """The job."""
+
+    PLANNED = "planned"
+    QUEUED = "queued"
+    PROVISIONING = "provisioning"
+    STARTING = "starting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    STOPPING = "stopping"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"  # asked to stop, or paused by train.until: resumable
+    LOST = "lost"  # it is not there and nobody said why
+
+    @property
+    def over(self) -> bool:
+        return self in _OVER
+
+
+_OVER = {Phase.PREEMPTED, Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED, Phase.LOST}
+
+
+class Held(str, Enum):
+    """The money: "job ended" is not "billing stopped"."""
+
+    NONE = "none"
+    CREATING = "creating"
+    LIVE = "live"
+    DELETING = "deleting"
+    GONE = "gone"
+    LEAKED = "leaked"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    spot: bool = False
+    nodes: bool = False
+    follow: bool = False
+    exec: bool = False
+    native_retry: bool = False
+    idempotent_create: bool = False
+
+
+@dataclass(frozen=True)
+class Env:
+    """What a backend may know about this machine. `home` is $LAUNCH_HOME."""
+
+    home: Path
+    environ: Mapping[str, str]
+    clock: Clock
+    owner: str
+    python: str  # the interpreter that local jobs run with
+
+
+@dataclass(frozen=True)
+class Ref:
+    """One resource that may bill. `name` is deterministic; `data` is the backend's own."""
+
+    backend: str
+    kind: str
+    name: str
+    place: str
+    run: str
+    billable: bool = True
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Intent:
+    """One request, before it is sent."""
+
+    kind: str
+    name: str
+    place: str
+    request: Mapping[str, Any]
+    billable: bool = True
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A priced place. `usd_per_hour` None: unknown, never guessed."""
+
+    backend: str
+    place: str
+    accelerator: str
+    capacity: Literal["spot", "standard", "flex", "reserved"] = "standard"
+    usd_per_hour: Optional[float] = None
+    price_source: str = ""
+    machine: str = ""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a backend needs to place one job: filled by the engine, the same for every backend.
+    `boot` is the boot specification (docs/contracts.md), with `${attempt}` where it varies."""
+
+    run: str  # run id
+    name: str  # deterministic: <run name>-j<index>
+    hardware: Hardware
+    boot: Mapping[str, Any]
+    labels: Mapping[str, str]
+    env: Mapping[str, str]
+    secrets: Mapping[str, str]
+    hours: Optional[float] = None  # deadline of the job, from the budget
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered intents, the billable one last, at one offer."""
+
+    offer: Offer
+    intents: tuple[Intent, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look at a job. `held` pairs each live resource with its state; `exit_code` is boot's."""
+
+    phase: Phase
+    held: tuple[tuple[Ref, Held], ...] = ()
+    why: str = ""
+    exit_code: Optional[int] = None
+    raw: str = ""
+
+
+@dataclass(frozen=True)
+class JobHandle:
+    """A job as the journal knows it: what observe, logs and stop are asked about."""
+
+    run: str
+    name: str
+    attempt: int
+    root: str  # artifact root of the run (URI or path)
+    refs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class LogQuery:
+    worker: Optional[int] = None
+    cursor: Mapping[str, Any] = field(default_factory=dict)  # opaque; from the last Line
+    since: Optional[float] = None  # UTC seconds
+
+
+@dataclass(frozen=True)
+class Line:
+    worker: int
+    time: float  # UTC seconds
+    text: str
+    cursor: Mapping[str, Any]  # pass it back to go on after this line
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of `launch doctor`."""
+
+    name: str
+    result: Literal["pass", "warn", "fail", "skip"]
+    detail: str
+    fix: str = ""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    name: str
+    can: Capabilities
+
+    def check(self, env: Env) -> Iterable[Check]: ...
+    def offers(self, spec: Hardware, env: Env) -> Iterable[Offer]: ...
+    def plan(self, spec: JobSpec, offer: Offer) -> Plan: ...
+    def create(self, intent: Intent, env: Env) -> Ref: ...
+    def observe(self, job: JobHandle, env: Env) -> Seen: ...
+    def logs(self, job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]: ...
+    def stop(self, job: JobHandle, env: Env, grace: float) -> None: ...
+    def delete(self, ref: Ref, env: Env) -> Held: ...
+    def sweep(self, env: Env) -> Iterator[Ref]: ...
+
+
+@runtime_checkable
+class CanExec(Protocol):
+    def exec(self, job: JobHandle, worker: int, argv: Sequence[str], env: Env) -> int: ...

@@ -1,0 +1,87 @@
+"""A run as everybody sees it: plain dataclasses, folded from the journal by `journal.fold`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
+
+from launcher.backends.base import Held, Phase, Ref
+
+#: Version of every `--json` document.
+JSON_VERSION = 1
+
+
+@dataclass
+class Driver:
+    """Who drives: the newest claim in the journal. `alive` None: on another host, unknown."""
+
+    host: str
+    pid: int
+    since: float
+    epoch: int
+    alive: Optional[bool] = None
+
+
+@dataclass
+class StageState:
+    id: str
+    stage: str
+    job: int  # index of the job that runs it
+    folder: str  # its artifact folder
+    phase: Phase = Phase.PLANNED
+    gate: Optional[str] = None  # "passed", or why not
+
+
+@dataclass
+class Attempt:
+    number: int
+    phase: Phase = Phase.PLANNED
+    held: Held = Held.NONE
+    refs: list[Ref] = field(default_factory=list)
+    place: str = ""
+    started: Optional[float] = None
+    ended: Optional[float] = None
+    why: str = ""
+    exit_code: Optional[int] = None
+
+
+@dataclass
+class JobState:
+    """Contiguous stages on the same hardware; a gate ends a job."""
+
+    index: int
+    name: str  # <run name>-j<index>
+    backend: str
+    stages: list[str] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    id: str
+    name: str
+    recipe: str
+    fingerprint: str
+    owner: str
+    root: str  # artifact root
+    created: float
+    stages: list[StageState] = field(default_factory=list)
+    jobs: list[JobState] = field(default_factory=list)
+    phase: Phase = Phase.PLANNED
+    held: Held = Held.NONE
+    why: str = ""
+    driver: Optional[Driver] = None
+    ended: Optional[float] = None
+    exit_code: Optional[int] = None
+    usd_per_hour: Optional[float] = None
+    spent_usd: Optional[float] = None
+    progress: dict[str, Any] = field(default_factory=dict)  # last metrics line, and eta_seconds
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def live(self) -> bool:
+        """Not over, or over while something may still bill."""
+        return self.ended is None or self.held not in (Held.NONE, Held.GONE)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"v": JSON_VERSION, **asdict(self)}

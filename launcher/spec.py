@@ -1,0 +1,157 @@
+"""The recipe as typed data: what `recipe.load` returns and the engine reads.
+
+Blocks that the trainer understands (`model`, `data`, `train`, ...) are the trainer's own classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from trainer.config import (
+    Data,
+    Distill,
+    Evaluate,
+    Model,
+    StageName,
+    Strict,
+    Tokenizer,
+    Train,
+    _require,
+)
+
+NAME = re.compile(r"^[a-z][a-z0-9-]{0,39}$")
+_DURATION = re.compile(r"^\d+(\.\d+)?[smhd]$")
+CapacityName = Literal["spot", "standard", "flex", "reserved"]
+
+
+@dataclass(frozen=True)
+class Local(Strict):
+    """Jobs on this machine. `python`: the interpreter (default: the one that runs `launch`)."""
+
+    python: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Vertex(Strict):
+    """Vertex AI custom jobs. Unset fields: `project` from the environment, `machine` from the
+    hardware table, `image` from the backend's dated default."""
+
+    project: Optional[str] = None
+    image: Optional[str] = None
+    machine: Optional[str] = None
+    service_account: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Hardware(Strict):
+    """Where a stage runs. `accelerator` is `TYPE:COUNT` per node; `cpu:2` is two workers."""
+
+    backend: str = "local"
+    accelerator: str = "cpu:1"
+    nodes: int = 1
+    capacity: tuple[CapacityName, ...] = ("standard",)
+    places: tuple[str, ...] = ()
+    local: Optional[Local] = None
+    vertex: Optional[Vertex] = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            nodes=(self.nodes >= 1, "must be at least 1"),
+            capacity=(bool(self.capacity), "must name at least one"),
+            accelerator=(bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9]\d*)?", self.accelerator)),
+                         "must look like L4:1, H100:8, v4-32 or cpu:2"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget(Strict):
+    """Limits of a run. `wait`: how long to queue for capacity (`30m`, `2h`)."""
+
+    usd: Optional[float] = None
+    usd_per_hour: Optional[float] = None
+    hours: Optional[float] = None
+    wait: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        positive = "must be greater than 0"
+        _require(
+            self,
+            usd=(self.usd is None or self.usd > 0, positive),
+            usd_per_hour=(self.usd_per_hour is None or self.usd_per_hour > 0, positive),
+            hours=(self.hours is None or self.hours > 0, positive),
+            wait=(self.wait is None or bool(_DURATION.match(self.wait)),
+                  "must be a number and a unit: 90s, 30m, 2h, 1d"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Retry(Strict):
+    """How often the engine tries again, by cause."""
+
+    preempted: int = 10
+    capacity: int = 20
+    infrastructure: int = 2
+    job: int = 0
+
+
+@dataclass(frozen=True)
+class Gate(Strict):
+    """One condition on recorded evaluation. `metric` and `below`/`above` are names in this stage's
+    evaluation.json, or `STAGE.NAME` for another stage. A missing or NaN value fails."""
+
+    metric: str
+    min: Optional[float] = None
+    max: Optional[float] = None
+    below: Optional[str] = None
+    above: Optional[str] = None
+    by: float = 0.0
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.min, self.max, self.below, self.above) if v is not None]
+        _require(self, metric=(bool(given), "needs `min`, `max`, `below` or `above` beside it"))
+
+
+@dataclass(frozen=True)
+class Stage(Strict):
+    """One stage with everything inherited from the recipe filled in."""
+
+    id: str
+    stage: StageName
+    model: Optional[Model] = None
+    data: Data = field(default_factory=Data)
+    train: Optional[Train] = None
+    kd: Optional[Distill] = None
+    tokenizer: Optional[Tokenizer] = None
+    evaluate: Optional[Evaluate] = None
+    hardware: Hardware = field(default_factory=Hardware)
+    needs: tuple[str, ...] = ()
+    gate: tuple[Gate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe(Strict):
+    """A whole recipe, resolved: `extends`, variables, overrides and pipeline inheritance applied.
+    A recipe without `pipeline:` has one stage. `artifacts` may hold `{run}`."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    description: str = ""
+    budget: Budget = field(default_factory=Budget)
+    retry: Retry = field(default_factory=Retry)
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Optional[str] = None  # None: $LAUNCH_HOME/runs/<id>/artifacts (local backend only)
+    launch: int = 1
+
+    @property
+    def pipeline(self) -> bool:
+        return len(self.stages) > 1
+
+
+def seconds(duration: str) -> float:
+    """`90s`, `30m`, `2h`, `1d` in seconds."""
+    return float(duration[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[duration[-1]]
