@@ -1,4 +1,4 @@
-"""What a run is: recipe -> plan -> run -> gone. `launcher.api` holds the verbs; they load on use."""
+"""What a run is: recipe -> plan -> run -> gone. The verbs are `launcher.api`'s, loaded on use."""
 
 from __future__ import annotations
 

@@ -19,10 +19,11 @@ from trainer.config import (
     Strict,
     Tokenizer,
     Train,
-    _require,
+    require,
 )
 
 NAME = re.compile(r"^[a-z][a-z0-9-]{0,39}$")
+_ACCELERATOR = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9]\d*)?$")
 _DURATION = re.compile(r"^\d+(\.\d+)?[smhd]$")
 CapacityName = Literal["spot", "standard", "flex", "reserved"]
 
@@ -58,11 +59,11 @@ class Hardware(Strict):
     vertex: Optional[Vertex] = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self,
             nodes=(self.nodes >= 1, "must be at least 1"),
             capacity=(bool(self.capacity), "must name at least one"),
-            accelerator=(bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9]\d*)?", self.accelerator)),
+            accelerator=(bool(_ACCELERATOR.match(self.accelerator)),
                          "must look like L4:1, H100:8, v4-32 or cpu:2"),
         )  # fmt: skip
 
@@ -78,7 +79,7 @@ class Budget(Strict):
 
     def __post_init__(self) -> None:
         positive = "must be greater than 0"
-        _require(
+        require(
             self,
             usd=(self.usd is None or self.usd > 0, positive),
             usd_per_hour=(self.usd_per_hour is None or self.usd_per_hour > 0, positive),
@@ -112,7 +113,7 @@ class Gate(Strict):
 
     def __post_init__(self) -> None:
         given = [v for v in (self.min, self.max, self.below, self.above) if v is not None]
-        _require(self, metric=(bool(given), "needs `min`, `max`, `below` or `above` beside it"))
+        require(self, metric=(bool(given), "needs `min`, `max`, `below` or `above` beside it"))
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The bundled trainer: config -> data -> loop -> artifacts. It imports neither `launcher` nor `infra`."""
+"""The bundled trainer: config -> data -> loop -> artifacts. No import of `launcher`, `infra`."""

@@ -13,7 +13,7 @@ IGNORE = -100
 
 @dataclass
 class Batch:
-    """Shapes [rows, length]. `targets[i, t]` is the token that follows `input_ids[i, t]` in the same
+    """Shapes [rows, length]. `targets[i, t]` is the token that follows `input_ids[i, t]` in its
     document, or `IGNORE`. `position_ids` start again at 0 with each document of a row: that, no
     attention mask and `use_cache=False` is what keeps documents apart. `weights` holds, per loss
     term, the 0-dim weight of this batch (e.g. supervised tokens); `extra` holds tensors with

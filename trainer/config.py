@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 SCHEMA = 1
 #: Stages this trainer can run; `stages.py` holds one row for each.
@@ -34,7 +35,7 @@ class FieldErrors(ValueError):
         self.problems = problems
 
 
-def _require(owner: object, **rules: tuple[bool, str]) -> None:
+def require(owner: object, **rules: tuple[bool, str]) -> None:
     """Raise `FieldErrors` for every rule `field=(holds, message)` that does not hold."""
     problems = [(name, message) for name, (holds, message) in rules.items() if not holds]
     if problems:
@@ -42,9 +43,9 @@ def _require(owner: object, **rules: tuple[bool, str]) -> None:
 
 
 class Strict:
-    """Mixin: pydantic (the launcher's validator) refuses unknown keys and silent conversions."""
+    """Mixin: the JSON Schema (`launch schema`, by pydantic) allows no other keys."""
 
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Architecture(Strict):
 
     def __post_init__(self) -> None:
         kv_heads = self.kv_heads or self.heads
-        _require(
+        require(
             self,
             hidden_size=(self.hidden_size > 0 and self.hidden_size % max(self.heads, 1) == 0,
                          f"must be a positive multiple of heads ({self.heads})"),
@@ -91,7 +92,7 @@ class Model(Strict):
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self,
             architecture=(self.architecture is None or self.init == "random",
                           "needs `init: random` (a pretrained model brings its own architecture)"),
@@ -113,7 +114,7 @@ class Source(Strict):
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self,
             path=((self.path is None) != (self.builtin is None),
                   "give exactly one of `path` and `builtin`"),
@@ -134,7 +135,7 @@ class Data(Strict):
     packing: bool = True
 
     def __post_init__(self) -> None:
-        _require(self, sequence_length=(self.sequence_length >= 2, "must be at least 2"))
+        require(self, sequence_length=(self.sequence_length >= 2, "must be at least 2"))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Train(Strict):
     def __post_init__(self) -> None:
         horizons = [h for h in (self.steps, self.epochs, self.seconds_of) if h is not None]
         at_least_1 = "must be at least 1"
-        _require(
+        require(
             self,
             steps=(len(horizons) == 1 and (self.steps is None or self.steps >= 1),
                    "give exactly one of `steps`, `epochs` and `seconds_of`, greater than 0"),
@@ -201,7 +202,7 @@ class Distill(Strict):
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self,
             temperature=(self.temperature > 0, "must be greater than 0"),
             alpha=(0 <= self.alpha <= 1, "must be in [0, 1]"),
@@ -216,7 +217,7 @@ class Tokenizer(Strict):
     min_frequency: int = 2
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self,
             vocab_size=(self.vocab_size >= 260, "must be at least 260 (256 bytes and specials)"),
             min_frequency=(self.min_frequency >= 1, "must be at least 1"),
@@ -230,7 +231,7 @@ class Evaluate(Strict):
     models: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self, models=(bool(self.models), "must name at least one model"))
+        require(self, models=(bool(self.models), "must name at least one model"))
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class StageConfig(Strict):
 @dataclass(frozen=True)
 class Job(Strict):
     """What one process group does: `stages` in order, those already completed left out.
-    `control`: the folder where `stop.json` may appear. `dry_run`: models are shrunk, see models.py."""
+    `control`: the folder where `stop.json` may appear. `dry_run`: shrink models (models.py)."""
 
     run: str
     stages: tuple[StageConfig, ...]
@@ -295,6 +296,15 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+KeyPath = tuple[Union[str, int], ...]
+Problem = tuple[KeyPath, str]  # the path of a key, and what is wrong with it
+
+
+def dotted(path: KeyPath) -> str:
+    """`("stages", 0, "train")` as `stages[0].train`."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
 def load_job(path: str | Path) -> Job:
     """Read a job file. Errors: `ConfigError`, one line for each problem, all of them."""
     try:
@@ -305,69 +315,73 @@ def load_job(path: str | Path) -> Job:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     if isinstance(raw, dict) and raw.get("schema") != SCHEMA:
         raise ConfigError(f"{path}: schema {raw.get('schema')!r}; this trainer reads {SCHEMA}")
-    problems: list[str] = []
-    job = build(Job, raw, "", problems)
+    problems: list[Problem] = []
+    job: Job = build(Job, raw, (), problems)
     if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise ConfigError("\n".join(f"{path}: {dotted(at)}: {what}" for at, what in problems))
     return job
 
 
-def build(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """`raw` as an instance of the type `kind`; problems are appended, with their key's path."""
+def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
+    """`raw` (of JSON or YAML) as an instance of the type `kind`, strictly: no unknown key, no silent
+    conversion but int to float. Every problem is appended; what is wrong becomes None."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        if raw is None and type(None) in arguments:
-            return None
-        return build(next(a for a in arguments if a is not type(None)), raw, where, problems)
+        if raw is None:
+            return None if type(None) in arguments else _wrong(raw, "a value", at, problems)
+        return build(next(a for a in arguments if a is not type(None)), raw, at, problems)
     if origin is Literal:
-        if raw not in arguments:
-            hint = nearest(str(raw), map(str, arguments))
-            problems.append(f"{where}: {raw!r} is not allowed; {hint}")
+        if raw not in arguments or isinstance(raw, bool):
+            problems.append(
+                (at, f"{raw!r} is not allowed; {nearest(str(raw), map(str, arguments))}")
+            )
         return raw
     if origin is tuple:
         if not isinstance(raw, (list, tuple)):
-            return _wrong(raw, "a list", where, problems)
-        return tuple(build(arguments[0], v, f"{where}[{i}]", problems) for i, v in enumerate(raw))
+            return _wrong(raw, "a list", at, problems)
+        return tuple(build(arguments[0], item, (*at, i), problems) for i, item in enumerate(raw))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(raw, Mapping):
-            return _wrong(raw, "a mapping", where, problems)
-        return {k: build(arguments[1], v, f"{where}.{k}", problems) for k, v in raw.items()}
+            return _wrong(raw, "a mapping", at, problems)
+        return {key: build(arguments[1], v, (*at, key), problems) for key, v in raw.items()}
     if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, raw, where, problems)
+        return _build_dataclass(kind, raw, at, problems)
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
-    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-        return _wrong(raw, kind.__name__, where, problems)
+    if not isinstance(raw, kind) or (kind is not bool and isinstance(raw, bool)):
+        return _wrong(raw, _WORDS.get(kind, kind.__name__), at, problems)
+    if kind is float and not math.isfinite(raw):
+        return _wrong(raw, "a finite number", at, problems)
     return raw
 
 
-def _build_dataclass(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
+_WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _build_dataclass(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if not isinstance(raw, Mapping):
-        return _wrong(raw, "a mapping", where, problems)
+        return _wrong(raw, "a mapping", at, problems)
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    prefix = f"{where}." if where else ""
     before = len(problems)
     for key in raw:
         if key not in fields:
-            problems.append(f"{prefix}{key}: unknown key; {nearest(str(key), fields)}")
+            problems.append(((*at, key), f"unknown key; {nearest(str(key), fields)}"))
     values = {
-        name: build(hints[name], raw[name], prefix + name, problems)
-        for name in fields
-        if name in raw
+        name: build(hints[name], raw[name], (*at, name), problems) for name in fields if name in raw
     }
     for name, f in fields.items():
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if no_default and name not in raw:
-            problems.append(f"{prefix}{name}: missing")
+            problems.append((at, f"missing key `{name}`"))
     if len(problems) > before:
         return None
     try:
         return kind(**values)
     except FieldErrors as error:
-        problems.extend(f"{prefix}{name}: {message}" for name, message in error.problems)
+        problems.extend(((*at, name), message) for name, message in error.problems)
         return None
 
 
-def _wrong(raw: Any, wanted: str, where: str, problems: list[str]) -> None:
-    problems.append(f"{where}: expected {wanted}, got {type(raw).__name__} {raw!r}")
+def _wrong(raw: Any, wanted: str, at: KeyPath, problems: list[Problem]) -> None:
+    problems.append((at, f"expected {wanted}, got {raw!r}"))

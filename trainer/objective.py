@@ -12,7 +12,7 @@ from trainer.batch import Batch
 
 @dataclass
 class Loss:
-    """`total` is differentiable: the sum over terms of coefficient * sum / norm[term], so that adding
+    """`total` is differentiable: the sum over terms of coefficient * sum / norm[term], so adding
     the totals of all micro-batches on all ranks gives the loss of the global batch. `sums` holds,
     per metric name, the detached (sum, weight term) pair: the loop adds and divides them."""
 
