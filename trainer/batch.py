@@ -31,11 +31,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`; pinned memory is copied without waiting."""
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.input_ids), move(self.position_ids), move(self.targets))
+        tensors = (self.input_ids, self.position_ids, self.targets)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def split(self) -> tuple[Batch, Batch]:
         """The first and the second half of the rows, unprepared. Needs at least two rows."""
         half = self.rows // 2
-        cut = lambda s: Batch(self.input_ids[s], self.position_ids[s], self.targets[s])  # noqa: E731
-        return cut(slice(0, half)), cut(slice(half, None))
+        tensors = (self.input_ids, self.position_ids, self.targets)
+        return Batch(*(t[:half] for t in tensors)), Batch(*(t[half:] for t in tensors))

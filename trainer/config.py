@@ -323,8 +323,8 @@ def load_job(path: str | Path) -> Job:
 
 
 def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
-    """`raw` (of JSON or YAML) as an instance of the type `kind`, strictly: no unknown key, no silent
-    conversion but int to float. Every problem is appended; what is wrong becomes None."""
+    """`raw` (of JSON or YAML) as an instance of the type `kind`: no unknown key, no conversion but
+    int to float. Every problem is appended; what is wrong becomes None."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         if raw is None:
