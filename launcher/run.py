@@ -43,6 +43,9 @@ class Attempt:
     ended: Optional[float] = None
     why: str = ""
     exit_code: Optional[int] = None
+    cause: str = ""  # what the engine decides by: capacity, preempted, infrastructure, job, ...
+    capacity: str = ""  # of the offer: spot, standard, ...
+    usd_per_hour: Optional[float] = None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -15,23 +15,33 @@ IGNORE = -100
 class Batch:
     """Shapes [rows, length]. `targets[i, t]` is the token that follows `input_ids[i, t]` in its
     document, or `IGNORE`. `position_ids` start again at 0 with each document of a row: that, no
-    attention mask and `use_cache=False` is what keeps documents apart. `weights` holds, per loss
-    term, the 0-dim weight of this batch (e.g. supervised tokens); `extra` holds tensors with
-    one entry per row that an objective prepared."""
+    attention mask and `use_cache=False` is what keeps documents apart.
+
+    `to` fills `supervised`: the flat indices [n] of positions that have a target, found before the
+    copy, so that nothing on the device has to be counted. `weights` holds, per loss term, the
+    0-dim float64 weight of this batch (e.g. supervised tokens); `extra` what an objective prepared."""
 
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
+    supervised: Optional[Tensor] = None
     weights: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
-        return self.input_ids.shape[0]
+        return int(self.input_ids.shape[0])
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets [n] of the supervised positions."""
+        assert self.supervised is not None, "call `to` first"
+        return self.targets.flatten().index_select(0, self.supervised)
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on `device`; pinned memory is copied without waiting."""
-        tensors = (self.input_ids, self.position_ids, self.targets)
+        """A copy on `device`, unprepared; pinned memory is copied without waiting."""
+        supervised = (self.targets.flatten() != IGNORE).nonzero().squeeze(1)
+        tensors = (self.input_ids, self.position_ids, self.targets, supervised)
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def split(self) -> tuple[Batch, Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from trainer.batch import Batch
@@ -32,3 +33,8 @@ class Objective(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def share(coefficient: float, norm: Tensor) -> Tensor:
+    """coefficient / norm as a 0-dim tensor; 0 where norm is 0 (the term is absent)."""
+    return torch.where(norm > 0, coefficient / norm.clamp(min=1e-30), torch.zeros_like(norm))

@@ -18,10 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Optional, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Optional, Protocol, runtime_checkable
 
 from launcher.clock import Clock
-from launcher.spec import Hardware
+
+if TYPE_CHECKING:
+    from launcher.spec import Hardware  # `status` needs these words, not the recipe's
 
 
 class Phase(str, Enum):
@@ -205,3 +207,11 @@ class Backend(Protocol):
 @runtime_checkable
 class CanExec(Protocol):
     def exec(self, job: JobHandle, worker: int, argv: Sequence[str], env: Env) -> int: ...
+
+
+@runtime_checkable
+class CanWarn(Protocol):
+    """Optional: what a plan should say beside its requests, one line each. Reads nothing but
+    its arguments."""
+
+    def warnings(self, spec: Hardware, env: Env) -> Iterable[str]: ...

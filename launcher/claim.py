@@ -1,0 +1,218 @@
+"""A claimed run: this host's lock, an epoch in the journal, and what every part of the engine asks
+of it. No loops over backends here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+from launcher import bundle, home, plan, retry
+from launcher.backends.base import Backend, Env, JobHandle, JobSpec, Offer
+from launcher.errors import JournalDamaged
+from launcher.fold import Fold, duration, spent
+from launcher.journal import Journal, held_elsewhere
+from launcher.run import Attempt, JobState, Run
+from launcher.spec import Hardware, Recipe, Stage, seconds
+from trainer.config import Problem, build, dotted
+
+Load = Callable[[str], Backend]
+#: The longest single wait, so that a request to stop is seen soon.
+NAP = 2.0
+
+
+@contextmanager
+def claimed(
+    run_id: str, env: Env, load: Load, lock: Optional[home.DriverLock], take_over: bool
+) -> Iterator[Claim]:
+    """The run, held by this process alone while the context lasts. A run that is over is not
+    claimed unless `take_over`. Errors: `HeldElsewhere`, `JournalDamaged`, `UsageError`."""
+    facts = home.identity(env.home, run_id) or home.find(env.home, run_id)
+    place = home.folder(env.home, run_id)
+    lock = lock or home.DriverLock.acquire(place)
+    if lock is None:
+        raise held_elsewhere(home.claimed(place), facts["name"])
+    try:
+        journal = Journal(place, home.local_root(facts["root"]), env.clock)
+        journal.name = facts["name"]
+        refuse_foreign(journal, facts["name"], take_over)
+        fold = Fold(journal.read(heal=True))
+        claim = Claim(env, load, journal, fold, place)
+        if fold.run.live or take_over:
+            lock.claim(os.getpid(), env.clock.now())
+            journal.epoch += 1
+            claim.record("driver")
+        for warning in journal.warnings:
+            claim.say(warning)
+        yield claim
+    finally:
+        lock.close()
+
+
+def refuse_foreign(journal: Journal, name: str, take_over: bool) -> None:
+    """Raise `HeldElsewhere` when the newest claim came from another $LAUNCH_HOME. A driver copies
+    its claim to its own; where the copy is missing, this host's lock says nothing about it."""
+    newest = next((r for r in reversed(journal.read()) if r["kind"] == "driver"), None)
+    if newest is None or take_over or (journal.copy / f"{newest['seq']:08d}.json").exists():
+        return
+    raise held_elsewhere({**newest["driver"], "since": newest["time"]}, name)
+
+
+class Claim:
+    """What the engine, and the clearing, know and write."""
+
+    def __init__(self, env: Env, load: Load, journal: Journal, fold: Fold, place: Path) -> None:
+        self.env, self.clock = env, env.clock
+        self.journal, self.fold, self.place = journal, fold, place
+        self.root = home.local_root(fold.run.root)
+        self.recipe = recipe_of(fold.recipe, str(journal.first))
+        self.jobs: list[list[Stage]] = [list(stages) for stages in plan.jobs(self.recipe)]
+        self._load = load
+        self._backends: dict[str, Backend] = {}
+
+    @property
+    def run(self) -> Run:
+        return self.fold.run
+
+    def record(self, kind: str, **facts: Any) -> None:
+        self.fold.apply(self.journal.append(kind, **facts))
+
+    def say(self, text: str) -> None:
+        """A line for driver.log."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock.now()))
+        sys.stderr.write(f"{stamp} {text}\n")
+        sys.stderr.flush()
+
+    def backend(self, name: str) -> Backend:
+        if name not in self._backends:
+            self._backends[name] = self._load(name)
+        return self._backends[name]
+
+    def hardware(self, job: JobState) -> Hardware:
+        return self.jobs[job.index][0].hardware
+
+    def handle(self, job: JobState, attempt: Attempt) -> JobHandle:
+        run = self.run
+        return JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
+
+    def spec(self, job: JobState, offer: Offer) -> JobSpec:
+        """The job as the backend sees it; its own deadline is what the budget has left, so that
+        the budget holds without a driver."""
+        run = self.run
+        spec = plan.job_spec(
+            self.recipe, run.id, run.name, job.index, run.root, self.env.home, self._bundle(),
+            run.owner, self.env,
+        )  # fmt: skip
+        left = self.budget_left(offer.usd_per_hour)
+        if left is None:
+            return spec
+        return replace(spec, hours=left / 3600, boot={**spec.boot, "deadline_seconds": left})
+
+    def offer(self, job: JobState, attempt: Attempt) -> Offer:
+        """Where an attempt was placed, as its first intent recorded it."""
+        return Offer(**self.fold.offers[job.index, attempt.number])
+
+    def waiting(self, job: JobState, attempt: Attempt) -> Mapping[str, Any]:
+        """Intents that were recorded and have no answer, by name."""
+        return self.fold.open.get((job.index, attempt.number), {})
+
+    def fresh(self, job: JobState) -> list[Attempt]:
+        """The attempts since the run was last resumed: those that count against `retry:`."""
+        return job.attempts[self.fold.before.get(job.index, 0) :]
+
+    def unfinished(self, job: JobState) -> Optional[tuple[str, dict[str, Any]]]:
+        """The first stage of the job that did not reach its last step, and its run_meta.json."""
+        for stage in self.run.stages:
+            if stage.job == job.index:
+                meta = read_json(home.local_root(stage.folder) / "run_meta.json")
+                if meta.get("completed") is not True:
+                    return stage.id, meta
+        return None
+
+    def marker(self) -> Optional[dict[str, Any]]:
+        """`control/stop.json`; its presence asks, whatever it says."""
+        file = self.root / "control" / "stop.json"
+        return read_json(file) if file.exists() else None
+
+    def pause(self, wait: float) -> None:
+        """Wait, but not past a request to stop."""
+        until = self.clock.now() + wait
+        while self.clock.now() < until and self.marker() is None:
+            self.clock.sleep(min(NAP, until - self.clock.now()))
+
+    def patience(self, job: JobState) -> Optional[float]:
+        """Seconds that `budget.wait` leaves for capacity; None: no limit, or nobody waits."""
+        wait, fresh = self.recipe.budget.wait, self.fresh(job)
+        placing = fresh[-1:] if fresh and not fresh[-1].phase.over else []
+        streak = [*retry.starved(fresh[: len(fresh) - len(placing)]), *placing]
+        if wait is None or not streak or streak[0].started is None:
+            return None
+        return max(0.0, seconds(wait) - (self.clock.now() - streak[0].started))
+
+    def budget_left(self, usd_per_hour: Optional[float]) -> Optional[float]:
+        """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit."""
+        budget, now = self.recipe.budget, self.clock.now()
+        limits = []
+        if budget.hours is not None:
+            attempts = (attempt for job in self.run.jobs for attempt in job.attempts)
+            limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
+        paid = spent(self.run, now)
+        if budget.usd is not None and usd_per_hour and paid is not None:
+            limits.append((budget.usd - paid) / usd_per_hour * 3600)
+        return min(limits, default=None)
+
+    def budget_text(self) -> str:
+        budget = self.recipe.budget
+        parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
+                 f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
+        return f"the budget is spent ({', '.join(filter(None, parts))})"
+
+    def _bundle(self) -> bundle.Bundle:
+        raw = self.fold.created["bundle"]
+        if Path(raw["path"]).exists():
+            return bundle.Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
+        fresh = bundle.build(self.env.home)
+        if fresh.sha256 != raw["sha256"]:
+            self.say(f"{raw['path']} is gone; going on with the trainer that is installed now")
+        return fresh
+
+
+def recipe_of(raw: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe as a record holds it. Errors: `JournalDamaged`."""
+    problems: list[Problem] = []
+    recipe: Recipe = build(Recipe, raw, (), problems)
+    if problems:
+        lines = "; ".join(f"{dotted(at)}: {what}" for at, what in problems)
+        raise JournalDamaged(f"{where}: the recipe in the journal cannot be used: {lines}")
+    return recipe
+
+
+def write_marker(root: Path, now: float, by: str, reason: str) -> None:
+    """Ask the job to end. The first request stands. Errors: `Unwritable`."""
+    file = root / "control" / "stop.json"
+    if not file.exists():
+        home.write(file, json.dumps({"time": now, "by": by, "reason": reason}) + "\n")
+
+
+def write_summary(place: Path, run: Run) -> None:
+    """`summary.json` in both places once nothing can change, so that `status` stays instant."""
+    for file in (home.local_root(run.root) / "summary.json", place / "summary.json"):
+        if run.live:
+            file.unlink(missing_ok=True)
+        else:
+            home.write(file, json.dumps(run.to_json(), indent=1) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or {} when there is none (yet)."""
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}

@@ -1,0 +1,112 @@
+"""Nothing is left: deleting what an attempt holds, with a confirmation for each resource."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Optional, TypeVar
+
+from launcher import retry
+from launcher.backends.base import Held, Ref
+from launcher.claim import NAP, Claim
+from launcher.errors import Leaked, Signal, Transient
+from launcher.run import Attempt, JobState
+
+#: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked.
+PATIENCE = 900.0
+
+Answer = TypeVar("Answer")
+
+
+def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
+    """Delete what the attempt holds, newest first, until each is confirmed gone. Errors:
+    `Leaked`, after everything has been tried: to go on would be to pay twice."""
+    leaks: list[Leaked] = []
+    at = {"job": job.index, "attempt": attempt.number}
+    try:
+        for ref in _strays(claim, job, attempt):
+            claim.record("ref", **at, ref=ref)
+    except Leaked as leak:
+        leaks.append(leak)
+    for ref in reversed(list(attempt.refs)):
+        try:
+            _delete(claim, ref)
+            claim.record("gone", **at, ref=ref)
+        except Leaked as leak:
+            leaks.append(leak)
+    if leaks or not claim.fold.closed(job.index, attempt):
+        claim.record(
+            "phase", **at, phase=attempt.phase, held=Held.LEAKED if leaks else Held.GONE,
+            why=attempt.why, exit_code=attempt.exit_code, cause=attempt.cause,
+        )  # fmt: skip
+    if leaks:
+        commands = [command for leak in leaks for command in leak.commands]
+        raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
+
+
+def sweep(claim: Claim) -> None:
+    """Delete what carries the run's label and stands in no record. Errors: `Leaked`."""
+    for name in dict.fromkeys(job.backend for job in claim.run.jobs):
+        for ref in _swept(claim, name, [claim.run.name]):
+            _delete(claim, ref)
+
+
+def insist(claim: Claim, ask: Callable[[], Answer], about: list[Ref] | list[str]) -> Answer:
+    """`ask()`, again while the answer is `Transient`. Errors: `Leaked` with `about`."""
+    deadline = claim.clock.now() + PATIENCE
+    for tries in count(1):
+        try:
+            return ask()
+        except Transient as signal:
+            if claim.clock.now() > deadline:
+                raise _leaked(claim, about) from signal
+            claim.say(str(signal))
+            claim.clock.sleep(max(signal.after, retry.backoff(tries)))
+        except Leaked as leak:
+            raise _leaked(claim, about, leak.commands) from leak
+        except (Signal, OSError) as signal:
+            claim.say(f"cannot clear {about}: {signal}")
+            raise _leaked(claim, about) from signal
+    raise AssertionError("unreachable")
+
+
+def _strays(claim: Claim, job: JobState, attempt: Attempt) -> list[Ref]:
+    """What intents without an answer may have made: by the job's name, then by our label."""
+    waiting = [*claim.waiting(job, attempt)]
+    if not waiting:
+        return []
+    backend, handle = claim.backend(job.backend), claim.handle(job, attempt)
+    seen = insist(claim, lambda: backend.observe(handle, claim.env), waiting)
+    found = [ref for ref, held in seen.held if held not in (Held.NONE, Held.GONE)]
+    found += _swept(claim, job.backend, waiting)
+    known = {ref.name for ref in attempt.refs}
+    return [*{ref.name: ref for ref in found if ref.name not in known}.values()]
+
+
+def _swept(claim: Claim, name: str, about: list[str]) -> list[Ref]:
+    backend = claim.backend(name)
+    everything = insist(claim, lambda: [*backend.sweep(claim.env)], about)
+    return [ref for ref in everything if ref.run == claim.run.id]
+
+
+def _delete(claim: Claim, ref: Ref) -> None:
+    """Delete one resource and wait until it is gone."""
+    backend = claim.backend(ref.backend)
+    deadline, interval = claim.clock.now() + PATIENCE, 0.1
+    while insist(claim, lambda: backend.delete(ref, claim.env), [ref]) not in _AWAY:
+        if claim.clock.now() > deadline:
+            raise _leaked(claim, [ref])
+        claim.clock.sleep(interval)
+        interval = min(interval * 1.5, NAP)
+
+
+_AWAY = (Held.GONE, Held.NONE)
+
+
+def _leaked(
+    claim: Claim, about: list[Ref] | list[str], commands: Optional[list[str]] = None
+) -> Leaked:
+    """The backend's own commands where a ref carries some, and ours."""
+    own = [str(item.data["delete_command"]) for item in about
+           if isinstance(item, Ref) and "delete_command" in item.data]  # fmt: skip
+    return Leaked([*about], [*(commands or own), f"launch teardown {claim.run.name}"])

@@ -1,0 +1,288 @@
+"""What a person sees: results on stdout, notices on stderr, aligned columns, JSON documents.
+
+Rendering only: every function here gets the facts it prints. Colour is for terminals; a pipe gets
+whole names in plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any, Optional
+
+from launcher import records
+from launcher.errors import LaunchError, UsageError
+from launcher.run import JSON_VERSION
+
+if TYPE_CHECKING:
+    from launcher.backends.base import Check
+    from launcher.run import Run, StageState
+
+_CODES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", "bold": "1"}
+_PHASE = {
+    "succeeded": "green", "running": "blue", "starting": "blue", "provisioning": "blue",
+    "failed": "red", "lost": "red", "preempted": "yellow", "cancelled": "yellow",
+    "stopping": "yellow", "pass": "green", "warn": "yellow", "fail": "red", "skip": "dim",
+}  # fmt: skip
+#: The columns of a comparison that come first, and in this order.
+_FIRST = ("model", "parameters", "step", "training_seconds", "val_loss", "val_ppl", "val_tokens")
+
+
+def say(text: str = "") -> None:
+    """One line of a result, on stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def notice(text: str) -> None:
+    """One line that is not a result, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def document(facts: dict[str, Any]) -> None:
+    """One JSON document with its version, on stdout. Numbers that are not finite are strings."""
+    say(json.dumps(_finite({"v": JSON_VERSION, **facts}), indent=1, default=str))
+
+
+def error(problem: LaunchError) -> None:
+    """What happened, then what to do about it, on stderr."""
+    for line in str(problem).splitlines() or [type(problem).__name__]:
+        notice(paint("error: ", "red", sys.stderr) + line)
+    for line in problem.hint.splitlines():
+        notice("  " + line)
+
+
+def colour(stream: IO[str]) -> bool:
+    """Whether `stream` is a terminal that wants colour (https://no-color.org)."""
+    dumb = os.environ.get("TERM") == "dumb"
+    return terminal(stream) and not os.environ.get("NO_COLOR") and not dumb
+
+
+def terminal(stream: IO[str]) -> bool:
+    try:
+        return stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def paint(text: str, style: str, stream: Optional[IO[str]] = None) -> str:
+    code = _CODES.get(style)
+    if code is None or not colour(stream or sys.stdout):
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def confirm(question: str, refusal: str) -> bool:
+    """Ask on the terminal; only `y` or `yes` is a yes. Without one: `UsageError`, whose hint is
+    `--yes`, because silence must not spend money or end a job."""
+    if not (terminal(sys.stdin) and terminal(sys.stderr)):
+        raise UsageError(refusal, "add --yes to go on without being asked")
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def columns(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()
+) -> list[str]:
+    """Aligned columns, two spaces apart, never cut. `right`: columns aligned to the right. The
+    first line is the header; cells that are phases or results are coloured."""
+    to_right = set(right)
+    widths = [max(map(len, column)) for column in zip(headers, *rows)]
+
+    def line(cells: Sequence[str], header: bool = False) -> str:
+        shown = []
+        for place, (cell, width) in enumerate(zip(cells, widths)):
+            padded = cell.rjust(width) if place in to_right else cell.ljust(width)
+            if place == len(cells) - 1:
+                padded = padded.rstrip()
+            shown.append(paint(padded, "dim" if header else _PHASE.get(cell, "")))
+        return "  ".join(shown).rstrip()
+
+    return [line(headers, header=True), *(line(row) for row in rows)]
+
+
+def runs(found: Sequence[Run], now: float) -> list[str]:
+    """`launch status`: one line a run, newest first."""
+    headers = ("NAME", "PHASE", "STAGE", "STEP", "LOSS", "TOKENS/S", "ETA", "SPENT", "STARTED")
+    rows = []
+    for run in found:
+        last = run.progress
+        eta = records.number(last.get("eta_seconds")) if run.ended is None else None
+        rows.append(
+            (
+                run.name,
+                run.phase.value,
+                str(last.get("stage") or _current(run)),
+                steps(last),
+                figure(last.get("train_loss")),
+                figure(last.get("tokens_per_sec"), 0),
+                duration(eta) if eta is not None else "-",
+                usd(run.spent_usd),
+                f"{duration(now - run.created)} ago",
+            )
+        )
+    return columns(headers, rows, right=(3, 4, 5, 6, 7))
+
+
+def run_lines(run: Run, now: float) -> list[str]:
+    """`launch status RUN`: the run, its stages, its jobs and what it holds."""
+    phase = paint(run.phase.value, _PHASE.get(run.phase.value, ""))
+    lines = [f"{paint(run.name, 'bold')}  {phase}" + (f"  {run.why}" if run.why else "")]
+    ended = run.ended if run.ended is not None else now
+    facts = [f"ran {duration(ended - run.created)}", f"spent {usd(run.spent_usd)}"]
+    if run.usd_per_hour:
+        facts.append(f"{usd(run.usd_per_hour)} per hour")
+    facts.append(f"holds {run.held.value}" if run.live else "holds nothing")
+    if run.exit_code is not None:
+        facts.append(f"exit code {run.exit_code}")
+    lines += ["  " + " · ".join(facts), ""]
+    lines += ["  " + line for line in stages(run)]
+    last = run.progress
+    if last and run.ended is None:
+        lines += ["", "  " + progress(last)]
+    attempts = [(job, attempt) for job in run.jobs for attempt in job.attempts]
+    if attempts:
+        rows = [
+            (
+                job.name, str(attempt.number), attempt.place or "-", attempt.phase.value,
+                attempt.held.value, "-" if attempt.exit_code is None else str(attempt.exit_code),
+                attempt.why or "-",
+            )
+            for job, attempt in attempts
+        ]  # fmt: skip
+        headers = ("JOB", "ATTEMPT", "PLACE", "PHASE", "HOLDS", "EXIT", "WHY")
+        lines += ["", *("  " + line for line in columns(headers, rows))]
+    lines += ["", f"  artifacts  {run.root}"]
+    if run.driver and run.ended is None:
+        lines.append(f"  driver     {run.driver.host}, process {run.driver.pid}")
+    return lines
+
+
+def stages(run: Run) -> list[str]:
+    """One line a stage."""
+    rows = []
+    for stage in run.stages:
+        last = run.progress if run.progress.get("stage") == stage.id else {}
+        rows.append(
+            (stage.id, stage.stage, stage.phase.value, steps(last), figure(last.get("train_loss")),
+             stage.gate or "-")
+        )  # fmt: skip
+    return columns(("STAGE", "KIND", "PHASE", "STEP", "LOSS", "GATE"), rows, right=(3, 4))
+
+
+def progress(last: dict[str, Any]) -> str:
+    """The newest step line as a sentence."""
+    words = [f"{last.get('stage', 'stage')}: step {steps(last)}"]
+    for name, label, digits in (("train_loss", "loss", 4), ("tokens_per_sec", "tokens/s", 0)):
+        if records.number(last.get(name)) is not None:
+            words.append(f"{label} {figure(last[name], digits)}")
+    eta = records.number(last.get("eta_seconds"))
+    if eta is not None:
+        words.append(f"ETA {duration(eta)}")
+    return "  ".join(words)
+
+
+def comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A recorded comparison as columns: names first, then numbers to the right."""
+    names = comparison_columns(rows)
+    shown = [[cell(name, row.get(name)) for name in names] for row in rows]
+    numeric = [i for i, name in enumerate(names) if any(_is_number(row.get(name)) for row in rows)]
+    return columns(names, shown, right=numeric)
+
+
+def comparison_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns of a comparison: the well-known ones first, then the others as they came."""
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    known = [name for name in _FIRST if name in present]
+    return known + [name for name in present if name not in known]
+
+
+def cell(name: str, value: Any) -> str:
+    """One value of a comparison: whole numbers with separators, others with fitting digits."""
+    number = records.number(value)
+    if number is None:
+        return "-" if value is None else str(value)
+    if name.endswith("seconds"):
+        return figure(number, 1)
+    whole = math.isfinite(number) and number.is_integer() and not isinstance(value, float)
+    return figure(number, 0 if whole else 4)
+
+
+def checks(rows: Sequence[Check]) -> list[str]:
+    """Doctor's rows, each with its fix below it when there is something to fix."""
+    table = columns(("CHECK", "RESULT", "DETAIL"), [(r.name, r.result, r.detail) for r in rows])
+    lines = table[:1]
+    for row, line in zip(rows, table[1:]):
+        lines.append(line)
+        if row.fix and row.result in ("warn", "fail"):
+            lines.append(f"  fix: {row.fix}")
+    return lines
+
+
+def steps(last: dict[str, Any]) -> str:
+    if "global_step" not in last:
+        return "-"
+    of = f"/{last['steps']}" if last.get("steps") else ""
+    return f"{last['global_step']}{of}"
+
+
+def figure(value: Any, digits: int = 4) -> str:
+    number = records.number(value)
+    return "-" if number is None else f"{number:,.{digits}f}"
+
+
+def usd(amount: Optional[float]) -> str:
+    if amount is None:
+        return "unknown"
+    return "$0" if amount == 0 else f"${amount:,.2f}"
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `3m20s`, `2h05m`, `3d04h`."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def moment(seconds: float) -> str:
+    """UTC, to the microsecond, as boot writes it into the logs."""
+    whole, micros = divmod(round(seconds * 1_000_000), 1_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{micros:06d}Z"
+
+
+def current(run: Run) -> Optional[StageState]:
+    """The stage that a run is in: the first that is not over, else the last."""
+    waiting = [stage for stage in run.stages if not stage.phase.over]
+    return waiting[0] if waiting else (run.stages[-1] if run.stages else None)
+
+
+def _current(run: Run) -> str:
+    stage = current(run)
+    return stage.id if stage else "-"
+
+
+def _is_number(value: Any) -> bool:
+    return records.number(value) is not None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,382 @@
+"""The only loops: place, watch, clear, decide. Backends answer once, at once; the waiting, the
+trying again and the giving up are here.
+
+Every decision is read off the journal and every act is written there first, so that a driver can
+be killed between any two lines of this file and the next one ends at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import count
+from typing import Any, Optional
+
+from launcher import backends, gates, home, plan, retry
+from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
+from launcher.claim import Claim, Load, claimed, read_json, write_marker, write_summary
+from launcher.clear import clear, insist, sweep
+from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
+from launcher.fold import worst
+from launcher.retry import Outcome
+from launcher.run import Attempt, JobState, Run
+
+#: Seconds between two looks: at first, and at most (on this machine, elsewhere).
+FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
+#: What a stopping job gets on top of its own grace before it is deleted.
+STOP_MARGIN = 30.0
+_NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
+#: None, or 128 + SIGINT, SIGKILL, SIGTERM: how a job that was asked to stop may die.
+_SIGNALS = (None, 130, 137, 143)
+
+
+def drive(
+    run_id: str,
+    env: Env,
+    load: Load = backends.load,
+    lock: Optional[home.DriverLock] = None,
+    take_over: bool = False,
+) -> Run:
+    """Drive a run to its end and return it; `run.exit_code` is the exit code. A run that is over
+    is returned as it is, once nothing of it is left. `lock`: the run's lock, when the caller holds
+    it already. Errors: `HeldElsewhere`, `JournalDamaged`, `Unwritable`; signals of `observe`
+    (e.g. `Denied`): the job goes on without a driver."""
+    with claimed(run_id, env, load, lock, take_over) as claim:
+        if claim.run.ended is None:
+            return Engine(claim).drive()
+        return Engine(claim).teardown() if claim.run.live else claim.run
+
+
+def teardown(
+    run_id: str, env: Env, load: Load = backends.load, lock: Optional[home.DriverLock] = None
+) -> Run:
+    """Delete everything the run holds, wait until it is gone, and end the run. Takes the run over
+    from a driver on another host. Errors: `Leaked` with what could not be confirmed absent."""
+    with claimed(run_id, env, load, lock, take_over=True) as claim:
+        return Engine(claim).teardown()
+
+
+class Engine:
+    """One claimed run: `drive` or `teardown`."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim, self.clock, self.recipe = claim, claim.clock, claim.recipe
+        self._told = False  # this process has asked the backend to hurry the job
+
+    def drive(self) -> Run:
+        try:
+            outcome = self._every_job()
+        except Leaked as leak:
+            outcome = Outcome(Phase.FAILED, str(leak), Exit.LEAKED)
+        return self._end(outcome)
+
+    def teardown(self) -> Run:
+        """Errors: `Leaked`; the run is then marked so, and asking again goes on."""
+        run = self.claim.run
+        try:
+            for job in run.jobs:
+                for attempt in list(job.attempts):
+                    if not attempt.phase.over:
+                        self._last_look(job, attempt)
+                    if not self.claim.fold.closed(job.index, attempt):
+                        clear(self.claim, job, attempt)
+            sweep(self.claim)
+        except Leaked as leak:
+            self._end(Outcome(Phase.FAILED, str(leak), Exit.LEAKED))
+            raise
+        if run.ended is None:
+            return self._end(self._whole() or Outcome(Phase.CANCELLED, "torn down", Exit.OK))
+        if run.exit_code == Exit.LEAKED:
+            return self._end(Outcome(Phase.CANCELLED, "torn down: nothing is left", Exit.OK))
+        return run
+
+    # The run, job by job.
+
+    def _every_job(self) -> Outcome:
+        for job in self.claim.run.jobs:
+            outcome = self._job(job) or self._gates(job)
+            if outcome is not None:
+                return outcome
+        return Outcome(Phase.SUCCEEDED, "", Exit.OK)
+
+    def _job(self, job: JobState) -> Optional[Outcome]:
+        """Attempts until one succeeds (None), or until another one makes no sense."""
+        while True:
+            newest = job.attempts[-1] if job.attempts else None
+            if newest is not None and not newest.phase.over:
+                self._attempt(job, newest)
+            if newest is not None and not self.claim.fold.closed(job.index, newest):
+                clear(self.claim, job, newest)
+            if newest is not None and newest.phase is Phase.SUCCEEDED:
+                return None
+            outcome = self._open(job)
+            if outcome is not None:
+                return outcome
+
+    def _open(self, job: JobState) -> Optional[Outcome]:
+        """Begin the next attempt with its first intent, or say why there is none."""
+        claim, fresh = self.claim, self.claim.fresh(job)
+        last = fresh[-1] if fresh else None
+        outcome = self._stopped(last)
+        if outcome is None and last is not None:
+            outcome = retry.give_up(fresh, self.recipe.retry)
+        if outcome is not None:
+            return outcome
+        try:
+            offer, wait = retry.choose(self._offers(job), fresh)
+        except (Signal, BudgetSpent) as error:
+            return Outcome(Phase.FAILED, str(error), error.code)
+        left = claim.budget_left(offer.usd_per_hour)
+        if left is not None and left <= 0:
+            return Outcome(Phase.CANCELLED, claim.budget_text(), Exit.BUDGET)
+        if last is not None and wait:
+            patience = claim.patience(job)
+            claim.say(f"{job.name}: {last.why}; trying again in {wait:.0f} s")
+            claim.pause(wait if patience is None else min(wait, patience))
+        if last is not None and claim.patience(job) == 0:
+            why = f"no capacity within budget.wait ({self.recipe.budget.wait}): {last.why}"
+            return Outcome(Phase.FAILED, why, Exit.CAPACITY)
+        if claim.marker() is not None:
+            return self._stopped(None)
+        number = len(job.attempts) + 1
+        self._intend(job, number, next(self._intents(job, number, offer)), offer)
+        return None
+
+    def _stopped(self, last: Optional[Attempt]) -> Optional[Outcome]:
+        """The end of a run that was asked to stop, or whose job paused by itself; else None."""
+        marker = self.claim.marker()
+        if last is not None and last.phase is Phase.FAILED and last.cause == retry.JOB and marker:
+            return Outcome(Phase.FAILED, last.why, Exit.JOB)
+        if marker is not None and marker.get("by") == "budget":
+            return Outcome(Phase.CANCELLED, str(marker.get("reason")), Exit.BUDGET)
+        if last is not None and last.phase is Phase.CANCELLED:
+            return Outcome(Phase.CANCELLED, last.why, Exit.OK)
+        if marker is not None:
+            reason = marker.get("reason")
+            return Outcome(Phase.CANCELLED, f"stopped: {reason}" if reason else "stopped", Exit.OK)
+        return None
+
+    def _offers(self, job: JobState) -> list[Offer]:
+        """What `budget.usd_per_hour` allows; an unknown price is not taken for a high one."""
+        hardware, cap = self.claim.hardware(job), self.recipe.budget.usd_per_hour
+        offers = list(self.claim.backend(job.backend).offers(hardware, self.claim.env))
+        if not offers:
+            raise NoCapacity(hardware.backend, f"it has no offer for {hardware.accelerator}")
+        allowed = [o for o in offers if cap is None or (o.usd_per_hour or 0.0) <= cap]
+        if not allowed:
+            cheapest = min(o.usd_per_hour or 0.0 for o in offers)
+            raise BudgetSpent(
+                f"the cheapest offer costs {cheapest:.2f} USD an hour; budget.usd_per_hour: {cap:g}"
+            )
+        return allowed
+
+    # One attempt: place, watch.
+
+    def _attempt(self, job: JobState, attempt: Attempt) -> None:
+        """Place what is not placed yet, then watch until the attempt is over."""
+        if self.claim.marker() is None:
+            try:
+                self._place(job, attempt)
+            except Leaked:
+                raise
+            except (Signal, OSError) as signal:
+                cause = retry.cause_of_signal(signal)
+                self._phase(job, attempt, Phase.FAILED, attempt.held, str(signal), cause=cause)
+                return
+        elif self.claim.waiting(job, attempt):
+            self._phase(job, attempt, Phase.CANCELLED, attempt.held, "stopped before it began")
+            return
+        self._watch(job, attempt)
+
+    def _place(self, job: JobState, attempt: Attempt) -> None:
+        """Create, in order, what has no ref yet. A recorded intent is sent again as it was
+        recorded; the backend adopts what that request has already made."""
+        key, offer = (job.index, attempt.number), self.claim.offer(job, attempt)
+        recorded = {raw["name"] for raw in self.claim.fold.intents[key]}
+        if not self.claim.waiting(job, attempt) and attempt.phase is not Phase.PROVISIONING:
+            return  # it has been seen: everything was placed
+        for intent in self._intents(job, attempt.number, offer):
+            if intent.name not in recorded:
+                self._intend(job, attempt.number, intent, offer)
+            raw = self.claim.waiting(job, attempt).get(intent.name)
+            if raw is not None:
+                ref = self._create(job, Intent(**raw))
+                self.claim.record("ref", job=job.index, attempt=attempt.number, ref=ref)
+
+    def _intents(self, job: JobState, number: int, offer: Offer) -> Iterator[Intent]:
+        """The plan's intents, their holes filled with the refs known when each is taken."""
+        holes: dict[str, Any] = {"attempt": number, "resume": number > 1}
+        backend = self.claim.backend(job.backend)
+        for template in backend.plan(self.claim.spec(job, offer), offer).intents:
+            refs = job.attempts[number - 1].refs if number <= len(job.attempts) else []
+            holes.update({f"ref:{ref.kind}": ref.name for ref in refs})
+            holes.update({f"ref:{ref.name}": ref.name for ref in refs})
+            request = {"name": template.name, "place": template.place, "request": template.request}
+            yield replace(template, **plan.fill(request, holes))
+
+    def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
+        at = {"job": job.index, "attempt": number}
+        self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
+        self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
+
+    def _create(self, job: JobState, intent: Intent) -> Ref:
+        for tries in count(1):
+            try:
+                return self.claim.backend(job.backend).create(intent, self.claim.env)
+            except Transient as signal:
+                if tries == retry.REQUESTS or self.claim.marker() is not None:
+                    raise
+                self.claim.say(f"{job.name}: {signal}")
+                self.claim.pause(max(signal.after, retry.backoff(tries)))
+        raise AssertionError("unreachable")
+
+    def _watch(self, job: JobState, attempt: Attempt) -> None:
+        """Look until the attempt is over; a phase is recorded only when it changes."""
+        backend = self.claim.backend(job.backend)
+        slowest = LOOK_LOCAL if job.backend == "local" else LOOK_REMOTE
+        interval, deaf = FIRST_LOOK, 0
+        while not attempt.phase.over:
+            try:
+                seen = backend.observe(self.claim.handle(job, attempt), self.claim.env)
+                deaf = 0
+            except Transient as signal:  # the job does not care whether it is seen
+                deaf += 1
+                self.claim.say(f"{job.name}: {signal}")
+                self.clock.sleep(max(signal.after, retry.backoff(deaf)))
+                continue
+            before = attempt.phase
+            self._see(job, attempt, seen)
+            if not attempt.phase.over:
+                self._stop_when_asked(job, attempt)
+            if attempt.phase in _NOT_STARTED and self.claim.patience(job) == 0:
+                why = f"not started within budget.wait ({self.recipe.budget.wait})"
+                self._phase(job, attempt, Phase.FAILED, attempt.held, why, cause=retry.CAPACITY)
+            if not attempt.phase.over:
+                changed = attempt.phase is not before
+                interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
+                self.clock.sleep(interval)
+
+    def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
+        """Record what a look shows, where it differs from what is known."""
+        phase, why = self._judged(job, seen)
+        held = worst(held for _, held in seen.held)
+        if held in (Held.NONE, Held.GONE):
+            held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref
+        known = (attempt.phase, attempt.held, attempt.why, attempt.exit_code)
+        if (phase, held, why, seen.exit_code) != known:
+            self._phase(job, attempt, phase, held, why, seen.exit_code)
+        self._note_stages(job, phase)
+
+    def _judged(self, job: JobState, seen: Seen) -> tuple[Phase, str]:
+        """The phase of a look, in the light of the stages' own word and of a request to stop."""
+        unfinished = self.claim.unfinished(job) if seen.phase is Phase.SUCCEEDED else None
+        if unfinished is not None:
+            stage_id, meta = unfinished
+            step = f" at step {meta['global_step']}" if "global_step" in meta else ""
+            if meta.get("stopped") in ("until", "stop"):
+                return Phase.CANCELLED, f"stage '{stage_id}' paused{step}"
+            return Phase.FAILED, f"exit code 0, but stage '{stage_id}' is not complete{step}"
+        ended_by_us = seen.phase in (Phase.PREEMPTED, Phase.LOST) or (
+            seen.phase is Phase.FAILED and seen.exit_code in _SIGNALS
+        )
+        if ended_by_us and self.claim.marker() is not None:
+            return Phase.CANCELLED, seen.why or "stopped"
+        return seen.phase, seen.why
+
+    def _stop_when_asked(self, job: JobState, attempt: Attempt) -> None:
+        claim, marker = self.claim, self.claim.marker()
+        if marker is None:
+            left = claim.budget_left(attempt.usd_per_hour)
+            if left is not None and left <= 0:
+                write_marker(claim.root, self.clock.now(), "budget", claim.budget_text())
+            return
+        spec = claim.spec(job, claim.offer(job, attempt))
+        grace = float(spec.boot.get("grace_seconds", 600))
+        if claim.fold.stopping is None:
+            claim.record("stop", by=marker.get("by"), reason=marker.get("reason"))
+        if not self._told:
+            try:
+                handle = claim.handle(job, attempt)
+                claim.backend(job.backend).stop(handle, claim.env, grace)
+                self._told = True
+            except Transient as signal:
+                claim.say(f"{job.name}: {signal}")
+        if self.clock.now() - (claim.fold.stopping or 0.0) > grace + STOP_MARGIN:
+            why = f"did not end within {grace:.0f} s of being asked: deleted"
+            self._phase(job, attempt, Phase.CANCELLED, attempt.held, why)
+
+    def _last_look(self, job: JobState, attempt: Attempt) -> None:
+        """Before a teardown: a job that ended while nobody looked has its own outcome."""
+        backend, handle = self.claim.backend(job.backend), self.claim.handle(job, attempt)
+        if not self.claim.waiting(job, attempt):
+            look = insist(self.claim, lambda: backend.observe(handle, self.claim.env), [job.name])
+            self._see(job, attempt, look)
+        if not attempt.phase.over:
+            self._phase(job, attempt, Phase.CANCELLED, attempt.held, "torn down")
+            self._note_stages(job, Phase.CANCELLED)
+
+    # Stages, gates, the end.
+
+    def _note_stages(self, job: JobState, phase: Phase) -> None:
+        """Record the stages whose phase has changed: completed ones by their run_meta.json, the
+        first other one as the job, those after it not yet."""
+        reached = False
+        for stage in self.claim.run.stages:
+            if stage.job != job.index:
+                continue
+            wanted = stage.phase
+            if read_json(home.local_root(stage.folder) / "run_meta.json").get("completed") is True:
+                wanted = Phase.SUCCEEDED
+            elif not reached:
+                reached = True
+                wanted = wanted if phase in (*_NOT_STARTED, Phase.STARTING) else phase
+            if wanted is not stage.phase:
+                self.claim.record("stage", id=stage.id, phase=wanted)
+
+    def _gates(self, job: JobState) -> Optional[Outcome]:
+        """Ask the gates after this job's stages; the first that does not pass ends the run."""
+        stages = self.claim.run.stages
+        for stage in self.claim.jobs[job.index]:
+            state = next(s for s in stages if s.id == stage.id)
+            if not stage.gate or state.gate == "passed":
+                continue
+            folders = {s.id: home.local_root(s.folder) for s in stages}
+            evaluations = {i: read_json(f / "evaluation.json") for i, f in folders.items()}
+            result = gates.evaluate(stage.gate, evaluations, stage.id)
+            lines = list(result.lines)
+            self.claim.record("gate", id=stage.id, passed=result.passed, lines=lines)
+            if not result.passed:
+                why = f"the gate after '{stage.id}' did not pass: {'; '.join(lines)}"
+                return Outcome(Phase.FAILED, why, Exit.JOB)
+        return None
+
+    def _whole(self) -> Optional[Outcome]:
+        """The outcome of a run whose every job has succeeded; None: some have not."""
+        jobs = self.claim.run.jobs
+        if not all(job.attempts and job.attempts[-1].phase is Phase.SUCCEEDED for job in jobs):
+            return None
+        outcomes = (self._gates(job) for job in jobs)
+        return next(filter(None, outcomes), Outcome(Phase.SUCCEEDED, "", Exit.OK))
+
+    def _end(self, outcome: Outcome) -> Run:
+        claim = self.claim
+        claim.record("end", phase=outcome.phase, why=outcome.why, exit_code=int(outcome.exit_code))
+        claim.say(f"{claim.run.name} {outcome.phase.value}: {outcome.why or 'done'}")
+        write_summary(claim.place, claim.run)
+        return claim.run
+
+    def _phase(
+        self,
+        job: JobState,
+        attempt: Attempt,
+        phase: Phase,
+        held: Held,
+        why: str,
+        exit_code: Optional[int] = None,
+        cause: str = "",
+    ) -> None:
+        self.claim.record(
+            "phase", job=job.index, attempt=attempt.number, phase=phase, held=held, why=why,
+            exit_code=exit_code, cause=cause or retry.cause_of_phase(phase),
+        )  # fmt: skip
+        self.claim.say(f"{job.name} attempt {attempt.number}: {phase.value} {why}".rstrip())

@@ -1,0 +1,233 @@
+"""`fold`: the records of a journal as a `Run`. Pure: no clock, no disk, no decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Optional
+
+from launcher.backends.base import Held, Phase, Ref
+from launcher.errors import JournalDamaged
+from launcher.run import Attempt, Driver, JobState, Run, StageState
+
+Record = dict[str, Any]
+
+
+def fold(records: Iterable[Record]) -> Run:
+    """The run that these records tell of; any beginning of a journal folds. Errors:
+    `JournalDamaged` when there is no `created` record."""
+    return Fold(records).run
+
+
+class Fold:
+    """`fold`, one record at a time, and what the engine needs beside the `Run`."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.created: Record = {}
+        self.recipe: Record = {}  # in force: of `created`, or of the newest `resumed`
+        self.open: dict[tuple[int, int], dict[str, Record]] = {}  # intents without a ref
+        self.intents: dict[tuple[int, int], list[Record]] = {}
+        self.offers: dict[tuple[int, int], Record] = {}  # where each attempt was placed
+        self.before: dict[int, int] = {}  # job -> attempts made before the newest `resumed`
+        self.stopping: Optional[float] = None  # when the driver saw the stop marker
+        self._run: Optional[Run] = None
+        for record in records:
+            self.apply(record)
+
+    @property
+    def run(self) -> Run:
+        if self._run is None:
+            raise JournalDamaged("a journal without its first record", "see `launch status`")
+        return self._run
+
+    def apply(self, record: Record) -> None:
+        """Take one more record in. Kinds that this version does not know are passed over."""
+        if record["kind"] == "created":
+            self._on_created(record)
+            return
+        handler = getattr(self, f"_on_{record['kind']}", None)
+        if handler is not None:
+            handler(record)
+        self._sum_up()
+
+    def attempt(self, job: int, number: int) -> Attempt:
+        return next(a for a in self.run.jobs[job].attempts if a.number == number)
+
+    def closed(self, job: int, attempt: Attempt) -> bool:
+        """Over, and confirmed to hold nothing."""
+        return (
+            attempt.phase.over
+            and not attempt.refs
+            and not self.open.get((job, attempt.number))
+            and attempt.held in (Held.NONE, Held.GONE)
+        )
+
+    def _on_created(self, record: Record) -> None:
+        self.created, self.recipe = record, record["recipe"]
+        run = Run(
+            id=record["id"],
+            name=record["name"],
+            recipe=record["recipe"]["name"],
+            fingerprint=record["fingerprint"],
+            owner=record["owner"],
+            root=record["root"],
+            created=record["created"],
+        )
+        run.stages = [
+            StageState(id=s["id"], stage=s["stage"], job=s["job"], folder=s["folder"])
+            for s in record["stages"]
+        ]
+        run.jobs = [
+            JobState(j["index"], j["name"], j["backend"], list(j["stages"])) for j in record["jobs"]
+        ]
+        self._run = run
+
+    def _on_driver(self, record: Record) -> None:
+        who = record["driver"]
+        self.run.driver = Driver(who["host"], who["pid"], record["time"], record["epoch"])
+
+    def _on_intent(self, record: Record) -> None:
+        key = (record["job"], record["attempt"])
+        attempts = self.run.jobs[record["job"]].attempts
+        if not attempts or attempts[-1].number != record["attempt"]:
+            offer = self.offers[key] = record["offer"]
+            attempts.append(
+                Attempt(
+                    record["attempt"],
+                    place=offer["place"],
+                    started=record["time"],
+                    capacity=offer["capacity"],
+                    usd_per_hour=offer["usd_per_hour"],
+                )
+            )
+        self.intents.setdefault(key, []).append(record["intent"])
+        self.open.setdefault(key, {})[record["intent"]["name"]] = record["intent"]
+        attempts[-1].phase, attempts[-1].held = Phase.PROVISIONING, Held.CREATING
+
+    def _on_ref(self, record: Record) -> None:
+        attempt = self.attempt(record["job"], record["attempt"])
+        ref = ref_of(record["ref"])
+        waiting = self.open.get((record["job"], record["attempt"]), {})
+        waiting.pop(ref.name, None)
+        attempt.refs = [r for r in attempt.refs if not _same(r, ref)] + [ref]
+        attempt.held = Held.CREATING if waiting else Held.LIVE
+
+    def _on_phase(self, record: Record) -> None:
+        attempt = self.attempt(record["job"], record["attempt"])
+        attempt.phase, attempt.held = Phase(record["phase"]), Held(record["held"])
+        attempt.why, attempt.exit_code = record["why"], record["exit_code"]
+        attempt.cause = record.get("cause", "")
+        if attempt.phase.over and attempt.ended is None:
+            attempt.ended = record["time"]
+        if attempt.held in (Held.NONE, Held.GONE):
+            self.open.pop((record["job"], record["attempt"]), None)
+
+    def _on_gone(self, record: Record) -> None:
+        attempt = self.attempt(record["job"], record["attempt"])
+        ref = ref_of(record["ref"])
+        attempt.refs = [r for r in attempt.refs if not _same(r, ref)]
+        if not attempt.refs and not self.open.get((record["job"], record["attempt"])):
+            attempt.held = Held.GONE
+
+    def _on_stage(self, record: Record) -> None:
+        self._stage(record["id"]).phase = Phase(record["phase"])
+
+    def _on_gate(self, record: Record) -> None:
+        self._stage(record["id"]).gate = (
+            "passed" if record["passed"] else "; ".join(record["lines"])
+        )
+
+    def _on_stop(self, record: Record) -> None:
+        self.stopping = record["time"]
+
+    def _on_resumed(self, record: Record) -> None:
+        run = self.run
+        run.ended, run.exit_code, run.why, run.phase = None, None, "", Phase.PLANNED
+        self.recipe = record.get("recipe", self.recipe)
+        self.before = {job.index: len(job.attempts) for job in run.jobs}
+        self.stopping = None
+        for stage in run.stages:
+            if stage.gate != "passed":
+                stage.gate = None
+
+    def _on_end(self, record: Record) -> None:
+        run = self.run
+        run.ended, run.phase = record["time"], Phase(record["phase"])
+        run.why, run.exit_code = record["why"], record["exit_code"]
+        run.spent_usd = spent(run, record["time"])
+
+    def _stage(self, stage_id: str) -> StageState:
+        return next(stage for stage in self.run.stages if stage.id == stage_id)
+
+    def _sum_up(self) -> None:
+        """The axes of the run, from those of its attempts."""
+        run = self.run
+        attempts = [attempt for job in run.jobs for attempt in job.attempts]
+        run.held = worst(attempt.held for attempt in attempts)
+        fresh = [a for job in run.jobs for a in job.attempts[self.before.get(job.index, 0) :]]
+        if run.ended is not None or not fresh:
+            return
+        newest = fresh[-1]
+        run.phase, run.why, run.usd_per_hour = newest.phase, newest.why, newest.usd_per_hour
+        if self.stopping is not None:
+            run.phase = Phase.STOPPING
+        elif newest.phase.over and newest.phase is not Phase.PREEMPTED:
+            run.phase = Phase.STARTING  # between two attempts, or two jobs
+
+
+def spent(run: Run, now: float) -> Optional[float]:
+    """US dollars of all attempts until `now`; None when a price is unknown."""
+    total = 0.0
+    for job in run.jobs:
+        for attempt in job.attempts:
+            if attempt.usd_per_hour is None:
+                return None
+            total += attempt.usd_per_hour * duration(attempt, now) / 3600
+    return total
+
+
+def duration(attempt: Attempt, now: float) -> float:
+    """Seconds that an attempt lasted, or has lasted until `now`."""
+    if attempt.started is None:
+        return 0.0
+    return max(0.0, (attempt.ended if attempt.ended is not None else now) - attempt.started)
+
+
+def run_of(raw: dict[str, Any]) -> Run:
+    """A `Run` from its JSON (`summary.json`). Errors: KeyError, TypeError, ValueError."""
+    raw = {key: value for key, value in raw.items() if key != "v"}
+    raw["stages"] = [StageState(**{**s, "phase": Phase(s["phase"])}) for s in raw["stages"]]
+    raw["jobs"] = [JobState(**{**j, "attempts": _attempts(j["attempts"])}) for j in raw["jobs"]]
+    raw["driver"] = Driver(**raw["driver"]) if raw["driver"] else None
+    raw["phase"], raw["held"] = Phase(raw["phase"]), Held(raw["held"])
+    return Run(**raw)
+
+
+def ref_of(raw: dict[str, Any]) -> Ref:
+    return Ref(**raw)
+
+
+def worst(held: Iterable[Held]) -> Held:
+    """What to say of several resources at once."""
+    return max(held, key=_MONEY.index, default=Held.NONE)
+
+
+#: From nothing to worry about to the worst.
+_MONEY = (Held.NONE, Held.GONE, Held.DELETING, Held.CREATING, Held.LIVE, Held.LEAKED)
+
+
+def _attempts(raw: list[dict[str, Any]]) -> list[Attempt]:
+    return [
+        Attempt(
+            **{
+                **attempt,
+                "phase": Phase(attempt["phase"]),
+                "held": Held(attempt["held"]),
+                "refs": [ref_of(ref) for ref in attempt["refs"]],
+            }
+        )
+        for attempt in raw
+    ]
+
+
+def _same(one: Ref, other: Ref) -> bool:
+    return (one.kind, one.name, one.place) == (other.kind, other.name, other.place)

@@ -1,0 +1,210 @@
+"""The record of a run: create-once records in two places. `fold` makes a `Run` of them.
+
+A record is whole or absent, its number is the fence between drivers, and the copy in
+$LAUNCH_HOME heals the one under the artifact root. Nothing here decides; the engine does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Optional
+
+from launcher.clock import Clock
+from launcher.errors import HeldElsewhere, JournalDamaged, UsageError
+from launcher.fold import Fold as Fold
+from launcher.fold import Record
+from launcher.fold import fold as fold
+from launcher.home import unwritable, write
+
+VERSION = 1
+
+
+class Journal:
+    """The journal of one run. `root` is the artifact root, `home` the run's folder in
+    $LAUNCH_HOME. Call `read` before `append`: a writer must know the newest number."""
+
+    def __init__(self, home: Path, root: Path, clock: Clock) -> None:
+        self.first = root / "journal"
+        self.copy = home / "journal"
+        self.clock = clock
+        self.name = home.name  # how messages call the run
+        self.seq = 0
+        self.epoch = 0
+        self.warnings: list[str] = []
+
+    def append(self, kind: str, **facts: Any) -> Record:
+        """Write the next record, in both places, and return it.
+
+        Errors: `HeldElsewhere` when that number exists already: another driver wrote it.
+        `Unwritable` when the disk refuses; what is written so far is whole.
+        """
+        record: Record = {
+            "v": VERSION,
+            "seq": self.seq + 1,
+            "epoch": self.epoch,
+            "time": self.clock.now(),
+            "driver": {"host": socket.gethostname(), "pid": os.getpid()},
+            "kind": kind,
+            **facts,
+        }
+        text = json.dumps(record, default=_plain) + "\n"
+        file = self.first / _name(self.seq + 1)
+        try:
+            won = _create_once(file, text)
+        except OSError as error:
+            raise unwritable(self.first, error) from error
+        if not won and file.read_text() != text:  # equal: a file system that repeated our request
+            raise self._lost_to(_parse(file, self.seq + 1))
+        self.seq += 1
+        write(self.copy / file.name, text)
+        plain: Record = json.loads(text)
+        return plain
+
+    def read(self, heal: bool = False) -> list[Record]:
+        """All records, in order. With `heal` (drivers only) damaged or missing ones are replaced
+        by their whole copy, and a last record damaged in both places is set aside: the engine asks
+        the backends again. Each repair leaves a line in `warnings`.
+
+        Errors: `JournalDamaged` for a record that has no whole copy, with both paths.
+        """
+        self.warnings = []
+        listed = sorted(_numbers(self.first) | _numbers(self.copy))
+        records: list[Record] = []
+        for number in listed:
+            record = self._one(number, heal) if number == len(records) + 1 else None
+            if record is None and number == listed[-1] and number == len(records) + 1 > 1:
+                self._set_aside(number, heal)
+                break
+            if record is None:
+                missing = _name(len(records) + 1)
+                raise JournalDamaged(
+                    f"record {missing} cannot be read in {self.first} nor in {self.copy}",
+                    "put a whole copy of it in one of the two folders; "
+                    "`launch teardown --all` still finds what this run holds",
+                )
+            records.append(record)
+        self.seq = len(records)
+        self.epoch = records[-1]["epoch"] if records else 0
+        return records
+
+    def _lost_to(self, winner: Optional[Record]) -> HeldElsewhere:
+        who = {**winner["driver"], "since": winner["time"]} if winner else None
+        return held_elsewhere(who, self.name)
+
+    def _one(self, number: int, heal: bool) -> Optional[Record]:
+        """The record `number` from whichever place has it whole; None: from neither."""
+        first, copy = self.first / _name(number), self.copy / _name(number)
+        for source, other in ((first, copy), (copy, first)):
+            record = _parse(source, number)
+            if record is None:
+                continue
+            if source is copy:
+                state = "damaged" if first.exists() else "missing"
+                self.warnings.append(f"{first} is {state}: read from {copy}")
+            if heal and _parse(other, number) is None:
+                write(other, source.read_text())
+            return record
+        return None
+
+    def _set_aside(self, number: int, heal: bool) -> None:
+        self.warnings.append(
+            f"the last record, {_name(number)}, is damaged in {self.first} and in {self.copy}: "
+            "set aside"
+        )
+        if heal:
+            for file in (self.first / _name(number), self.copy / _name(number)):
+                with suppress(FileNotFoundError):
+                    file.replace(file.with_suffix(f".{secrets.token_hex(3)}.damaged"))
+
+
+def held_elsewhere(who: Optional[Mapping[str, Any]], name: str) -> HeldElsewhere:
+    """The error for a run that another driver holds: {"host", "pid", "since"} as far as known."""
+    hint = f"`launch attach {name}` follows it; --take-over drives it from here"
+    if not who:
+        return HeldElsewhere(f"another driver holds {name}", hint)
+    since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(who["since"]))
+    return HeldElsewhere(
+        f"{name} is driven by {who['host']} (process {who['pid']}) since {since}", hint
+    )
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.json"
+
+
+def _numbers(folder: Path) -> set[int]:
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 (status lists many of these)
+    except FileNotFoundError:
+        return set()
+    return {int(n[:8]) for n in names if len(n) == 13 and n.endswith(".json") and n[:8].isdigit()}
+
+
+def _parse(file: Path, number: int) -> Optional[Record]:
+    """The record in `file`, or None when it is absent, cut, or not that record."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("seq") != number or "kind" not in record:
+        return None
+    if record.get("v", 0) > VERSION:
+        raise UsageError(f"{file}: written by a newer version of launch", "upgrade launch-llm")
+    return record
+
+
+def _create_once(file: Path, text: str) -> bool:
+    """Bring `file` into being, whole and on the disk; False when it is there already."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
+    try:
+        with temporary.open("w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return _exclusive(file, text)  # a file system without hard links
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return True
+
+
+def _exclusive(file: Path, text: str) -> bool:
+    try:
+        with file.open("x") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """Refs and intents as JSON objects (`json.dumps` asks here for what it does not know)."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if hasattr(value, "items"):
+        return dict(value.items())
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot stand in a journal")

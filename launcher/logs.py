@@ -1,0 +1,150 @@
+"""The logs of a run, from however many workers, jobs and attempts: in time order, each line once.
+
+A backend yields what is there and ends (contract 5 of `launcher.backends.base`); resuming after a
+cut connection, dropping what was already shown, and following until the end happen here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Optional
+
+from launcher import backends
+from launcher.backends.base import Env, JobHandle, Line, LogQuery
+from launcher.errors import Transient, UsageError
+from launcher.run import Attempt, JobState, Run
+
+_RELATIVE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+#: How many lines back a backend may repeat itself and still be noticed.
+_REMEMBERED = 50_000
+#: Looks in a row that may fail before `Transient` is passed on.
+_PATIENCE = 20
+#: A run that is over is read once more after this many seconds: the last lines may arrive late.
+_DRAIN = 1.0
+
+
+class Reader:
+    """What a run has logged since the last look. Keeps a cursor for each attempt of each job."""
+
+    def __init__(
+        self, env: Env, worker: Optional[int] = None, since: Optional[float] = None
+    ) -> None:
+        self.env, self.worker, self.since = env, worker, since
+        self._attempts: dict[tuple[str, int], _Position] = {}
+
+    def new(self, run: Run) -> Iterator[Line]:
+        """The lines that were not read yet: attempts in order, and within one attempt by time.
+
+        Errors: those of the backend; `Transient` may come between two lines. Nothing is lost or
+        doubled then: call again.
+        """
+        for job in run.jobs:
+            for attempt in job.attempts:
+                position = self._attempts.setdefault((job.name, attempt.number), _Position())
+                yield from self._attempt(run, job, attempt, position)
+
+    def _attempt(
+        self, run: Run, job: JobState, attempt: Attempt, position: _Position
+    ) -> Iterator[Line]:
+        handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
+        query = LogQuery(self.worker, position.cursor, self.since)
+        for line in backends.load(job.backend).logs(handle, query, self.env):
+            fresh = position.take(line)
+            if not fresh or (self.worker is not None and line.worker != self.worker):
+                continue
+            if self.since is None or line.time >= self.since:
+                yield line
+
+
+def read(
+    run: Run,
+    env: Env,
+    *,
+    worker: Optional[int] = None,
+    since: Optional[float] = None,
+    tail: Optional[int] = None,
+) -> Iterable[Line]:
+    """Everything logged so far, or exactly the last `tail` lines of it."""
+    lines = _patiently(Reader(env, worker, since), run)
+    return lines if tail is None else deque(lines, maxlen=max(tail, 0))
+
+
+def follow(
+    look: Callable[[], Run],
+    env: Env,
+    *,
+    worker: Optional[int] = None,
+    since: Optional[float] = None,
+    tail: Optional[int] = None,
+    every: float = 0.5,
+) -> Iterator[Line]:
+    """Lines as they come, until the run is over and nothing more arrives. `look` gives the run as
+    it is now; `env.clock` waits. With `tail`, only the last lines of what was there before."""
+    reader = Reader(env, worker, since)
+    run = look()
+    lines = _patiently(reader, run)
+    yield from lines if tail is None else deque(lines, maxlen=max(tail, 0))
+    while run.ended is None:
+        env.clock.sleep(every)
+        run = look()
+        yield from _patiently(reader, run)
+    env.clock.sleep(_DRAIN)
+    yield from _patiently(reader, run)
+
+
+def since(text: str, now: float) -> float:
+    """`10m`, `2h`, `30s`, `1d` ago, or an ISO time (UTC unless it says otherwise), in UTC seconds.
+    Errors: `UsageError`."""
+    relative = _RELATIVE.match(text)
+    if relative:
+        return now - float(relative[1]) * _SECONDS[relative[2]]
+    try:  # Python 3.10 reads no trailing Z
+        moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
+        aware = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return aware.timestamp()
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"--since '{text}': not a time", "give 90s, 10m, 2h, 1d, or 2026-11-21T08:30:00Z"
+        ) from None
+
+
+@dataclass
+class _Position:
+    """How far one attempt has been read."""
+
+    cursor: Mapping[str, Any] = field(default_factory=dict)
+    _seen: set[tuple[Any, ...]] = field(default_factory=set)
+    _order: deque[tuple[Any, ...]] = field(default_factory=deque)
+
+    def take(self, line: Line) -> bool:
+        """Move past `line`; False when it was seen before."""
+        self.cursor = line.cursor
+        key = (line.worker, line.time, line.text, repr(line.cursor))
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        self._order.append(key)
+        if len(self._order) > _REMEMBERED:
+            self._seen.discard(self._order.popleft())
+        return True
+
+
+def _patiently(reader: Reader, run: Run) -> Iterator[Line]:
+    """Everything new, going on after cut connections until several in a row bring nothing."""
+    failures = 0
+    while True:
+        try:
+            for line in reader.new(run):
+                failures = 0
+                yield line
+            return
+        except Transient as signal:
+            failures += 1
+            if failures > _PATIENCE:
+                raise
+            reader.env.clock.sleep(signal.after)

@@ -1,0 +1,292 @@
+"""What a run will create and cost, before anything is created: jobs, requests, prices.
+
+Pure but for reading the environment it is given: the engine sends the very requests that `make`
+shows, with their holes filled by `fill`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from launcher import backends, hardware
+from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
+from launcher.errors import Signal
+from launcher.rules import STAGE_REFERENCE
+from launcher.run import JSON_VERSION
+from launcher.spec import Budget, Recipe, Stage, Vertex
+from trainer.config import Job, StageConfig, to_dict
+
+if TYPE_CHECKING:
+    from launcher.bundle import Bundle
+
+#: The run id of a preview; a run that starts gets its own.
+PREVIEW = "0" * 16
+_STAGE_FIELDS = ("model", "data", "train", "kd", "tokenizer", "evaluate")
+_PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """One job. `offers` are in the order in which they are tried; `usd_per_hour` is that of the
+    first, None: unknown, or no offer."""
+
+    index: int
+    name: str
+    backend: str
+    accelerator: str
+    nodes: int
+    stages: tuple[str, ...]
+    offers: tuple[Offer, ...]
+    intents: tuple[Intent, ...]
+    usd_per_hour: Optional[float]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """`usd_total`: the most that the run can cost within its budget, None: unknown."""
+
+    recipe: str
+    root: str
+    jobs: tuple[JobPlan, ...]
+    hours: Optional[float]
+    usd_per_hour: Optional[float]
+    usd_total: Optional[float]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"v": JSON_VERSION, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """The plan for a reader, one line a fact."""
+        count = sum(len(job.stages) for job in self.jobs)
+        lines = [f"{self.recipe}: {_many(count, 'stage')} in {_many(len(self.jobs), 'job')}"]
+        for job in self.jobs:
+            lines += _job_lines(job)
+        lines.append(f"artifacts: {self.root}")
+        lines.append(_cost_line(self))
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def jobs(recipe: Recipe) -> list[list[Stage]]:
+    """Stages by job: contiguous stages on equal hardware share one, so that they need no driver
+    between them; a gate ends its job, because only the driver can answer it."""
+    found: list[list[Stage]] = []
+    for stage in recipe.stages:
+        before = found[-1][-1] if found else None
+        if before is None or before.gate or before.hardware != stage.hardware:
+            found.append([])
+        found[-1].append(stage)
+    return found
+
+
+def stage_configs(recipe: Recipe, stages: Iterable[Stage], root: str) -> tuple[StageConfig, ...]:
+    """What the trainer is told: `${stage:ID}` is that stage's folder under `root`, a stage of a
+    pipeline writes to its own folder, a recipe without pipeline to `root` itself."""
+    return tuple(_stage_config(recipe, stage, root) for stage in stages)
+
+
+def artifact_root(recipe: Recipe, run_id: str, run_name: str, home: Path) -> str:
+    """The run's artifact root; `{run}` is the run's name. Without `{run}` the name is added: two
+    runs may not share a folder."""
+    if recipe.artifacts is None:
+        return str(home / "runs" / run_id / "artifacts")
+    if "{run}" in recipe.artifacts:
+        return recipe.artifacts.replace("{run}", run_name)
+    return f"{recipe.artifacts.rstrip('/')}/{run_name}"
+
+
+def job_spec(
+    recipe: Recipe, run_id: str, run_name: str, index: int, root: str, home: Path,
+    bundle: Bundle, owner: str, env: Env, commit: Optional[str] = None,
+) -> JobSpec:  # fmt: skip
+    """Job `index` of `recipe` as a backend takes it. The boot specification (docs/contracts.md)
+    holds `${attempt}`, and references to secrets, never their values."""
+    stages = jobs(recipe)[index]
+    asked = stages[0].hardware
+    project = next((env.environ[v] for v in _PROJECT_VARIABLES if env.environ.get(v)), None)
+    if asked.backend == "vertex":
+        vertex = asked.vertex or Vertex()
+        project = vertex.project or project
+        asked = replace(asked, vertex=replace(vertex, project=project))
+    name = f"{run_name}-j{index}"
+    local = asked.backend == "local"
+    work = str(home / "local" / name) if local else f"/tmp/launch/{name}"
+    hours = recipe.budget.hours
+    job = Job(
+        run=run_id,
+        stages=stage_configs(recipe, stages, root),
+        control=f"{root}/control",
+        commit=commit,
+        project=project,
+    )
+    boot = {
+        "schema": 1,
+        "run": run_id,
+        "name": name,
+        "job_index": index,
+        "attempt": "${attempt}",
+        "owner": owner,
+        "bundle": {"url": str(bundle.path), "sha256": bundle.sha256, "bytes": bundle.bytes},
+        "job": {**to_dict(job), "attempt": "${attempt}"},
+        "root": root,
+        "work": work + "-a${attempt}",
+        "python": (asked.local and asked.local.python) or (env.python if local else "python3"),
+        "workers": hardware.parse(asked.accelerator).count,
+        "nodes": asked.nodes,
+        "env": dict(recipe.env),
+        "secrets": dict(recipe.secrets),
+        "deadline_seconds": None if hours is None else hours * 3600,
+        "grace_seconds": 600,
+    }
+    labels = {"launch-run": run_id, "launch-owner": owner}
+    return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets, hours)
+
+
+_HOLE = re.compile(r"\$\{([a-z]+(?::[^{}]+)?)\}")
+
+
+def fill(request: Any, holes: Mapping[str, Any]) -> Any:
+    """`request` with `${attempt}`, `${resume}`, `${offer}`, `${ref:NAME}` from `holes`. A string
+    that is one hole takes the value with its type; names not in `holes` stay as they are."""
+    if isinstance(request, Mapping):
+        return {key: fill(value, holes) for key, value in request.items()}
+    if isinstance(request, (list, tuple)):
+        return [fill(value, holes) for value in request]
+    if not isinstance(request, str):
+        return request
+    whole = _HOLE.fullmatch(request)
+    if whole and whole[1] in holes:
+        return holes[whole[1]]
+    return _HOLE.sub(lambda m: str(holes[m[1]]) if m[1] in holes else m[0], request)
+
+
+def affordable(offers: Iterable[Offer], budget: Budget) -> list[Offer]:
+    """Offers within `budget.usd_per_hour`; an unknown price cannot be shown to exceed it."""
+    cap = budget.usd_per_hour
+    return [o for o in offers if cap is None or o.usd_per_hour is None or o.usd_per_hour <= cap]
+
+
+def make(
+    recipe: Recipe, env: Env, bundle: Optional[Bundle] = None, run_id: str = PREVIEW
+) -> RunPlan:
+    """The plan of a run that starts now. Reads offers of the backends; creates nothing but the
+    trainer's bundle under $LAUNCH_HOME, when none is given."""
+    if bundle is None:
+        from launcher.bundle import build
+
+        bundle = build(env.home)
+    run_name = f"{recipe.name}-{run_id[-6:]}"
+    root = artifact_root(recipe, run_id, run_name, env.home)
+    notes: list[str] = []
+    planned = []
+    for index, stages in enumerate(jobs(recipe)):
+        spec = job_spec(recipe, run_id, run_name, index, root, env.home, bundle, env.owner, env)
+        planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes))
+    rates = [job.usd_per_hour for job in planned]
+    rate = None if None in rates else max(r for r in rates if r is not None)
+    total = _total(rate, recipe.budget)
+    if rate is None and (recipe.budget.usd_per_hour or recipe.budget.usd):
+        notes.append("a price is unknown, so the budget in USD cannot be checked in advance")
+    return RunPlan(
+        recipe.name, root, tuple(planned), recipe.budget.hours, rate, total,
+        tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+def _plan_job(
+    index: int, stages: list[Stage], spec: JobSpec, budget: Budget, env: Env, notes: list[str]
+) -> JobPlan:
+    backend = backends.load(spec.hardware.backend)
+    intents: tuple[Intent, ...] = ()
+    offers: list[Offer] = []
+    try:
+        found = list(backend.offers(spec.hardware, env))
+        offers = affordable(found, budget)
+        if found and not offers:
+            cheapest = min(o.usd_per_hour for o in found if o.usd_per_hour is not None)
+            notes.append(f"job {index}: the cheapest offer is {cheapest:.2f} USD an hour, "
+                         f"budget.usd_per_hour is {budget.usd_per_hour:g}")  # fmt: skip
+        if offers:
+            intents = tuple(backend.plan(spec, offers[0]).intents)
+    except Signal as signal:
+        notes.append(f"job {index}: {signal}" + (f" ({signal.hint})" if signal.hint else ""))
+    if isinstance(backend, CanWarn):
+        notes.extend(backend.warnings(spec.hardware, env))
+    asked = spec.hardware
+    return JobPlan(
+        index, spec.name, asked.backend, asked.accelerator, asked.nodes,
+        tuple(stage.id for stage in stages), tuple(offers), intents,
+        offers[0].usd_per_hour if offers else None,
+    )  # fmt: skip
+
+
+def _stage_config(recipe: Recipe, stage: Stage, root: str) -> StageConfig:
+    folder = _join(root, stage.id) if recipe.pipeline else root
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, str):
+            return STAGE_REFERENCE.sub(lambda match: _join(root, match[1]), value)
+        if isinstance(value, tuple):
+            return tuple(resolve(item) for item in value)
+        if isinstance(value, Mapping):
+            return {key: resolve(item) for key, item in value.items()}
+        if hasattr(value, "__dataclass_fields__"):
+            changed = {name: resolve(getattr(value, name)) for name in value.__dataclass_fields__}
+            return replace(value, **changed)
+        return value
+
+    blocks = {name: resolve(getattr(stage, name)) for name in _STAGE_FIELDS}
+    return StageConfig(id=stage.id, stage=stage.stage, output=folder, **blocks)
+
+
+def _join(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"
+
+
+def _total(rate: Optional[float], budget: Budget) -> Optional[float]:
+    """Hours at the dearest job's rate, and never more than the budget in USD."""
+    if rate == 0:
+        return 0.0
+    bounds = [] if rate is None or budget.hours is None else [rate * budget.hours]
+    if rate is not None and budget.usd is not None:
+        bounds.append(budget.usd)
+    return min(bounds, default=None)
+
+
+def _job_lines(job: JobPlan) -> list[str]:
+    nodes = f" on {job.nodes} nodes" if job.nodes > 1 else ""
+    lines = [f"job {job.index}: {', '.join(job.stages)}"]
+    lines.append(f"  needs {job.accelerator}{nodes} ({job.backend})")
+    for offer in job.offers:
+        word = "place" if offer is job.offers[0] else "else"
+        machine = f", {offer.machine}" if offer.machine else ""
+        lines.append(f"  {word} {offer.place}{machine}, {offer.capacity}: {_price(offer)}")
+    for intent in job.intents:
+        name = fill(intent.name, {"attempt": 1})
+        bills = " (bills)" if intent.billable and job.usd_per_hour != 0 else ""
+        lines.append(f"  creates {intent.kind} {name}{bills}")
+    return lines
+
+
+def _price(offer: Offer) -> str:
+    if offer.usd_per_hour == 0:
+        return "free"
+    price = "price unknown" if offer.usd_per_hour is None else f"{offer.usd_per_hour:.2f} USD/h"
+    return price + (f" ({offer.price_source})" if offer.price_source else "")
+
+
+def _cost_line(plan: RunPlan) -> str:
+    if plan.usd_total == 0:
+        return "cost: nothing"
+    rate = "unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
+    total = "unknown" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
+    hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
+    return f"cost: {rate}, at most {total} ({hours})"
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" + ("" if count == 1 else "s")

@@ -1,0 +1,171 @@
+"""From a recipe file to `spec.Recipe`.
+
+Everything that is wrong is found in one reading and reported together, each with its position.
+`sources` reads files and `--set`, `drafts` merges the stages, `rules` judges what may stand
+together; the types are those of `spec` and `trainer.config`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from launcher import drafts, rules
+from launcher.drafts import NAME_RULE, Draft, absolute
+from launcher.errors import RecipeErrors
+from launcher.positions import Node, Position, Problems, locate, plain
+from launcher.sources import Sources
+from launcher.spec import NAME, Budget, Recipe, Retry, Stage
+from trainer.config import STAGES, KeyPath, Problem, build, dotted, missing_blocks, to_dict
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`canonical` is the resolved recipe as JSON-able data, `fingerprint` the sha256 of it."""
+
+    recipe: Recipe
+    canonical: dict[str, Any]
+    fingerprint: str
+    path: Path
+
+
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    on: Optional[str] = None,
+    environ: Optional[Mapping[str, str]] = None,
+) -> Loaded:
+    """Read the recipe at `path`. `overrides` are the `a.b=c` of `--set`, `on` replaces the backend
+    and drops what only the old one understands, `environ` (default: the process's) fills `${VAR}`.
+    Errors: `RecipeErrors`, every problem of the recipe, sorted by position."""
+    problems: Problems = []
+    sources = Sources(os.environ if environ is None else environ, problems)
+    recipe = _read(sources, str(path), overrides, on)
+    if recipe is None or problems:
+        raise RecipeErrors(list(dict.fromkeys(f"{at}: {what}" for at, what in sorted(problems))))
+    canonical = to_dict(recipe)
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return Loaded(recipe, canonical, hashlib.sha256(text.encode()).hexdigest(), Path(path))
+
+
+def _read(
+    sources: Sources, path: str, overrides: Iterable[str], on: Optional[str]
+) -> Optional[Recipe]:
+    tree = sources.file(path, Position(path), ())
+    if tree is None:
+        return None
+    tree, values = sources.overridden(tree, overrides)
+    tree, stages = drafts.draft(tree, path, sources)
+    if on is not None:
+        tree, stages = drafts.place_on(on, tree, stages)
+    if "pipeline" in tree.map:
+        _without_effect(values, tree, stages, sources.problems)
+    typed = [_stage(stage, stages, sources) for stage in stages]
+    return _whole(tree, [stage for stage in typed if stage is not None], stages, sources)
+
+
+def _without_effect(
+    values: list[Node], tree: Node, stages: list[Draft], problems: Problems
+) -> None:
+    """A `--set` that every stage overrides would otherwise be dropped in silence."""
+    rest = [node for key, node in tree.map.items() if key not in drafts.SHARED]
+    told = _options([*rest, *(stage.node for stage in stages)]) | {at for at, _ in problems}
+    for value in values:
+        if value.value is not None and value.at not in told:
+            key = value.at.where.removeprefix("--set ")
+            what = f"has no effect: every stage says otherwise; use pipeline.ID.{key}"
+            problems.append((value.at, what))
+
+
+def _options(nodes: Iterable[Node]) -> set[Position]:
+    """Positions of options (not of files) anywhere below `nodes`."""
+    found: set[Position] = set()
+    for node in nodes:
+        if not node.at.line:
+            found.add(node.at)
+        found |= _options([*node.map.values(), *node.items])
+    return found
+
+
+def _stage(draft: Draft, stages: list[Draft], sources: Sources) -> Optional[Stage]:
+    """The typed stage, None when something is wrong with it. The rules are tried on those blocks
+    that are sound, so that one reading tells everything."""
+    node, before = draft.node, len(sources.problems)
+    if draft.kind is not None:
+        for block in missing_blocks(draft.kind, node.map):
+            sources.problems.append((draft.at, f"stage '{draft.kind}' needs a `{block}` block"))
+    if "stage" not in node.map:
+        return None
+    data = {**plain(node), "id": draft.id, "needs": draft.needs}
+    found: list[Problem] = []
+    stage: Optional[Stage] = build(Stage, data, (), found)
+    _report(found, node, sources)
+    wrong = {path[0] for path, _ in found}
+    if stage is None:
+        sound = {key: value for key, value in data.items() if key not in wrong}
+        stage = build(Stage, {"stage": STAGES[0], **sound}, (), [])
+    if stage is not None:
+        earlier = rules.reachable(draft.id, {d.id: d.needs for d in stages})
+        known, complete = [d.id for d in stages], len(sources.problems) == before
+        _report(rules.stage_problems(stage, earlier, known, complete), node, sources)
+    return stage if len(sources.problems) == before else None
+
+
+def _whole(
+    tree: Node, typed: list[Stage], stages: list[Draft], sources: Sources
+) -> Optional[Recipe]:
+    _version_and_name(tree, sources.problems)
+    top: dict[str, Any] = {}
+    for key, kind in (("description", str), ("budget", Budget), ("retry", Retry),
+                      ("env", Mapping[str, str]), ("artifacts", str)):  # fmt: skip
+        node = tree.get(key)
+        if node is not None and node.value is not None:
+            found: list[Problem] = []
+            top[key] = build(kind, plain(node), (key,), found)
+            _report(found, tree, sources)
+    empty = Node({}, tree.at)
+    secrets, env = tree.get("secrets") or empty, tree.get("env") or empty
+    sources.problems += rules.secret_problems(secrets, env)
+    _report(rules.recipe_problems(drafts.backends_of(stages), top, secrets), tree, sources)
+    if sources.problems:
+        return None
+    if "://" not in top.get("artifacts", "://"):
+        top["artifacts"] = absolute(top["artifacts"], tree.map["artifacts"].at)
+    top["secrets"] = plain(secrets) or {}
+    return Recipe(name=plain(tree)["name"], stages=tuple(typed), **top)
+
+
+def _version_and_name(tree: Node, problems: Problems) -> None:
+    version, name = tree.get("launch"), tree.get("name")
+    if version is None:
+        problems.append((tree.at, f"missing key `launch`; write `launch: {VERSION}`"))
+    elif version.value != VERSION or isinstance(version.value, bool):
+        what = f"launch: this version reads recipes of version {VERSION}, not {plain(version)!r}"
+        problems.append((version.at, what))
+    if name is None:
+        problems.append((tree.at, "missing key `name`"))
+    elif not isinstance(name.value, str) or not NAME.fullmatch(name.value):
+        problems.append((name.at, f"name: {plain(name)!r} is not a name; {NAME_RULE}"))
+
+
+def _report(found: Iterable[Problem], node: Node, sources: Sources) -> None:
+    for path, what in found:
+        at = locate(node, path, of_key=what.startswith("unknown key"))
+        if at not in sources.unread:
+            sources.problems.append((at, _say(path, what)))
+
+
+def _say(path: KeyPath, what: str) -> str:
+    if what.startswith("expected"):
+        what = re.sub(r"got None$", "got null", what)
+        if re.match(r"expected a string, got (-?[\d.]|True|False)", what):
+            what += "; write it in quotes"
+    return f"{dotted(path)}: {what}" if path else what

@@ -1,0 +1,111 @@
+"""What the engine decides by: may a job be tried again, where, after how long. Pure functions of
+the attempts in the journal, so that a driver that starts again decides as the one before it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Optional
+
+from launcher.backends.base import Offer, Phase
+from launcher.errors import Again, Denied, Exit, Signal
+from launcher.run import Attempt
+from launcher.spec import Retry
+
+#: Exit codes of boot that trying again cannot change (docs/contracts.md).
+HOPELESS = {64: "the configuration", 65: "the data", 78: "the environment"}
+#: How often one request is sent before its attempt counts as failed.
+REQUESTS = 8
+
+# Why an attempt is over; each but the last three has its count in `retry:`.
+CAPACITY = "capacity"
+PREEMPTED = "preempted"
+INFRASTRUCTURE = "infrastructure"
+JOB = "job"
+ACCESS = "access"
+REQUEST = "request"
+STOP = "stop"
+
+_EXIT = {CAPACITY: Exit.CAPACITY, PREEMPTED: Exit.CAPACITY, ACCESS: Exit.ACCESS,
+         REQUEST: Exit.USAGE}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ends."""
+
+    phase: Phase
+    why: str
+    exit_code: int
+
+
+def cause_of_signal(signal: Exception) -> str:
+    """Why an attempt that could not be placed is over."""
+    if isinstance(signal, Signal) and signal.again is Again.NEXT_PLACE:
+        return CAPACITY
+    if isinstance(signal, Signal) and signal.again is Again.HERE:
+        return INFRASTRUCTURE
+    return ACCESS if isinstance(signal, (Denied, OSError)) else REQUEST
+
+
+def cause_of_phase(phase: Phase) -> str:
+    """Why an attempt that was placed is over; empty while it is not, or when it succeeded."""
+    return {
+        Phase.PREEMPTED: PREEMPTED,
+        Phase.FAILED: JOB,
+        Phase.LOST: INFRASTRUCTURE,
+        Phase.CANCELLED: STOP,
+    }.get(phase, "")
+
+
+def give_up(attempts: Sequence[Attempt], retry: Retry) -> Optional[Outcome]:
+    """The end of the run when the newest of `attempts` was one too many; None: try again.
+    `attempts` are those of one job since it was last resumed."""
+    last = attempts[-1]
+    if last.exit_code in HOPELESS:
+        why = f"{last.why} (not tried again: exit code {last.exit_code} blames "
+        return Outcome(Phase.FAILED, f"{why}{HOPELESS[last.exit_code]})", Exit.JOB)
+    if last.cause in (ACCESS, REQUEST):
+        return Outcome(Phase.FAILED, last.why, _EXIT[last.cause])
+    allowed = {CAPACITY: retry.capacity, PREEMPTED: retry.preempted,
+               INFRASTRUCTURE: retry.infrastructure}.get(last.cause, retry.job)  # fmt: skip
+    times = sum(attempt.cause == last.cause for attempt in attempts)
+    if times <= allowed:
+        return None
+    counted = f" ({times} times; retry.{last.cause}: {allowed})" if times > 1 else ""
+    phase = Phase.LOST if last.phase is Phase.LOST else Phase.FAILED
+    return Outcome(phase, f"{last.why}{counted}", _EXIT.get(last.cause, Exit.JOB))
+
+
+def choose(offers: Sequence[Offer], attempts: Sequence[Attempt]) -> tuple[Offer, float]:
+    """The offer to try next and the seconds to wait before it.
+
+    Offers are walked in their order; after the last one the walk starts again, each round after a
+    longer wait (30 s, doubling to 10 minutes). A place that preempted is left for another one of
+    the same capacity, so that a preemption alone never moves a run to a dearer capacity.
+    """
+    streak = starved(attempts)
+    failed = Counter((attempt.place, attempt.capacity) for attempt in streak)
+    rounds = min(failed[offer.place, offer.capacity] for offer in offers)
+    before = attempts[len(attempts) - len(streak) - 1] if len(attempts) > len(streak) else None
+    if before is not None and before.phase is Phase.PREEMPTED:
+        elsewhere = any(o.capacity == before.capacity and o.place != before.place for o in offers)
+        failed[before.place, before.capacity] += int(elsewhere)
+    offer = min(offers, key=lambda offer: failed[offer.place, offer.capacity])
+    if rounds and failed[offer.place, offer.capacity] > 0:
+        return offer, min(30.0 * 2 ** (rounds - 1), 600.0)
+    if not attempts or attempts[-1].cause == CAPACITY:
+        return offer, 0.0
+    return offer, backoff(sum(a.cause == attempts[-1].cause for a in attempts))
+
+
+def starved(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The newest attempts that found no capacity, back to the last one that did."""
+    return list(takewhile(lambda a: a.cause == CAPACITY, reversed(attempts)))[::-1]
+
+
+def backoff(times: int) -> float:
+    """Seconds to wait after the `times`-th failure in a row: 1, 2, 4 ... 60."""
+    return min(2.0 ** (max(times, 1) - 1), 60.0)

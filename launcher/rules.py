@@ -1,0 +1,249 @@
+"""What may stand together in a recipe, beyond types: each rule yields (path of a key, message)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from launcher import backends, hardware
+from launcher.positions import Node, Problems
+from launcher.spec import Gate, Stage
+from trainer.config import KeyPath, Problem, Source, nearest, to_dict
+
+STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
+#: What each backend can be asked for; backends that are not listed judge for themselves.
+CAPACITY = {"local": ("standard",), "vertex": ("spot", "standard", "flex")}
+_CLOUD = {"vertex": "gcp"}
+_SECRET = re.compile(
+    r"env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
+)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
+_SECRET_FORMS = "env://NAME or secret-manager://PROJECT/NAME"
+
+
+def reachable(stage_id: str, needs: Mapping[str, Collection[str]]) -> set[str]:
+    """Every stage that `stage_id` waits for, through any number of `needs`."""
+    found: set[str] = set()
+    todo = list(needs.get(stage_id, ()))
+    while todo:
+        step = todo.pop()
+        if step not in found:
+            found.add(step)
+            todo.extend(needs.get(step, ()))
+    return found
+
+
+def stage_problems(
+    stage: Stage, earlier: Collection[str], known: Sequence[str], complete: bool
+) -> Iterator[Problem]:
+    """Problems of one stage. `earlier`: stages it can reach; `known`: all ids, in order;
+    `complete`: no block was left out because of problems of its own."""
+    yield from _hardware(stage)
+    if complete:
+        yield from _training(stage)
+    yield from _references(stage, earlier, known)
+    for index, gate in enumerate(stage.gate):
+        for key, what in _gate(gate, stage, earlier, known):
+            yield ("gate", index, key), what
+    if stage.hardware.backend == "local":
+        yield from _local_data(stage)
+    if stage.hardware.backend == "vertex":
+        yield from _cloud_data(stage)
+
+
+def recipe_problems(
+    used: Collection[str], top: Mapping[str, Any], secrets: Node
+) -> Iterator[Problem]:
+    """Problems between the backends `used` and what the recipe says once, at its top."""
+    artifacts = top.get("artifacts")
+    text = artifacts or ""
+    if wrong := set(re.findall(r"\{[^}]*\}?", text)) - {"{run}"}:
+        yield ("artifacts",), f"{min(wrong)} is not known; only {{run}} is filled in"
+    if "vertex" in used and not text.startswith("gs://"):
+        yield ("artifacts",), "backend 'vertex' needs a bucket: gs://BUCKET/FOLDER/{run}"
+    if "local" in used and "://" in text.removeprefix("file://"):
+        yield ("artifacts",), "backend 'local' writes to a folder of this machine, or leave it out"
+    for name, node in secrets.map.items():
+        reference = str(node.value)
+        if not _SECRET.fullmatch(reference):
+            continue
+        if "local" in used and not reference.startswith("env://"):
+            yield ("secrets", name), "backend 'local' reads secrets from env://NAME only"
+        if "vertex" in used and not reference.startswith("secret-manager://"):
+            yield (
+                ("secrets", name),
+                "a Vertex AI job reads secret-manager://PROJECT/NAME only: "
+                "its environment is shown to everybody who may list jobs",
+            )
+    for name in top.get("env") or ():
+        if not _VARIABLE.fullmatch(name):
+            yield ("env", name), "is not the name of a variable"
+
+
+def secret_problems(secrets: Node, env: Node) -> Problems:
+    """Secrets must be references. The messages never repeat a value."""
+    problems: Problems = []
+    if not isinstance(secrets.value, dict) and secrets.value is not None:
+        problems.append((secrets.at, f"secrets: expected a mapping of NAME to {_SECRET_FORMS}"))
+    for name, node in secrets.map.items():
+        if not _VARIABLE.fullmatch(name):
+            problems.append(
+                (node.key or node.at, "secrets: this key is not the name of a variable")
+            )
+        elif not isinstance(node.value, str) or not _SECRET.fullmatch(node.value):
+            problems.append((node.at, f"secrets.{name}: must be a reference: {_SECRET_FORMS}"))
+    for name, node in env.map.items():
+        if _LOOKS_SECRET.search(name.upper()):
+            what = f"env.{name}: looks like a secret; move it to `secrets`, as {_SECRET_FORMS}"
+            problems.append((node.key or node.at, what))
+    return problems
+
+
+def _hardware(stage: Stage) -> Iterator[Problem]:
+    asked, at = stage.hardware, "hardware"
+    if asked.backend not in backends.names():
+        yield (
+            (at, "backend"),
+            f"no backend '{asked.backend}'; {nearest(asked.backend, backends.names())}",
+        )
+        return
+    for block in ("local", "vertex"):
+        if getattr(asked, block) is not None and block != asked.backend:
+            yield (at, block), f"belongs to backend '{block}', but the backend is '{asked.backend}'"
+    for index, capacity in enumerate(asked.capacity):
+        allowed = CAPACITY.get(asked.backend, (capacity,))
+        if capacity not in allowed:
+            what = f"backend '{asked.backend}' has no '{capacity}' capacity; allowed: "
+            yield (at, "capacity", index), what + ", ".join(allowed)
+    if asked.backend == "local" and asked.nodes > 1:
+        yield (at, "nodes"), "backend 'local' is one machine; ask for workers instead: cpu:2"
+    if asked.backend == "local" and asked.places:
+        yield (at, "places"), "backend 'local' has one place: this machine"
+
+
+def _accelerator(stage: Stage) -> Iterator[str]:
+    asked = stage.hardware
+    try:
+        accelerator = hardware.parse(asked.accelerator)
+    except ValueError as error:
+        yield str(error)
+        return
+    kind, cloud = accelerator.kind, _CLOUD.get(asked.backend)
+    if asked.backend == "local" and kind.vendor == "tpu":
+        yield f"backend 'local' runs on cpu:N and NVIDIA GPUs, not on '{asked.accelerator}'"
+    if cloud is None:
+        return
+    if kind.name not in hardware.kinds(cloud):
+        allowed = ", ".join(hardware.kinds(cloud))
+        yield f"backend '{asked.backend}' has no '{kind.name}'; allowed: {allowed}"
+    elif hardware.machine(accelerator, cloud) is None:
+        allowed = ", ".join(f"{kind.name}:{n}" for n in hardware.counts(kind, cloud))
+        yield f"no machine of '{asked.backend}' holds {accelerator}; allowed: {allowed}"
+
+
+def _training(stage: Stage) -> Iterator[Problem]:
+    model, train, data = stage.model, stage.train, stage.data
+    trains = stage.stage in ("tokenizer", "pretrain", "kd")
+    if trains and not data.train:
+        yield ("data", "train"), f"stage '{stage.stage}' needs at least one source"
+    if stage.stage == "evaluate" and not data.validation:
+        yield ("data", "validation"), "stage 'evaluate' needs at least one source"
+    if stage.stage in ("pretrain", "kd") and model and not (model.name or model.architecture):
+        yield ("model",), "needs a `name`, or `init: random` with an `architecture`"
+    if train is not None and train.steps is not None and train.warmup >= max(1, train.steps):
+        what = f"{train.warmup:g} steps of warm-up leave nothing of {train.steps} steps"
+        yield ("train", "warmup"), what
+    if train is not None and train.evaluate_every > 0 and not data.validation:
+        yield ("train", "evaluate_every"), "there is nothing to evaluate on: no `data.validation`"
+    same = stage.kd and model and model.name and stage.kd.teacher == model.name
+    if same and model and model.init == "pretrained":
+        yield ("kd", "teacher"), "is the student itself: its targets would teach nothing"
+
+
+def _references(stage: Stage, earlier: Collection[str], known: Sequence[str]) -> Iterator[Problem]:
+    blocks = to_dict(stage)
+    for path, text in _strings(blocks, ()):
+        for name in STAGE_REFERENCE.findall(text):
+            if path[0] in ("hardware", "gate"):
+                yield path, "`${stage:ID}` belongs in model, data, train, kd and evaluate"
+            elif len(known) == 1:
+                yield path, f"there is no pipeline, so no stage '{name}'"
+            elif (what := _unreachable(name, stage.id, earlier, known)) is not None:
+                yield path, what
+
+
+def _unreachable(
+    name: str, own: str, earlier: Collection[str], known: Sequence[str]
+) -> Optional[str]:
+    if name in earlier:
+        return None
+    if name == own:
+        return f"stage '{name}' is this one"
+    if name not in known:
+        return f"no stage '{name}'; {nearest(name, earlier or known)}"
+    if known.index(name) > known.index(own):
+        return f"stage '{name}' comes later"
+    return f"stage '{name}' is not among those this one waits for; add it to `needs`"
+
+
+def _strings(value: Any, at: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, str):
+        yield at, value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _strings(child, (*at, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _strings(child, (*at, index))
+
+
+def _gate(
+    gate: Gate, stage: Stage, earlier: Collection[str], known: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    labels = set(stage.evaluate.models) if stage.evaluate else set()
+    for key in ("metric", "below", "above"):
+        name = getattr(gate, key)
+        owner, dot, _ = (name or "").partition(".")
+        if name is not None and not name.strip("."):
+            yield key, "is empty; name a metric such as val_loss or STAGE.val_loss"
+        elif dot and owner not in {stage.id, *labels, *earlier}:
+            what = _unreachable(owner, stage.id, earlier, known) if owner in known else None
+            yield (
+                key,
+                what or f"no stage '{owner}'; {nearest(owner, {stage.id, *labels, *earlier})}",
+            )
+    if gate.min is not None and gate.max is not None and gate.min > gate.max:
+        yield "min", f"no number is at least {gate.min:g} and at most {gate.max:g}"
+    if gate.by < 0:
+        yield "by", "must not be negative"
+    if gate.by and gate.below is None and gate.above is None:
+        yield "by", "is the margin of `below` or `above`; neither is given"
+
+
+def _local_data(stage: Stage) -> Iterator[Problem]:
+    for path, source in _sources(stage):
+        text = (source.path or "").removeprefix("file://")
+        if not text or "://" in text or "${" in text or any(c in text for c in "*?["):
+            continue
+        try:
+            there = Path(text).exists()
+        except (OSError, ValueError):
+            there = False
+        if not there:
+            yield path, f"no such file or folder: {text}"
+
+
+def _cloud_data(stage: Stage) -> Iterator[Problem]:
+    for path, source in _sources(stage):
+        text = source.path or ""
+        if text and "${stage:" not in text and not text.startswith("gs://"):
+            yield path, "a Vertex AI job cannot read this machine's files; write gs://BUCKET/..."
+
+
+def _sources(stage: Stage) -> Iterator[tuple[KeyPath, Source]]:
+    for key in ("train", "validation"):
+        for index, source in enumerate(getattr(stage.data, key)):
+            yield ("data", key, index, "path"), source

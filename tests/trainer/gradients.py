@@ -1,0 +1,91 @@
+"""The whole gradient of one global batch, cut in different ways; run by torchrun, the two-rank case."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from trainer import runtime as runtimes
+from trainer.config import Architecture, Distill, Model, Source
+from trainer.data.stream import Rows, Stream, build_rows
+from trainer.loop import backward, normalisers, prepare
+from trainer.models import load_model, load_tokenizer
+from trainer.objectives.distill import DistillOnline
+from trainer.objectives.next_token import NextToken
+from trainer.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+
+
+def model(tokenizer: str, dtype: torch.dtype, seed: int, hidden: int = 32) -> Any:
+    architecture = Architecture(hidden_size=hidden, layers=2, heads=4, kv_heads=2)
+    plan = Model(init="random", tokenizer=tokenizer, architecture=architecture)
+    return load_model(plan, load_tokenizer(tokenizer), CPU, seed).to(dtype)
+
+
+def rows(tokenizer: str, texts: str, packing: bool) -> Rows:
+    sources = (Source(path=texts),)
+    return build_rows(sources, load_tokenizer(tokenizer), sequence_length=128, packing=packing)
+
+
+def of(
+    name: str,
+    tokenizer: str,
+    texts: str,
+    dtype: torch.dtype,
+    *,
+    micro_batch: Optional[int],
+    accumulate: int = 1,
+    packing: bool = True,
+    resized: Optional[int] = None,
+    wrong: bool = False,
+    runtime: Runtime = CPU,
+) -> torch.Tensor:
+    """The flat gradient. `micro_batch` None: all rows at once. `wrong`: mean of means."""
+    data = rows(tokenizer, texts, packing)
+    stream = Stream(
+        data,
+        micro_batch=micro_batch or len(data),
+        accumulate=accumulate,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        seed=0,
+    )
+    if resized:
+        stream.resize(resized)
+    student = model(tokenizer, dtype, seed=1)
+    objective: Any = NextToken()
+    if name == "distill":
+        teacher = model(tokenizer, dtype, seed=2, hidden=64)
+        objective = DistillOnline(Distill("t", temperature=2.0, alpha=0.3), teacher, runtime)
+    group = stream.next_group()
+    batches = prepare(objective, group, runtime, 0)
+    norm = normalisers(batches, runtime)
+    if wrong:
+        for batch in batches:
+            own = {term: weight * len(batches) for term, weight in batch.weights.items()}
+            backward(student, objective, [batch], own, runtime)
+    else:
+        backward(student, objective, batches, norm, runtime)
+    runtime.reduce_gradients(student.parameters())
+    return torch.cat([p.grad.flatten().double() for p in student.parameters()])
+
+
+def main(tokenizer: str, texts: str, out: str) -> None:
+    with runtimes.start() as runtime:
+        for dtype in (torch.float64, torch.float32):
+            for name in ("next_token", "distill"):
+                gradient = of(
+                    name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
+                )
+                torch.save(gradient, Path(out) / f"{name}-{dtype}-{runtime.rank}.pt")
+        flags = runtime.any(runtime.rank == 1, False)
+        (Path(out) / f"any-{runtime.rank}.json").write_text(json.dumps(flags))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

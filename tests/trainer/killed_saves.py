@@ -1,0 +1,69 @@
+"""Kills a save at each of its calls to the file system, and prints as JSON what could be loaded then.
+
+Run as a script: one process imports torch, its children are forked and killed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.trainer.disk import killed_at
+from trainer.checkpoint import Checkpoints, load_state
+from trainer.manifest import verify
+
+BEFORE, AFTER = 1, 2
+
+
+def save(folder: Path, step: int, mark: int, best: bool) -> None:
+    """A checkpoint whose weights and state both say `mark`."""
+
+    def write_model(path: Path) -> None:
+        (path / "config.json").write_text("{}")
+        save_file({"w": torch.full((64,), float(mark))}, path / "model.safetensors")
+
+    state = {"mark": mark, "moment": torch.full((64,), float(mark))}
+    Checkpoints(folder, keep=1).save(step, write_model, state, val_loss=1.0 / mark, best=best)
+
+
+def loaded(folder: Path) -> int:
+    """The mark of the newest checkpoint; everything about it must be whole."""
+    newest = Checkpoints(folder, keep=1).newest()
+    assert newest is not None, "no checkpoint is loadable"
+    state = load_state(newest)
+    weights = load_file(newest / "model.safetensors")["w"]
+    assert weights.eq(state["mark"]).all() and state["moment"].eq(state["mark"]).all()
+    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert not hidden, f"left behind: {hidden}"
+    for name in ("last", "best"):
+        pointed = json.loads((folder / f"{name}.json").read_text())["path"]
+        assert not verify(folder / pointed), f"{name}.json points at a broken checkpoint"
+    return int(state["mark"])
+
+
+def scenario(work: Path, step: int) -> dict[str, Any]:
+    """From a checkpoint of step 1, save `step` (1 replaces it), killed at every call in turn."""
+    marks: list[int] = []
+    while True:
+        folder = work / str(len(marks))
+        save(folder, 1, BEFORE, best=True)
+        survived = not killed_at(lambda at=folder: save(at, step, AFTER, best=True), len(marks))
+        mark = loaded(folder)
+        save(folder, step, AFTER, best=True)
+        assert loaded(folder) == AFTER, "the run cannot save again"
+        shutil.rmtree(folder)
+        if survived:
+            return {"kills": len(marks), "marks": marks, "whole_save": mark}
+        marks.append(mark)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    sys.stdout.write(json.dumps({"new": scenario(root, 2), "replace": scenario(root, 1)}))

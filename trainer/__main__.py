@@ -1,0 +1,98 @@
+"""`python -m trainer run JOB.json`: the stages of a job, in order. Exit codes: docs/contracts.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from trainer.config import ConfigError, Job, load_job
+
+OK, ERROR, CONFIG, DATA, ENVIRONMENT, AGAIN = 0, 1, 64, 65, 78, 75
+USAGE = "usage: python -m trainer run JOB.json"
+
+
+def main(arguments: list[str]) -> int:
+    """Run, and turn every failure into one clear line and its exit code."""
+    if len(arguments) != 2 or arguments[0] != "run":
+        print_error(USAGE)
+        return CONFIG
+    try:
+        return run(load_job(arguments[1]))
+    except ConfigError as error:
+        print_error(str(error))
+        return CONFIG
+    except ImportError as error:
+        print_error(f"cannot import {error.name or error}: install launch-llm[train]")
+        return ENVIRONMENT
+    except Exception as error:
+        return _explain(error)
+
+
+def run(job: Job) -> int:
+    """The job's stages; those already completed are left out."""
+    from trainer import runtime, stages
+
+    made = {config.output for config in job.stages}
+    with runtime.start() as process:
+        for config in job.stages:
+            if _completed(Path(config.output)):
+                say(f"stage {config.id}: completed before, skipped")
+                continue
+            if job.dry_run:
+                from trainer.shrink import shrink
+
+                config, notes = shrink(config, made)
+                for note in notes:
+                    say(f"dry run: {note}")
+            outcome = stages.run_stage(config, job, process, say)
+            if outcome.stopped is None:
+                continue
+            say(f"stage {config.id}: stopped at step {outcome.step} ({outcome.stopped})")
+            return AGAIN if outcome.stopped == "signal" else OK
+    return OK
+
+
+def say(line: str) -> None:
+    """One line to the log, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def print_error(line: str) -> None:
+    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+
+
+def _completed(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "run_meta.json").read_text()).get("completed"))
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _explain(error: Exception) -> int:
+    from trainer.checkpoint import CheckpointError
+    from trainer.data import DataError
+    from trainer.loop import NonFiniteError
+    from trainer.store import StoreError
+
+    if isinstance(error, DataError):
+        print_error(str(error))
+        return DATA
+    if isinstance(error, (CheckpointError, StoreError)):
+        print_error(str(error))
+        return ENVIRONMENT
+    if isinstance(error, NonFiniteError):
+        print_error(str(error))
+        return ERROR
+    traceback.print_exception(error)
+    print_error(f"{type(error).__name__}: {error}")
+    return ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

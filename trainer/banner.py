@@ -1,0 +1,99 @@
+"""What a stage says about itself at the start, and what `run_meta.json` keeps."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from trainer.config import Job, StageConfig
+from trainer.data.stream import Rows
+from trainer.loop import Horizon
+from trainer.models import flash_attention_status, parameter_count
+from trainer.runtime import Runtime
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn")
+
+
+def banner(
+    config: StageConfig,
+    runtime: Runtime,
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Rows,
+    held_out: Optional[Rows],
+    horizon: Horizon,
+) -> list[str]:
+    """Seed, precision, attention, model, data and batch, one fact a line."""
+    train = config.train
+    assert train is not None
+    device = str(runtime.device)
+    if runtime.device.type == "cuda":
+        device = torch.cuda.get_device_name(runtime.device)
+    group = train.micro_batch * train.accumulate * runtime.world_size
+    length = f"{horizon.steps} steps" if horizon.steps else f"{horizon.seconds:.1f} s of training"
+    lines = [
+        f"stage {config.id} ({config.stage}): {length}, output {config.output}",
+        f"seed {train.seed}  precision {runtime.precision}  device {device} x {runtime.world_size}",
+        f"attention {getattr(model.config, '_attn_implementation', '?')}"
+        f"  flash-attn {flash_attention_status(runtime)}",
+        f"model {config.model.name or 'random' if config.model else '?'}:"
+        f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
+        f"batch {group} rows = {train.micro_batch} x {train.accumulate} accumulated"
+        f" x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
+    ]
+    for name, part in (("train", rows), ("validation", held_out)):
+        if part is not None:
+            lines += _data(name, part.summary)
+    return lines
+
+
+def run_meta(
+    config: StageConfig, job: Job, runtime: Runtime, environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """The first state of `run_meta.json`; secrets are only said to be present."""
+    return {
+        "v": 1,
+        "run": job.run,
+        "attempt": job.attempt,
+        "id": config.id,
+        "stage": config.stage,
+        "completed": False,
+        "stopped": None,
+        "steps": config.train.steps if config.train else None,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": job.commit,
+        "project": job.project,
+        "hf_token_present": bool(environ.get("HF_TOKEN")),
+        "device": str(runtime.device),
+        "world_size": runtime.world_size,
+        "precision": runtime.precision,
+        "dry_run": job.dry_run,
+    }
+
+
+def _data(name: str, summary: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{name} data: {summary['rows']} rows, {summary['tokens']:,} tokens"
+        f" ({summary['supervised_tokens']:,} supervised), {summary['padding_share']:.2%} padding"
+    ]
+    for source in summary["sources"]:
+        lines.append(
+            f"  {source['name']}: {source['shards']} shards, {source['documents']} documents,"
+            f" {source['tokens']:,} tokens; samples {', '.join(source['sample_ids'])}"
+        )
+    return lines
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

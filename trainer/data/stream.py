@@ -1,0 +1,190 @@
+"""Tokens, rows and their order: what the loop draws its micro-batches from.
+
+`build_rows` tokenises and packs; `Stream` is the endless, resumable order of training;
+`validation_batches` goes over everything once. Rows know no rank and no epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.batch import IGNORE, Batch
+from trainer.config import Source
+from trainer.data import DataError
+from trainer.data.chunks import Chunks, read_chunks
+from trainer.data.pack import Packing, one_per_row, pack
+
+
+class Rows:
+    """Rows of at most `sequence_length` tokens, made of `chunks` as `packing` says. `fixed`: every
+    row is `sequence_length` long (packed rows); else a batch is cut to its longest row."""
+
+    def __init__(
+        self, chunks: Chunks, packing: Packing, sequence_length: int, *, fixed: bool
+    ) -> None:
+        self.chunks, self.packing = chunks, packing
+        self.sequence_length, self.fixed = sequence_length, fixed
+        self.summary: dict[str, Any] = self._summary()
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows `indices` as int64 tensors [rows, length]. What a row does not use is a segment
+        of its own: positions from 0, no targets. Its token is an existing one, never a pad token
+        that the model may not have; nothing recognises padding by its id."""
+        rows = [self.packing[index] for index in indices]
+        lengths = self.chunks.lengths
+        longest = max(int(lengths[row].sum()) for row in rows)
+        width = self.sequence_length if self.fixed else longest
+        ids = np.full((len(rows), width), self.chunks.end_of_text, dtype=np.int64)
+        positions = np.empty_like(ids)
+        targets = np.full_like(ids, IGNORE)
+        for i, row in enumerate(rows):
+            at = 0
+            for start, length, supervised in self.chunks.spans(row):
+                ids[i, at : at + length] = self.chunks.tokens[start : start + length]
+                positions[i, at : at + length] = np.arange(length)
+                # The token after a chunk is known where the document goes on.
+                following = self.chunks.tokens[start + 1 : start + 1 + supervised]
+                targets[i, at : at + supervised] = following
+                at += length
+            positions[i, at:] = np.arange(width - at)
+        return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets)))
+
+    def _summary(self) -> dict[str, Any]:
+        """`sources`: {name, shards, documents, tokens, sample_ids} as read; the rest is about the
+        rows. `padding_share` of unpacked rows is that of one batch of all of them."""
+        used = self.packing.items
+        lengths = self.chunks.lengths[used]
+        tokens = int(lengths.sum())
+        per_row = np.add.reduceat(lengths, self.packing.starts[:-1])
+        width = self.sequence_length if self.fixed else int(per_row.max())
+        return {
+            "sources": self.chunks.sources,
+            "rows": len(self),
+            "tokens": tokens,
+            "supervised_tokens": int(self.chunks.supervised[used].sum()),
+            "padding_share": 1 - tokens / (len(self) * width),
+        }
+
+
+def build_rows(
+    sources: tuple[Source, ...],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    packing: bool,
+    limit_rows: Optional[int] = None,
+) -> Rows:
+    """Read, tokenise (BOS where the tokenizer puts it, EOS after every document) and lay out rows.
+
+    A document longer than `sequence_length` becomes several chunks, each with positions from 0.
+    `limit_rows`: read only as much, from every source alike, as fills that many rows. Errors:
+    `DataError`, also where no token has a successor to learn; `ConfigError` without an EOS."""
+
+    def worth(tokens: int) -> int:
+        """What a document adds to `limit`: tokens of packed rows, or rows."""
+        return tokens - 1 if packing else -(-(tokens - 1) // sequence_length)
+
+    limit = None
+    if limit_rows is not None:
+        limit = limit_rows * (sequence_length if packing else 1)
+    chunks = read_chunks(
+        sources, tokenizer, sequence_length=sequence_length, limit=limit, worth=worth
+    )
+    layout = pack(chunks.lengths, sequence_length) if packing else one_per_row(len(chunks))
+    if limit_rows is not None:
+        layout = layout.first(limit_rows)
+    return Rows(chunks, layout, sequence_length, fixed=packing)
+
+
+class Stream:
+    """An endless order of rows. Epoch e is a permutation drawn from (seed, e), and the row counter
+    `position` is the only state; a step takes the next `rows_per_step` rows. How those are cut,
+    over ranks and micro-batches, never changes which they are."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        micro_batch: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        if min(micro_batch, accumulate, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"micro_batch {micro_batch}, accumulate {accumulate}, rank {rank} of {world_size}"
+            )
+        self.rows = rows
+        self.micro_batch = micro_batch
+        self.rows_per_step = micro_batch * accumulate * world_size
+        self.position = 0
+        self._rank, self._world_size = rank, world_size
+        self._entropy = seed % 2**64
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def next_group(self) -> list[Batch]:
+        """This rank's micro-batches of the next step; afterwards the position is behind it."""
+        share = self.rows_per_step // self._world_size
+        begin = self.position + self._rank * share
+        mine = self._rows_at(begin, begin + share)
+        self.position += self.rows_per_step
+        return [self.rows.batch(part) for part in _parts(mine, self.micro_batch)]
+
+    def resize(self, micro_batch: int) -> None:
+        """From now on, cut the same global batch into micro-batches of at most `micro_batch`."""
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch {micro_batch}: must be at least 1")
+        self.micro_batch = micro_batch
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """The steps that see every row `epochs` times, the last one whole; at least 1."""
+        # A decimal number as written: 0.1 of 30 rows is 3 rows, not a hair more.
+        seen = Fraction(str(epochs)) * len(self.rows)
+        return max(1, math.ceil(seen / self.rows_per_step))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "epoch_rows": len(self.rows)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind the rows already seen. Errors: `DataError` if the data is not the same."""
+        if state["epoch_rows"] != len(self.rows):
+            raise DataError(
+                f"the data changed: the checkpoint was made with {state['epoch_rows']} rows, now"
+                f" there are {len(self.rows)}; restore the data, its order and the tokenizer, or"
+                " start a new run"
+            )
+        self.position = state["position"]
+
+    def _permute(self, epoch: int) -> NDArray[np.int64]:
+        generator = np.random.Generator(np.random.PCG64([self._entropy, epoch]))
+        return generator.permutation(len(self.rows))
+
+    def _rows_at(self, begin: int, end: int) -> list[int]:
+        epoch_rows = len(self.rows)
+        return [int(self._permutation(p // epoch_rows)[p % epoch_rows]) for p in range(begin, end)]
+
+
+def validation_batches(
+    rows: Rows, micro_batch: int, rank: int, world_size: int, limit: int = 0
+) -> Iterator[Batch]:
+    """This rank's part of all rows, each once over all ranks; the numbers of batches may differ.
+    `limit`: at most that many batches on this rank (0: no limit)."""
+    parts = list(_parts(range(len(rows)), micro_batch))[rank::world_size]
+    for part in parts[:limit] if limit else parts:
+        yield rows.batch(part)
+
+
+def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (indices[i : i + size] for i in range(0, len(indices), size))

@@ -1,0 +1,464 @@
+"""The loop: one definition of a step for every objective. It never branches on the stage."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Batch
+from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
+from trainer.config import ConfigError, Train
+from trainer.data.stream import Rows, Stream
+from trainer.evaluate import cross_entropy
+from trainer.guard import Abort, Guard, Retry, SkipStep
+from trainer.metrics import Metrics
+from trainer.objective import Objective
+from trainer.runtime import Runtime
+
+
+class NonFiniteError(RuntimeError):
+    """Two non-finite steps in a row; `crash_dump.pt` holds the state."""
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Where the schedule ends: after `steps`, or after `seconds` of training time."""
+
+    steps: Optional[int] = None
+    seconds: Optional[float] = None
+
+    def progress(self, step: int, training_seconds: float) -> float:
+        """0 at the start, 1 at the end."""
+        done = step / self.steps if self.steps else training_seconds / (self.seconds or 1.0)
+        return min(done, 1.0)
+
+
+@dataclass
+class Outcome:
+    """How a stage ended. `stopped`: None when the horizon was reached, else `until`, `stop` (the
+    marker asked) or `signal`."""
+
+    stopped: Optional[str]
+    step: int
+    training_seconds: float
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Accumulated:
+    """One group's forward and backward: `total` is this rank's part of the loss; `sums` its parts of
+    the metrics, already divided by the weights of the global batch; `tokens` of all ranks."""
+
+    total: Tensor
+    sums: dict[str, Tensor]
+    tokens: Tensor
+
+
+def prepare(objective: Objective, group: list[Batch], runtime: Runtime, step: int) -> list[Batch]:
+    """The whole group on the device, with its weights."""
+    return [objective.prepare(batch.to(runtime.device), step) for batch in group]
+
+
+def normalisers(batches: list[Batch], runtime: Runtime) -> dict[str, Tensor]:
+    """Per term, the weight of the global batch: one collective for all terms."""
+    terms = batches[0].weights
+    return runtime.all_sum({t: torch.stack([b.weights[t] for b in batches]).sum() for t in terms})
+
+
+def backward(
+    model: nn.Module,
+    objective: Objective,
+    batches: list[Batch],
+    norm: dict[str, Tensor],
+    runtime: Runtime,
+    log: bool = False,
+) -> Accumulated:
+    """Add this rank's gradients of the global batch's loss to `.grad`; no communication here, so
+    that one rank's out-of-memory cannot leave the others waiting in a collective."""
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        with runtime.autocast():
+            loss = objective.loss(model, batch, norm, log)
+        loss.total.backward()
+        total += loss.total.detach()
+        for name, (value, term) in loss.sums.items():
+            weight = norm[term].to(runtime.device).clamp(min=1.0)
+            sums[name] = sums.get(name, torch.zeros_like(total)) + value.detach() / weight
+    return Accumulated(total, sums, norm[next(iter(norm))].to(runtime.device))
+
+
+def learning_rate(config: Train, progress: float, step: int, horizon: Horizon) -> float:
+    """The rate of step `step` (counted from 0): linear warm-up, then the schedule from lr down to
+    lr * min_lr_ratio. Cosine: Loshchilov and Hutter 2017, arXiv 1608.03983, one cycle."""
+    warmup = config.warmup
+    if warmup >= 1:
+        ramp = min((step + 1) / warmup, 1.0)
+        start = warmup / horizon.steps if horizon.steps else 0.0
+    else:
+        first = 1 / horizon.steps if horizon.steps else 1e-3
+        ramp = min((progress + first) / warmup, 1.0) if warmup > 0 else 1.0
+        start = warmup
+    if ramp < 1.0:
+        return config.lr * ramp
+    x = min(max((progress - start) / max(1.0 - start, 1e-9), 0.0), 1.0)
+    shape = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * x)),
+        "linear": 1 - x,
+        "constant": 1.0,
+    }[config.schedule]
+    floor = config.min_lr_ratio
+    return config.lr * (floor + (1 - floor) * shape)
+
+
+def make_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
+    """Fused AdamW; matrices decay, vectors (norms, biases) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+class Loop:
+    """Trains `model` with `objective` on `stream` until the horizon, a pause or a signal."""
+
+    def __init__(
+        self,
+        config: Train,
+        *,
+        folder: Path,
+        horizon: Horizon,
+        model: nn.Module,
+        objective: Objective,
+        stream: Stream,
+        validation: Optional[Rows],
+        runtime: Runtime,
+        metrics: Metrics,
+        checkpoints: Checkpoints,
+        write_model: Callable[[Path], None],
+        stop_asked: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.folder, self.horizon = config, folder, horizon
+        self.model, self.objective, self.stream = model, objective, stream
+        self.validation, self.runtime, self.metrics = validation, runtime, metrics
+        self.checkpoints, self.write_model = checkpoints, write_model
+        self.stop_asked, self.say = stop_asked, say
+        self.optimizer = make_optimizer(model, config)
+        self.guard = Guard()
+        self.step = 0
+        self.tokens = 0.0
+        self.training_seconds = 0.0
+        self.best: Optional[float] = None
+        self.evaluation: dict[str, float] = {}
+        self._signalled = False
+        self._saved_at = -1
+        self._evaluated_at = -1
+        self._flags: deque[tuple[int, Tensor, Optional[torch.cuda.Event]]] = deque()
+        self._window = _Window(0.0)
+
+    def run(self) -> Outcome:
+        """Train. Errors: `NonFiniteError`; `ConfigError` when one row does not fit in memory."""
+        self.resume()
+        with self._signals():
+            stopped = self._reason_to_stop()
+            while stopped == "":
+                self._one_step()
+                stopped = self._reason_to_stop()
+                if stopped is None or self._due(self.config.evaluate_every):
+                    self._evaluate()
+                if self._due(self.config.save_every):
+                    self._save()
+        self._check_flags(keep=0)
+        if stopped == "signal" and self.stop_asked():
+            stopped = "stop"
+        if stopped is not None:
+            self._event("stopped", reason=stopped)
+        self._save()
+        return Outcome(stopped, self.step, self.training_seconds, self.evaluation)
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one: exactly where it stopped."""
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        state = load_state(found)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stream.load_state_dict(state["stream"])
+        self.objective.load_state_dict(state["objective"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.training_seconds, self.best = state["training_seconds"], state["best"]
+        self.evaluation = state["evaluation"]
+        self.guard.consecutive = state["consecutive"]
+        self._saved_at = self._evaluated_at = self.step
+        self._window = _Window(self.training_seconds)
+        states = state["rng"]
+        if len(states) == self.runtime.world_size:
+            set_rng_state(states[self.runtime.rank])
+        self._event("resumed", checkpoint=found.name)
+        self.say(f"resumed at step {self.step} from {found}")
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        config, step = self.config, self.step
+        log = (step + 1) % config.log_every == 0 or step == 0
+        group = self.stream.next_group()
+        done = self._gradients(group, log)
+        self.runtime.reduce_gradients(self.model.parameters())
+        norm = self._clip()
+        rate = learning_rate(
+            config, self.horizon.progress(step, self.training_seconds), step, self.horizon
+        )
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        # The fused optimizer leaves weights and its own state untouched where found_inf is 1.
+        found_inf = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._window.add(done, sum(batch.rows for batch in group), found_inf)
+        self._queue_flag(found_inf)
+        self._check_flags(keep=1)
+        self.training_seconds += time.perf_counter() - started
+        if log:
+            self._log(rate, norm)
+
+    def _gradients(self, group: list[Batch], log: bool) -> Accumulated:
+        """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
+        while True:
+            batches = _unless_out_of_memory(
+                lambda g=group: prepare(self.objective, g, self.runtime, self.step)
+            )
+            if not self.runtime.any(batches is None)[0] and batches is not None:
+                norm = normalisers(batches, self.runtime)
+                done = _unless_out_of_memory(
+                    lambda b=batches, n=norm: backward(
+                        self.model, self.objective, b, n, self.runtime, log
+                    )
+                )
+                if not self.runtime.any(done is None)[0] and done is not None:
+                    return done
+                done = None
+            batches = None
+            self.optimizer.zero_grad(set_to_none=True)
+            self.runtime.release_memory()
+            group = self._split(group)
+
+    def _split(self, group: list[Batch]) -> list[Batch]:
+        tried = max(batch.rows for batch in group)
+        decision = self.guard.out_of_memory(tried)
+        if not isinstance(decision, Retry):
+            assert isinstance(decision, Abort)
+            raise ConfigError(decision.reason)
+        self.stream.resize(decision.micro_batch)
+        self._event("oom_split", micro_batch=decision.micro_batch, tried=tried)
+        self.say(f"out of memory with {tried} rows: going on with {decision.micro_batch}")
+        while max(batch.rows for batch in group) > decision.micro_batch:
+            group = [part for batch in group for part in _halves(batch, decision.micro_batch)]
+        return group
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients to a norm of at most `clip`; the norm [0-dim] before that."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if self.config.clip > 0:
+            scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, scale)
+        return norm
+
+    def _queue_flag(self, flag: Tensor) -> None:
+        """Start copying a flag to the host; it is read one step later, when it has arrived."""
+        if flag.device.type != "cuda":
+            self._flags.append((self.step, flag, None))
+            return
+        host = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._flags.append((self.step, host, event))
+
+    def _check_flags(self, keep: int) -> None:
+        while len(self._flags) > keep:
+            step, flag, event = self._flags.popleft()
+            if event is not None:
+                event.synchronize()
+            decision = self.guard.finite(float(flag) == 0.0)
+            if isinstance(decision, SkipStep):
+                self._event("nan_skipped", step=step)
+                self.say(f"step {step}: not finite, skipped; weights and optimizer are untouched")
+            elif isinstance(decision, Abort):
+                self._event("aborted", step=step, reason=decision.reason)
+                self._crash(decision.reason)
+
+    def _crash(self, reason: str) -> None:
+        where = self.folder / "crash_dump.pt"
+        if self.runtime.main:
+            shape = [self.stream.micro_batch, self.stream.rows.sequence_length]
+            state = {**self._state([]), "model": self.model.state_dict(), "batch_shape": shape}
+            where = crash_dump(self.folder, state)
+        raise NonFiniteError(f"step {self.step}: {reason}; state and batch shapes are in {where}")
+
+    def _log(self, rate: float, norm: Tensor) -> None:
+        facts, tokens = self._window.close(self.runtime, self.training_seconds)
+        self._window = _Window(self.training_seconds)
+        self.tokens += tokens
+        facts.update(lr=rate, grad_norm=float(norm), tokens=self.tokens)
+        memory = self.runtime.memory_mb()
+        if memory is not None:
+            facts["gpu_mem_alloc_MB"] = memory
+        if self.horizon.steps:
+            facts["steps"] = self.horizon.steps
+        if not self.runtime.main:
+            return
+        self.metrics.step(self.step, **facts)
+        of = f"/{self.horizon.steps}" if self.horizon.steps else ""
+        shown = ("train_loss", "ce_loss", "kd_loss", "logit_l2", "grad_norm")
+        words = "  ".join(f"{name} {facts[name]:.4f}" for name in shown if name in facts)
+        self.say(f"step {self.step}{of}  {words}  lr {rate:.2e}  {facts['tokens_per_sec']:.0f} tok/s")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _reason_to_stop(self) -> Optional[str]:
+        """None: the horizon is reached; "": go on; else why to stop before it."""
+        (signalled,) = self.runtime.any(self._signalled)
+        over = self.horizon.progress(self.step, self.training_seconds) >= 1.0
+        if self.horizon.seconds is not None:
+            (over,) = self.runtime.any(over)  # clocks differ between ranks
+        if over:
+            return None
+        if signalled:
+            return "signal"
+        if self.config.until is not None and self.step >= self.config.until:
+            return "until"
+        return ""
+
+    def _evaluate(self) -> None:
+        if self.validation is None or self._evaluated_at == self.step:
+            return
+        self._evaluated_at = self.step
+        loss, tokens = cross_entropy(
+            self.model,
+            self.validation,
+            self.runtime,
+            micro_batch=self.stream.micro_batch,
+            limit=self.config.evaluate_batches,
+        )
+        improved = self.best is None or loss < self.best
+        if improved:
+            self.best = loss
+            self.evaluation.update(best_val_loss=loss, best_step=float(self.step))
+        perplexity = math.exp(min(loss, 700.0))
+        self.evaluation.update(val_loss=loss, val_ppl=perplexity, val_tokens=float(tokens))
+        if self.runtime.main:
+            self.metrics.eval(self.step, val_loss=loss, val_ppl=perplexity, val_tokens=tokens)
+            self.say(f"step {self.step}  val_loss {loss:.4f}  val_ppl {perplexity:.2f}")
+        if improved:
+            self._save(best=True)
+
+    def _save(self, best: bool = False) -> None:
+        if self._saved_at == self.step:
+            return
+        self._saved_at = self.step
+        states = self.runtime.gather(rng_state())
+        if self.runtime.main:
+            loss = self.evaluation.get("val_loss") if self._evaluated_at == self.step else None
+            saved = self.checkpoints.save(
+                self.step, self.write_model, self._state(states), val_loss=loss, best=best
+            )
+            self._event("checkpoint", path=saved.name, best=best)
+        self.runtime.barrier()
+
+    def _state(self, rng: list[Any]) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "training_seconds": self.training_seconds,
+            "best": self.best,
+            "evaluation": dict(self.evaluation),
+            "consecutive": self.guard.consecutive,
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state_dict(),
+            "objective": self.objective.state_dict(),
+            "rng": rng,
+        }
+
+    def _event(self, name: str, **facts: Any) -> None:
+        if self.runtime.main:
+            self.metrics.event(name, self.step, **facts)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT only set a flag; the loop acts on it at the next step boundary."""
+
+        def note(number: int, frame: object) -> None:
+            self._signalled = True
+
+        previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Window:
+    """Sums since the last logged step; they stay on the device until `close`."""
+
+    def __init__(self, training_seconds: float) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.rows = 0
+        self.tokens = torch.zeros(())
+        self.started = training_seconds
+
+    def add(self, done: Accumulated, rows: int, found_inf: Tensor) -> None:
+        finite = found_inf == 0
+        for name, value in {"train_loss": done.total, **done.sums}.items():
+            zero = torch.zeros_like(value)
+            kept = torch.where(finite, value, zero)
+            self.sums[name] = self.sums.get(name, zero) + kept
+            self.counts[name] = self.counts.get(name, zero) + finite
+        self.rows += rows
+        self.tokens = self.tokens.to(done.tokens) + done.tokens
+
+    def close(self, runtime: Runtime, training_seconds: float) -> tuple[dict[str, float], float]:
+        """The means, the speeds (tokens: supervised ones, of all ranks), and the tokens."""
+        sums = runtime.all_sum(self.sums)
+        facts = {name: float(v / self.counts[name]) for name, v in sums.items()}
+        tokens = float(self.tokens)
+        seconds = max(training_seconds - self.started, 1e-9)
+        facts["tokens_per_sec"] = tokens / seconds
+        facts["examples_per_sec"] = self.rows * runtime.world_size / seconds
+        return facts, tokens
+
+
+def _unless_out_of_memory(work: Callable[[], Any]) -> Any:
+    """The result of `work`, or None after an out-of-memory. Nothing of the failed try survives the
+    return: its traceback would keep the tensors alive."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _halves(batch: Batch, largest: int) -> tuple[Batch, ...]:
+    return batch.split() if batch.rows > largest else (batch,)

@@ -1,0 +1,211 @@
+"""What a stage reports while it runs: one JSON object a line (docs/contracts.md), and TensorBoard.
+
+The lines are the record: they must be written. TensorBoard is a convenience: when it fails,
+training goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.store import DiskFull, StoreError, disk_full, free_bytes, make_folder
+
+VERSION = 1
+#: Keys that every line has; facts must not carry them.
+HEAD = ("v", "kind", "attempt", "stage", "time", "global_step")
+
+
+class Metrics:
+    """Writes `metrics/<attempt>.jsonl` and `tensorboard/` of a stage folder. One process does.
+
+    `warn` is told, once, when TensorBoard cannot be written. Errors of every method that writes a
+    line: `StoreError` when it cannot be written; the file then ends with the whole line before."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        stage: str,
+        attempt: int,
+        *,
+        tensorboard: bool = True,
+        warn: Callable[[str], None] | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = Path(folder) / "metrics" / f"{attempt:04d}.jsonl"
+        self.stage, self.attempt, self.now = stage, attempt, now
+        self._warn = warn or _to_stderr
+        self._descriptor = _open_after_whole_lines(self.path)
+        self._board = _Board(Path(folder) / "tensorboard", now) if tensorboard else None
+
+    def step(self, global_step: int, **facts: Any) -> None:
+        """Facts of an optimizer step. A fact that is None is left out; numbers that are not finite
+        are written as strings."""
+        self._line("step", global_step, facts)
+        self._scalars(global_step, facts)
+
+    def eval(self, global_step: int, **facts: Any) -> None:
+        """Facts of an evaluation on the validation data."""
+        self._line("eval", global_step, facts)
+        self._scalars(global_step, facts)
+
+    def event(self, name: str, global_step: int, /, **facts: Any) -> None:
+        """Something that happened: `nan_skipped`, `checkpoint`, `resumed`, ..."""
+        self._line("event", global_step, {"event": name, **facts})
+
+    def table(self, rows: list[dict[str, Any]], global_step: int = 0) -> None:
+        """The rows of a comparison."""
+        self._line("table", global_step, {"rows": rows})
+
+    def close(self) -> None:
+        """Make the lines durable. A second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path}: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+            self._to_board(lambda board: board.close())
+
+    def _line(self, kind: str, global_step: int, facts: Mapping[str, Any]) -> None:
+        if taken := [key for key in facts if key in HEAD]:
+            raise ValueError(f"a metrics line has its own {', '.join(taken)}; rename the fact")
+        head = (VERSION, kind, self.attempt, self.stage, round(self.now(), 3), global_step)
+        line = json.dumps(_plain({**dict(zip(HEAD, head)), **facts}), allow_nan=False) + "\n"
+        _append(self._descriptor, line.encode(), self.path)
+
+    def _scalars(self, global_step: int, facts: Mapping[str, Any]) -> None:
+        values = {key: _plain(value) for key, value in facts.items() if value is not None}
+        numbers = {key: float(v) for key, v in values.items() if type(v) in (int, float)}
+        numbers.update({key: float(v) for key, v in values.items() if v in _NOT_FINITE})
+        self._to_board(lambda board: board.add(global_step, numbers))
+
+    def _to_board(self, act: Callable[[_Board], None]) -> None:
+        if self._board is None:
+            return
+        try:
+            act(self._board)
+        except Exception as error:  # whatever it is, it must not end a training
+            self._board = None
+            reason = disk_full(error) or (str(error).splitlines() or [""])[0]
+            self._warn(
+                f"TensorBoard is off from here on ({type(error).__name__}: {reason}); the metrics "
+                f"go on in {self.path}"
+            )
+
+
+class _Board:
+    """An event file, written in this thread: a failure is the caller's to see, and nothing hangs.
+    The file is made with the first value."""
+
+    def __init__(self, folder: Path, now: Callable[[], float]) -> None:
+        self.folder, self.now = folder, now
+        self._records: Any = None
+        self._file: Any = None
+
+    def add(self, global_step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if self._file is None:
+            self._open()
+            self._write(Event(wall_time=self.now(), file_version="brain.Event:2"))
+            # TensorBoard drops what an earlier attempt wrote from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=self.now(), step=global_step, session_log=start))
+        pairs = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(wall_time=self.now(), step=global_step, summary=Summary(value=pairs)))
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Readers follow the files of a folder in the order of their names.
+        unique = f"{time.time_ns() / 1e9:020.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (self.folder / f"events.out.tfevents.{unique}").open("xb")
+        self._records = RecordWriter(self._file)
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: keys whose value is None are left out, numbers that are not finite
+    become strings, scalars of torch and numpy become numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "nan"
+        return float(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    return str(value)
+
+
+def _open_after_whole_lines(path: Path) -> int:
+    """A descriptor that appends to `path`, after cutting a line that was torn when the process of
+    an earlier start of the same attempt died."""
+    try:
+        make_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(descriptor).st_size
+        end = _end_of_whole_lines(descriptor, size)
+        if end < size:
+            os.ftruncate(descriptor, end)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+    return descriptor
+
+
+def _end_of_whole_lines(descriptor: int, size: int) -> int:
+    """The position after the last newline."""
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _append(descriptor: int, line: bytes, path: Path) -> None:
+    """One write, so that a reader who follows the file sees whole lines."""
+    before = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        while written < len(line):  # a full disk takes a part, and the next write says why
+            written += os.write(descriptor, line[written:])
+    except OSError as error:
+        os.ftruncate(descriptor, before)
+        if full := disk_full(error):
+            room = f"needs {len(line)} bytes, {free_bytes(path)} are free"
+            raise DiskFull(f"{full}: {path} {room}; free some space and resume") from error
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _to_stderr(message: str) -> None:
+    sys.stderr.write(f"warning: {message}\n")

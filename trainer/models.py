@@ -1,0 +1,206 @@
+"""Models and tokenizers: loading, initialising, and the two things that losses need of a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Batch
+from trainer.checkpoint import resolve
+from trainer.config import Architecture, ConfigError, Model
+from trainer.runtime import Runtime
+
+#: `architecture.family` -> Hugging Face configuration class.
+FAMILIES = {"llama": "LlamaConfig", "qwen3": "Qwen3Config"}
+#: Configuration fields that change the logits after the head: the chunked losses do not apply them.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """The last hidden states [n, hidden] at the supervised positions of `batch`."""
+    ids, positions = batch.input_ids, batch.position_ids
+    if getattr(model.config, "_attn_implementation", "") == "flash_attention_2":
+        # Its variable-length path sees documents only in one flat row.
+        ids, positions = ids.view(1, -1), positions.view(1, -1)
+    # No mask and no cache: anything else lets documents of a packed row see each other.
+    output = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+    assert batch.supervised is not None
+    return hidden.index_select(0, batch.supervised)
+
+
+def head_weight(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The output embedding [vocabulary, hidden] in the dtype of the activations."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight.to(dtype)
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The tokenizer at a model reference. Errors: `ConfigError` when there is none."""
+    from transformers import AutoTokenizer
+
+    name = resolve(reference)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises many kinds for "not there"
+        raise ConfigError(f"no tokenizer at '{reference}': {_first_line(error)}") from error
+
+
+def load_model(config: Model, tokenizer: Any, runtime: Runtime, seed: int) -> nn.Module:
+    """The model to be trained: fp32 parameters on the runtime's device, in training mode.
+    Errors: `ConfigError` for a model that is not there or that the losses cannot serve."""
+    torch.manual_seed(seed)
+    attention = attention_implementation(config, runtime)
+    if config.architecture is not None:
+        model = _from_config(_configuration(config.architecture, tokenizer), attention)
+    elif config.name is None:
+        raise ConfigError("model: give `name`, or `architecture` with `init: random`")
+    elif config.init == "random":
+        model = _from_config(_load_configuration(config.name), attention)
+    else:
+        model = load_pretrained(config.name, torch.float32, attention)
+    _check(model, tokenizer, config.name or "model.architecture")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    model.to(runtime.device).train()
+    runtime.broadcast([*model.parameters(), *model.buffers()])
+    return model
+
+
+def load_frozen(reference: str, runtime: Runtime, attention: str) -> nn.Module:
+    """A model that is only read (a teacher, a model under evaluation), in the runtime's dtype."""
+    model = load_pretrained(reference, runtime.dtype, attention)
+    _check(model, None, reference)
+    return model.to(runtime.device).eval().requires_grad_(False)
+
+
+def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
+    """A causal language model at a model reference, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    name = resolve(reference)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the model '{reference}': {_first_line(error)}") from error
+
+
+def attention_implementation(config: Optional[Model], runtime: Runtime) -> str:
+    """`auto`: flash-attn on CUDA in bf16 when it is installed, else SDPA."""
+    wanted = config.attention if config else "auto"
+    flash = flash_attention_status(runtime)
+    usable = flash.startswith("usable")
+    if wanted == "auto":
+        return "flash_attention_2" if usable else "sdpa"
+    if wanted == "flash_attention_2" and not usable:
+        raise ConfigError(f"model.attention: flash_attention_2 is {flash}; use auto or sdpa")
+    return wanted
+
+
+def flash_attention_status(runtime: Runtime) -> str:
+    """One phrase for the banner: `usable`, or why not."""
+    if runtime.device.type != "cuda":
+        return "not usable (no CUDA device)"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "not installed"
+    if runtime.precision != "bf16":
+        return "not usable (precision is fp32)"
+    return "usable"
+
+
+def check_vocabularies(student: Any, teacher: Any) -> None:
+    """Both tokenizers must give equal ids to equal tokens. Errors: `ConfigError`, with an example."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    token = min(
+        (t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)),
+        key=lambda t: (min(ours.get(t, 1 << 60), theirs.get(t, 1 << 60)), t),
+    )
+    raise ConfigError(
+        f"kd.teacher: its vocabulary differs from the student's ({len(theirs)} and {len(ours)} tokens;"
+        f" {token!r} is {theirs.get(token)} and {ours.get(token)}); distillation compares tokens by"
+        " id: take a teacher with the student's tokenizer"
+    )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _configuration(architecture: Architecture, tokenizer: Any) -> Any:
+    import transformers
+
+    wide = architecture.intermediate_size or -(-architecture.hidden_size * 8 // 3 // 32) * 32
+    return getattr(transformers, FAMILIES[architecture.family])(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads or architecture.heads,
+        head_dim=architecture.hidden_size // architecture.heads,
+        intermediate_size=wide,
+        tie_word_embeddings=architecture.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        attention_dropout=architecture.dropout,
+        max_position_embeddings=1 << 17,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _load_configuration(reference: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(reference))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the model '{reference}': {_first_line(error)}") from error
+
+
+def _from_config(configuration: Any, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        configuration, dtype=torch.float32, attn_implementation=attention
+    )
+
+
+def _check(model: Any, tokenizer: Any, name: str) -> None:
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ConfigError(f"'{name}' has no plain output embedding (bias-free linear head)")
+    for field in _LOGIT_CHANGES:
+        if getattr(model.config, field, None) not in (None, 0, 1, 1.0):
+            raise ConfigError(f"'{name}' rescales its logits ({field}); not supported")
+    if tokenizer is not None and len(tokenizer) > head.weight.shape[0]:
+        raise ConfigError(
+            f"'{name}' has {head.weight.shape[0]} output tokens, its tokenizer {len(tokenizer)}"
+        )
+
+
+def has_tokenizer(reference: str) -> bool:
+    """Whether a local folder carries a tokenizer; hub names are taken to have one."""
+    folder = Path(resolve(reference))
+    return not folder.is_dir() or (folder / "tokenizer_config.json").exists()
+
+
+def stored_vocabulary_size(reference: str) -> Optional[int]:
+    """`vocab_size` in the config.json of a local model folder."""
+    path = Path(resolve(reference)) / "config.json"
+    return json.loads(path.read_text()).get("vocab_size") if path.exists() else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

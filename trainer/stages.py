@@ -1,0 +1,309 @@
+"""The table of stages, and the few lines that put one together: the one place where stages meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+
+from trainer import models
+from trainer.banner import banner, run_meta
+from trainer.checkpoint import Checkpoints, resolve
+from trainer.config import ConfigError, Job, Model, StageConfig, missing_blocks, to_dict
+from trainer.data import read
+from trainer.data.stream import Rows, Stream, build_rows
+from trainer.data.tokenizer import train_tokenizer
+from trainer.evaluate import cross_entropy
+from trainer.loop import Horizon, Loop, Outcome
+from trainer.metrics import Metrics
+from trainer.objective import Objective
+from trainer.objectives.distill import DistillOnline
+from trainer.objectives.next_token import NextToken
+from trainer.runtime import Runtime
+from trainer.store import atomic_write
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage gets: its configuration, the job it is part of, where and with what it runs."""
+
+    config: StageConfig
+    job: Job
+    runtime: Runtime
+    metrics: Metrics
+    say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    def stop_asked(self) -> bool:
+        return bool(self.job.control) and (Path(str(self.job.control)) / "stop.json").exists()
+
+
+ObjectiveFactory = Callable[[Context, Any], Objective]
+
+
+def run_stage(config: StageConfig, job: Job, runtime: Runtime, say: Callable[[str], None]) -> Outcome:
+    """Run one stage to its end and record it. Errors: those of its parts, all with one clear line."""
+    missing = missing_blocks(config.stage, {k for k, v in vars(config).items() if v is not None})
+    if missing:
+        raise ConfigError(f"stage {config.id}: missing {', '.join(missing)}")
+    folder = Path(config.output)
+    if runtime.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "args_snapshot.json", to_dict(config))
+    runtime.barrier()
+    runtime = runtime.at(config.model.precision if config.model else "auto")
+    metrics = Metrics(folder, config.id, job.attempt) if runtime.main else _silent(config, job)
+    started = time.time()
+    try:
+        context = Context(config, job, runtime, metrics, say if runtime.main else _quiet)
+        _record(context, started, None)
+        outcome = STAGES[config.stage](context)
+        _record(context, started, outcome)
+        return outcome
+    finally:
+        metrics.close()
+
+
+def tokenizer(context: Context) -> Outcome:
+    """Train a byte-level BPE tokenizer on `data.train`."""
+    config, started = context.config, time.perf_counter()
+    assert config.tokenizer is not None
+    documents = list(read.documents(config.data.train))
+    if context.runtime.main:
+        context.say(f"tokenizer: {len(documents)} documents")
+        train_tokenizer(
+            [document.text for document in documents],
+            config.tokenizer.vocab_size,
+            config.tokenizer.min_frequency,
+            context.folder / "tokenizer",
+        )
+    context.runtime.barrier()
+    size = len(models.load_tokenizer(str(context.folder / "tokenizer")))
+    context.say(f"tokenizer: {size} tokens in {context.folder / 'tokenizer'}")
+    return Outcome(None, 0, time.perf_counter() - started, {"vocab_size": float(size)})
+
+
+def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
+    """A stage that trains a model with the objective that `make_objective` gives."""
+
+    def run(context: Context) -> Outcome:
+        config, runtime = context.config, context.runtime
+        assert config.model is not None and config.train is not None
+        plan, settings = config.model, config.train
+        reference = plan.tokenizer or plan.name
+        if reference is None:
+            raise ConfigError(f"stage {config.id}: model: give `name`, or `architecture`")
+        tokens = models.load_tokenizer(reference)
+        rows = _rows(context, tokens, limited=True)
+        held_out = _held_out(context, tokens)
+        stream = Stream(
+            rows,
+            micro_batch=settings.micro_batch,
+            accumulate=settings.accumulate,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            seed=settings.seed,
+        )
+        checkpoints = Checkpoints(context.folder / "checkpoints", settings.keep, warn=context.say)
+        model = models.load_model(_resumed(plan, checkpoints), tokens, runtime, settings.seed)
+        objective = make_objective(context, tokens)
+        horizon = _horizon(context, stream)
+        for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
+            context.say(line)
+
+        def write_model(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokens.save_pretrained(folder)
+
+        outcome = Loop(
+            settings,
+            folder=context.folder,
+            horizon=horizon,
+            model=model,
+            objective=objective,
+            stream=stream,
+            validation=held_out,
+            runtime=runtime,
+            metrics=context.metrics,
+            checkpoints=checkpoints,
+            write_model=write_model,
+            stop_asked=context.stop_asked,
+            say=context.say,
+        ).run()
+        outcome.evaluation["parameters"] = float(models.parameter_count(model))
+        return outcome
+
+    return run
+
+
+def evaluate(context: Context) -> Outcome:
+    """Compare models on `data.validation`; each is read with its own tokenizer."""
+    config, started = context.config, time.perf_counter()
+    assert config.evaluate is not None
+    table: list[dict[str, Any]] = []
+    results: dict[str, float] = {}
+    for label, reference in config.evaluate.models.items():
+        tokens = models.load_tokenizer(reference)
+        rows = build_rows(
+            config.data.validation,
+            tokens,
+            sequence_length=config.data.sequence_length,
+            packing=config.data.packing,
+        )
+        attention = models.attention_implementation(config.model, context.runtime)
+        model = models.load_frozen(reference, context.runtime, attention)
+        loss, count = cross_entropy(model, rows, context.runtime, micro_batch=8)
+        size = models.parameter_count(model)
+        row = {"model": label, "parameters": size, "val_loss": loss, "val_tokens": count}
+        row.update(_history(reference))
+        table.append(row)
+        results[f"{label}.val_loss"] = loss
+        context.say(f"{label}: val_loss {loss:.4f} over {count} tokens, {size:,} parameters")
+    if context.runtime.main:
+        context.metrics.table(table)
+    return Outcome(None, 0, time.perf_counter() - started, results)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically; numbers that are not finite become strings."""
+    atomic_write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _next_token(context: Context, tokens: Any) -> Objective:
+    return NextToken()
+
+
+def _distill(context: Context, tokens: Any) -> Objective:
+    kd = context.config.kd
+    assert kd is not None
+    if models.has_tokenizer(kd.teacher):
+        models.check_vocabularies(tokens, models.load_tokenizer(kd.teacher))
+    attention = models.attention_implementation(context.config.model, context.runtime)
+    teacher = models.load_frozen(kd.teacher, context.runtime, attention)
+    context.say(
+        f"teacher: {kd.teacher}, {models.parameter_count(teacher):,} parameters,"
+        f" vocabulary {teacher.config.vocab_size}"
+    )
+    return DistillOnline(kd, teacher, context.runtime)
+
+
+#: stage -> how it runs. Another objective is one more row.
+STAGES: dict[str, Callable[[Context], Outcome]] = {
+    "tokenizer": tokenizer,
+    "pretrain": train(_next_token),
+    "kd": train(_distill),
+    "evaluate": evaluate,
+}
+
+
+def _rows(context: Context, tokens: Any, limited: bool) -> Rows:
+    config = context.config
+    assert config.train is not None
+    limit = None
+    if config.train.limit_batches is not None:
+        limit = config.train.limit_batches * config.train.micro_batch * context.runtime.world_size
+    return build_rows(
+        config.data.train,
+        tokens,
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        limit_rows=limit if limited else None,
+    )
+
+
+def _held_out(context: Context, tokens: Any) -> Optional[Rows]:
+    data = context.config.data
+    if not data.validation:
+        return None
+    return build_rows(
+        data.validation,
+        tokens,
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        limit_rows=None,
+    )
+
+
+def _resumed(plan: Model, checkpoints: Checkpoints) -> Model:
+    """The model to load: the newest checkpoint's when there is one."""
+    newest: Optional[Path] = checkpoints.newest()
+    if newest is None:
+        return plan
+    return replace(plan, name=str(newest), init="pretrained", architecture=None)
+
+
+def _horizon(context: Context, stream: Stream) -> Horizon:
+    settings = context.config.train
+    assert settings is not None
+    if settings.seconds_of is not None:
+        return Horizon(seconds=_training_seconds(settings.seconds_of))
+    if settings.epochs is not None:
+        return Horizon(steps=stream.steps_for_epochs(settings.epochs))
+    return Horizon(steps=settings.steps)
+
+
+def _training_seconds(reference: str) -> float:
+    path = Path(reference) / "run_meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"train.seconds_of: cannot read {path}: {error}") from error
+    if not meta.get("completed"):
+        raise ConfigError(f"train.seconds_of: the stage in {reference} is not completed")
+    return float(meta["training_seconds"])
+
+
+def _history(reference: str) -> dict[str, Any]:
+    """Steps and training time of the stage that made a model, when the reference is its folder."""
+    resolved = Path(resolve(reference))
+    meta = resolved.parent.parent / "run_meta.json"
+    manifest = resolved / "MANIFEST.json"
+    if not (meta.exists() and manifest.exists()):
+        return {}
+    seconds = json.loads(meta.read_text()).get("training_seconds")
+    return {"step": json.loads(manifest.read_text())["step"], "training_seconds": seconds}
+
+
+def _record(context: Context, started: float, outcome: Optional[Outcome]) -> None:
+    """run_meta.json and evaluation.json: the latter only when there is something to say."""
+    if not context.runtime.main:
+        return
+    folder = context.folder
+    if outcome is not None and outcome.evaluation:
+        write_json(folder / "evaluation.json", outcome.evaluation)
+    meta = run_meta(context.config, context.job, context.runtime, os.environ)
+    meta["started"] = started
+    if outcome is not None:
+        meta.update(
+            ended=time.time(),
+            completed=outcome.stopped is None,
+            stopped=outcome.stopped,
+            global_step=outcome.step,
+            training_seconds=outcome.training_seconds,
+            parameters=outcome.evaluation.get("parameters"),
+        )
+    write_json(folder / "run_meta.json", meta)
+
+
+class _silent:  # noqa: N801
+    """Metrics of the ranks that do not write."""
+
+    def __init__(self, config: StageConfig, job: Job) -> None:
+        del config, job
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **facts: None
+
+
+def _quiet(line: str) -> None:
+    del line
+
+
