@@ -1,4 +1,7 @@
-"""What a run is: recipe -> plan -> run -> gone. The verbs are `launcher.api`'s, loaded on use."""
+"""What a run is: recipe -> plan -> run -> gone.
+
+The verbs are `launcher.api`'s, loaded on use. `plan` and `logs` are called there: here these
+names are the modules."""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_API = ("attach", "logs", "plan", "pull", "resume", "status", "stop", "teardown", "up", "validate")
+_API = ("attach", "pull", "resume", "status", "stop", "teardown", "up", "validate")
 
 if TYPE_CHECKING:
     from launcher.api import attach as attach
-    from launcher.api import logs as logs
-    from launcher.api import plan as plan
     from launcher.api import pull as pull
     from launcher.api import resume as resume
     from launcher.api import status as status

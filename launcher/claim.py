@@ -13,11 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import bundle, home, plan, retry
+from launcher import home, retry
 from launcher.backends.base import Backend, Env, JobHandle, JobSpec, Offer
+from launcher.bundle import Bundle
+from launcher.bundle import build as build_bundle
 from launcher.errors import JournalDamaged
 from launcher.fold import Fold, duration, spent
 from launcher.journal import Journal, held_elsewhere
+from launcher.plan import job_spec, jobs
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Hardware, Recipe, Stage, seconds
 from trainer.config import Problem, build, dotted
@@ -72,7 +75,7 @@ class Claim:
         self.journal, self.fold, self.place = journal, fold, place
         self.root = home.local_root(fold.run.root)
         self.recipe = recipe_of(fold.recipe, str(journal.first))
-        self.jobs: list[list[Stage]] = [list(stages) for stages in plan.jobs(self.recipe)]
+        self.jobs: list[list[Stage]] = [list(stages) for stages in jobs(self.recipe)]
         self._load = load
         self._backends: dict[str, Backend] = {}
 
@@ -105,9 +108,9 @@ class Claim:
         """The job as the backend sees it; its own deadline is what the budget has left, so that
         the budget holds without a driver."""
         run = self.run
-        spec = plan.job_spec(
+        spec = job_spec(
             self.recipe, run.id, run.name, job.index, run.root, self.env.home, self._bundle(),
-            run.owner, self.env,
+            run.owner, self.env, self.fold.created.get("commit"),
         )  # fmt: skip
         left = self.budget_left(offer.usd_per_hour)
         if left is None:
@@ -173,11 +176,11 @@ class Claim:
                  f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
         return f"the budget is spent ({', '.join(filter(None, parts))})"
 
-    def _bundle(self) -> bundle.Bundle:
+    def _bundle(self) -> Bundle:
         raw = self.fold.created["bundle"]
         if Path(raw["path"]).exists():
-            return bundle.Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
-        fresh = bundle.build(self.env.home)
+            return Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
+        fresh = build_bundle(self.env.home)
         if fresh.sha256 != raw["sha256"]:
             self.say(f"{raw['path']} is gone; going on with the trainer that is installed now")
         return fresh

@@ -7,8 +7,9 @@ from itertools import count
 from typing import Optional, TypeVar
 
 from launcher import retry
-from launcher.backends.base import Held, Ref
+from launcher.backends.base import Backend, Env, Held, Ref
 from launcher.claim import NAP, Claim
+from launcher.clock import Clock
 from launcher.errors import Leaked, Signal, Transient
 from launcher.run import Attempt, JobState
 
@@ -28,7 +29,7 @@ def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
             claim.record("ref", **at, ref=ref)
     except Leaked as leak:
         leaks.append(leak)
-    for ref in reversed(list(attempt.refs)):
+    for ref in reversed(attempt.holding):
         try:
             _delete(claim, ref)
             claim.record("gone", **at, ref=ref)
@@ -49,6 +50,17 @@ def sweep(claim: Claim) -> None:
     for name in dict.fromkeys(job.backend for job in claim.run.jobs):
         for ref in _swept(claim, name, [claim.run.name]):
             _delete(claim, ref)
+
+
+def remove(backend: Backend, ref: Ref, env: Env) -> None:
+    """Delete one resource that belongs to no run we know, and wait until it is gone. Errors:
+    `Leaked`."""
+    try:
+        if not _until_away(lambda: backend.delete(ref, env), env.clock):
+            raise Leaked([ref])
+    except (Signal, OSError) as signal:
+        commands = signal.commands if isinstance(signal, Leaked) else []
+        raise Leaked([ref], [*commands, "launch teardown --all"]) from signal
 
 
 def insist(claim: Claim, ask: Callable[[], Answer], about: list[Ref] | list[str]) -> Answer:
@@ -90,17 +102,23 @@ def _swept(claim: Claim, name: str, about: list[str]) -> list[Ref]:
 
 
 def _delete(claim: Claim, ref: Ref) -> None:
-    """Delete one resource and wait until it is gone."""
+    """Delete one resource of the run and wait until it is gone."""
     backend = claim.backend(ref.backend)
-    deadline, interval = claim.clock.now() + PATIENCE, 0.1
-    while insist(claim, lambda: backend.delete(ref, claim.env), [ref]) not in _AWAY:
-        if claim.clock.now() > deadline:
-            raise _leaked(claim, [ref])
-        claim.clock.sleep(interval)
+    if not _until_away(
+        lambda: insist(claim, lambda: backend.delete(ref, claim.env), [ref]), claim.clock
+    ):
+        raise _leaked(claim, [ref])
+
+
+def _until_away(delete: Callable[[], Held], clock: Clock) -> bool:
+    """Ask until the answer is that it is absent; False when `PATIENCE` ends first."""
+    deadline, interval = clock.now() + PATIENCE, 0.1
+    while delete() not in (Held.GONE, Held.NONE):
+        if clock.now() > deadline:
+            return False
+        clock.sleep(interval)
         interval = min(interval * 1.5, NAP)
-
-
-_AWAY = (Held.GONE, Held.NONE)
+    return True
 
 
 def _leaked(

@@ -44,6 +44,11 @@ def notice(text: str) -> None:
     sys.stderr.flush()
 
 
+def write(text: str) -> None:
+    """One line of a result among many: not flushed, so that logs pass at full speed."""
+    sys.stdout.write(text + "\n")
+
+
 def document(facts: dict[str, Any]) -> None:
     """One JSON document with its version, on stdout. Numbers that are not finite are strings."""
     say(json.dumps(_finite({"v": JSON_VERSION, **facts}), indent=1, default=str))
@@ -70,6 +75,22 @@ def terminal(stream: IO[str]) -> bool:
         return False
 
 
+def can_ask() -> bool:
+    """Whether there is a person to ask: the answer comes from stdin, the question is on stderr."""
+    return terminal(sys.stdin) and terminal(sys.stderr)
+
+
+def can_show_live() -> bool:
+    """Whether a part of the screen may be drawn again: not when anything is piped or dumb."""
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    return terminal(sys.stdout) and terminal(sys.stderr) and not dumb
+
+
+def style(phase: str) -> str:
+    """The colour of a phase or a check's result; "" for none."""
+    return _PHASE.get(phase, "")
+
+
 def paint(text: str, style: str, stream: Optional[IO[str]] = None) -> str:
     code = _CODES.get(style)
     if code is None or not colour(stream or sys.stdout):
@@ -80,7 +101,7 @@ def paint(text: str, style: str, stream: Optional[IO[str]] = None) -> str:
 def confirm(question: str, refusal: str) -> bool:
     """Ask on the terminal; only `y` or `yes` is a yes. Without one: `UsageError`, whose hint is
     `--yes`, because silence must not spend money or end a job."""
-    if not (terminal(sys.stdin) and terminal(sys.stderr)):
+    if not can_ask():
         raise UsageError(refusal, "add --yes to go on without being asked")
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
@@ -101,7 +122,7 @@ def columns(
             padded = cell.rjust(width) if place in to_right else cell.ljust(width)
             if place == len(cells) - 1:
                 padded = padded.rstrip()
-            shown.append(paint(padded, "dim" if header else _PHASE.get(cell, "")))
+            shown.append(paint(padded, "dim" if header else style(cell)))
         return "  ".join(shown).rstrip()
 
     return [line(headers, header=True), *(line(row) for row in rows)]
@@ -132,7 +153,7 @@ def runs(found: Sequence[Run], now: float) -> list[str]:
 
 def run_lines(run: Run, now: float) -> list[str]:
     """`launch status RUN`: the run, its stages, its jobs and what it holds."""
-    phase = paint(run.phase.value, _PHASE.get(run.phase.value, ""))
+    phase = paint(run.phase.value, style(run.phase.value))
     lines = [f"{paint(run.name, 'bold')}  {phase}" + (f"  {run.why}" if run.why else "")]
     ended = run.ended if run.ended is not None else now
     facts = [f"ran {duration(ended - run.created)}", f"spent {usd(run.spent_usd)}"]
@@ -174,6 +195,12 @@ def stages(run: Run) -> list[str]:
              stage.gate or "-")
         )  # fmt: skip
     return columns(("STAGE", "KIND", "PHASE", "STEP", "LOSS", "GATE"), rows, right=(3, 4))
+
+
+def progress_line(run: Run) -> str:
+    """`status --watch` where nothing can be drawn again: a run in one line."""
+    now = "" if run.ended is not None or not run.progress else f"  {progress(run.progress)}"
+    return f"{run.name}: {run.phase.value}{now}"
 
 
 def progress(last: dict[str, Any]) -> str:
@@ -223,6 +250,16 @@ def checks(rows: Sequence[Check]) -> list[str]:
         if row.fix and row.result in ("warn", "fail"):
             lines.append(f"  fix: {row.fix}")
     return lines
+
+
+def wrapped(text: str) -> list[str]:
+    """Prose for a terminal of at most 100 columns; one line for a pipe."""
+    if not terminal(sys.stdout):
+        return [text]
+    import shutil
+    import textwrap
+
+    return textwrap.wrap(text, min(shutil.get_terminal_size().columns, 100) - 2)
 
 
 def steps(last: dict[str, Any]) -> str:

@@ -12,12 +12,13 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any, Optional
 
-from launcher import backends, gates, home, plan, retry
+from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import Claim, Load, claimed, read_json, write_marker, write_summary
 from launcher.clear import clear, insist, sweep
 from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
+from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 
@@ -117,7 +118,7 @@ class Engine:
         """Begin the next attempt with its first intent, or say why there is none."""
         claim, fresh = self.claim, self.claim.fresh(job)
         last = fresh[-1] if fresh else None
-        outcome = self._stopped(last)
+        outcome = self._stopped(last) or self._spent(last)
         if outcome is None and last is not None:
             outcome = retry.give_up(fresh, self.recipe.retry)
         if outcome is not None:
@@ -126,9 +127,6 @@ class Engine:
             offer, wait = retry.choose(self._offers(job), fresh)
         except (Signal, BudgetSpent) as error:
             return Outcome(Phase.FAILED, str(error), error.code)
-        left = claim.budget_left(offer.usd_per_hour)
-        if left is not None and left <= 0:
-            return Outcome(Phase.CANCELLED, claim.budget_text(), Exit.BUDGET)
         if last is not None and wait:
             patience = claim.patience(job)
             claim.say(f"{job.name}: {last.why}; trying again in {wait:.0f} s")
@@ -149,12 +147,22 @@ class Engine:
             return Outcome(Phase.FAILED, last.why, Exit.JOB)
         if marker is not None and marker.get("by") == "budget":
             return Outcome(Phase.CANCELLED, str(marker.get("reason")), Exit.BUDGET)
-        if last is not None and last.phase is Phase.CANCELLED:
-            return Outcome(Phase.CANCELLED, last.why, Exit.OK)
+        paused = last.why if last is not None and last.phase is Phase.CANCELLED else ""
         if marker is not None:
             reason = marker.get("reason")
-            return Outcome(Phase.CANCELLED, f"stopped: {reason}" if reason else "stopped", Exit.OK)
+            why = f"{paused or 'stopped'}: {reason}" if reason else paused or "stopped"
+            return Outcome(Phase.CANCELLED, why, Exit.OK)
+        if last is not None and last.phase is Phase.CANCELLED:
+            return Outcome(Phase.CANCELLED, last.why, Exit.OK)
         return None
+
+    def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
+        """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
+        left = self.claim.budget_left(last.usd_per_hour if last is not None else None)
+        own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
+        if left is None or left > 0 or own_fault:
+            return None
+        return Outcome(Phase.CANCELLED, self.claim.budget_text(), Exit.BUDGET)
 
     def _offers(self, job: JobState) -> list[Offer]:
         """What `budget.usd_per_hour` allows; an unknown price is not taken for a high one."""
@@ -162,7 +170,7 @@ class Engine:
         offers = list(self.claim.backend(job.backend).offers(hardware, self.claim.env))
         if not offers:
             raise NoCapacity(hardware.backend, f"it has no offer for {hardware.accelerator}")
-        allowed = [o for o in offers if cap is None or (o.usd_per_hour or 0.0) <= cap]
+        allowed = affordable(offers, self.recipe.budget)
         if not allowed:
             cheapest = min(o.usd_per_hour or 0.0 for o in offers)
             raise BudgetSpent(
@@ -212,7 +220,7 @@ class Engine:
             holes.update({f"ref:{ref.kind}": ref.name for ref in refs})
             holes.update({f"ref:{ref.name}": ref.name for ref in refs})
             request = {"name": template.name, "place": template.place, "request": template.request}
-            yield replace(template, **plan.fill(request, holes))
+            yield replace(template, **fill(request, holes))
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
         at = {"job": job.index, "attempt": number}
@@ -341,7 +349,7 @@ class Engine:
             if not stage.gate or state.gate == "passed":
                 continue
             folders = {s.id: home.local_root(s.folder) for s in stages}
-            evaluations = {i: read_json(f / "evaluation.json") for i, f in folders.items()}
+            evaluations = {i: read_json(f / "evaluation.json") or None for i, f in folders.items()}
             result = gates.evaluate(stage.gate, evaluations, stage.id)
             lines = list(result.lines)
             self.claim.record("gate", id=stage.id, passed=result.passed, lines=lines)

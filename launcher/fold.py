@@ -56,7 +56,7 @@ class Fold:
         """Over, and confirmed to hold nothing."""
         return (
             attempt.phase.over
-            and not attempt.refs
+            and not attempt.holding
             and not self.open.get((job, attempt.number))
             and attempt.held in (Held.NONE, Held.GONE)
         )
@@ -108,7 +108,7 @@ class Fold:
         ref = ref_of(record["ref"])
         waiting = self.open.get((record["job"], record["attempt"]), {})
         waiting.pop(ref.name, None)
-        attempt.refs = [r for r in attempt.refs if not _same(r, ref)] + [ref]
+        attempt.refs = [r for r in attempt.refs if r.name != ref.name] + [ref]
         attempt.held = Held.CREATING if waiting else Held.LIVE
 
     def _on_phase(self, record: Record) -> None:
@@ -123,9 +123,8 @@ class Fold:
 
     def _on_gone(self, record: Record) -> None:
         attempt = self.attempt(record["job"], record["attempt"])
-        ref = ref_of(record["ref"])
-        attempt.refs = [r for r in attempt.refs if not _same(r, ref)]
-        if not attempt.refs and not self.open.get((record["job"], record["attempt"])):
+        attempt.gone.append(record["ref"]["name"])
+        if not attempt.holding and not self.open.get((record["job"], record["attempt"])):
             attempt.held = Held.GONE
 
     def _on_stage(self, record: Record) -> None:
@@ -227,7 +226,3 @@ def _attempts(raw: list[dict[str, Any]]) -> list[Attempt]:
         )
         for attempt in raw
     ]
-
-
-def _same(one: Ref, other: Ref) -> bool:
-    return (one.kind, one.name, one.place) == (other.kind, other.name, other.place)

@@ -133,6 +133,18 @@ class DriverLock:
                     return None
                 time.sleep(0.02)
 
+    @classmethod
+    def inherited(cls, place: Path, descriptor: int) -> Optional[DriverLock]:
+        """The lock that the process which started this one handed over, if it is this run's."""
+        try:
+            ours, there = os.fstat(descriptor), (place / "driver.lock").stat()
+        except OSError:
+            return None
+        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
+            return None
+        os.set_inheritable(descriptor, False)
+        return cls(descriptor)
+
     def claim(self, pid: int, since: float) -> None:
         """Write who holds it."""
         facts = json.dumps({"host": socket.gethostname(), "pid": pid, "since": since})
@@ -199,15 +211,17 @@ def unwritable(place: Path, error: OSError) -> Unwritable:
     )
 
 
-def write(file: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename. Errors: `Unwritable`."""
+def write(file: Path, text: str, sync: bool = True) -> None:
+    """Write a whole file or nothing: temporary file, fsync (unless it is only a copy), rename.
+    Errors: `Unwritable`."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w") as handle:
             handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+            if sync:
+                handle.flush()
+                os.fsync(handle.fileno())
         temporary.replace(file)
     except OSError as error:
         temporary.unlink(missing_ok=True)

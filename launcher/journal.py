@@ -64,7 +64,7 @@ class Journal:
         if not won and file.read_text() != text:  # equal: a file system that repeated our request
             raise self._lost_to(_parse(file, self.seq + 1))
         self.seq += 1
-        write(self.copy / file.name, text)
+        write(self.copy / file.name, text, sync=False)
         plain: Record = json.loads(text)
         return plain
 

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from launcher import backends
 from launcher.backends.base import Env, JobHandle, Line, LogQuery
-from launcher.errors import Transient, UsageError
+from launcher.errors import LaunchError, Transient, UsageError
 from launcher.run import Attempt, JobState, Run
 
 _RELATIVE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
@@ -26,6 +26,8 @@ _REMEMBERED = 50_000
 _PATIENCE = 20
 #: A run that is over is read once more after this many seconds: the last lines may arrive late.
 _DRAIN = 1.0
+#: Seconds without a line after which a run whose driver is dead is no longer followed.
+_SILENCE = 20.0
 
 
 class Reader:
@@ -35,6 +37,7 @@ class Reader:
         self, env: Env, worker: Optional[int] = None, since: Optional[float] = None
     ) -> None:
         self.env, self.worker, self.since = env, worker, since
+        self.count = 0  # lines given so far
         self._attempts: dict[tuple[str, int], _Position] = {}
 
     def new(self, run: Run) -> Iterator[Line]:
@@ -58,6 +61,7 @@ class Reader:
             if not fresh or (self.worker is not None and line.worker != self.worker):
                 continue
             if self.since is None or line.time >= self.since:
+                self.count += 1
                 yield line
 
 
@@ -81,20 +85,44 @@ def follow(
     worker: Optional[int] = None,
     since: Optional[float] = None,
     tail: Optional[int] = None,
-    every: float = 0.5,
 ) -> Iterator[Line]:
-    """Lines as they come, until the run is over and nothing more arrives. `look` gives the run as
-    it is now; `env.clock` waits. With `tail`, only the last lines of what was there before."""
-    reader = Reader(env, worker, since)
-    run = look()
-    lines = _patiently(reader, run)
-    yield from lines if tail is None else deque(lines, maxlen=max(tail, 0))
-    while run.ended is None:
-        env.clock.sleep(every)
+    """Lines as they come, until the run is over and nothing more arrives. With `tail`, only the
+    last lines of what was there before. See `looks` for `look` and for what ends it."""
+    for first, (_, lines) in enumerate(looks(look, Reader(env, worker, since))):
+        yield from deque(lines, maxlen=max(tail, 0)) if tail is not None and not first else lines
+
+
+def looks(
+    look: Callable[[], Run], reader: Reader, every: float = 0.5
+) -> Iterator[tuple[Run, Iterator[Line]]]:
+    """The run as `look` gives it, again and again, each time with the lines that are new; read them
+    before asking for more. Ends when the run is over and was drained.
+
+    Errors: `NoDriver`, when the run's driver is dead and nothing was logged for a while.
+    """
+    clock = reader.env.clock
+    heard = clock.now()
+    while True:
         run = look()
-        yield from _patiently(reader, run)
-    env.clock.sleep(_DRAIN)
-    yield from _patiently(reader, run)
+        before = reader.count
+        yield run, _patiently(reader, run)
+        if run.ended is not None:
+            break
+        orphaned = run.driver is not None and run.driver.alive is False
+        if reader.count > before or not orphaned:
+            heard = clock.now()
+        if clock.now() - heard > _SILENCE:
+            raise NoDriver(
+                f"{run.name} has no driver any more; its job may go on, but nobody follows up",
+                f"`launch resume {run.name}` drives on; `launch status {run.name}` says how it is",
+            )
+        clock.sleep(every)
+    clock.sleep(_DRAIN)
+    yield run, _patiently(reader, run)
+
+
+class NoDriver(LaunchError):
+    """The driver was killed: the run will not end by itself."""
 
 
 def since(text: str, now: float) -> float:

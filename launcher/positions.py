@@ -73,7 +73,9 @@ def parse(
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = error.problem or error.context or "cannot be read"
+        what = error.problem or "cannot be read"
+        if what.startswith("but ") and error.context:
+            what = f"{error.context}, {what}"
         problems.append((_at(start, mark), f"not valid YAML: {what}{_hint(text, mark)}"))
         return None
     except (ValueError, OverflowError) as error:  # escapes beyond Unicode

@@ -130,7 +130,7 @@ def _whole(
         if node is not None and node.value is not None:
             found: list[Problem] = []
             top[key] = build(kind, plain(node), (key,), found)
-            _report(found, tree, sources)
+            _report((p for p in found if not rules.looks_secret(str(p[0][-1]))), tree, sources)
     empty = Node({}, tree.at)
     secrets, env = tree.get("secrets") or empty, tree.get("env") or empty
     sources.problems += rules.secret_problems(secrets, env)

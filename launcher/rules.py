@@ -96,19 +96,24 @@ def secret_problems(secrets: Node, env: Node) -> Problems:
         elif not isinstance(node.value, str) or not _SECRET.fullmatch(node.value):
             problems.append((node.at, f"secrets.{name}: must be a reference: {_SECRET_FORMS}"))
     for name, node in env.map.items():
-        if _LOOKS_SECRET.search(name.upper()):
+        if looks_secret(name):
             what = f"env.{name}: looks like a secret; move it to `secrets`, as {_SECRET_FORMS}"
             problems.append((node.key or node.at, what))
     return problems
 
 
+def looks_secret(name: str) -> bool:
+    """Whether a variable of this name holds something that nobody else should read."""
+    return _LOOKS_SECRET.search(name.upper()) is not None
+
+
 def _hardware(stage: Stage) -> Iterator[Problem]:
     asked, at = stage.hardware, "hardware"
+    for what in _accelerator(stage):
+        yield (at, "accelerator"), what
     if asked.backend not in backends.names():
-        yield (
-            (at, "backend"),
-            f"no backend '{asked.backend}'; {nearest(asked.backend, backends.names())}",
-        )
+        near = nearest(asked.backend, backends.names())
+        yield (at, "backend"), f"no backend '{asked.backend}'; {near}"
         return
     for block in ("local", "vertex"):
         if getattr(asked, block) is not None and block != asked.backend:

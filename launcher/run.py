@@ -46,6 +46,12 @@ class Attempt:
     cause: str = ""  # what the engine decides by: capacity, preempted, infrastructure, job, ...
     capacity: str = ""  # of the offer: spot, standard, ...
     usd_per_hour: Optional[float] = None
+    gone: list[str] = field(default_factory=list)  # names of refs confirmed absent
+
+    @property
+    def holding(self) -> list[Ref]:
+        """Resources not confirmed absent."""
+        return [ref for ref in self.refs if ref.name not in self.gone]
 
 
 @dataclass

@@ -23,8 +23,8 @@ from trainer.config import (
 )
 
 NAME = re.compile(r"^[a-z][a-z0-9-]{0,39}$")
-_ACCELERATOR = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9]\d*)?$")
-_DURATION = re.compile(r"^\d+(\.\d+)?[smhd]$")
+_ACCELERATOR = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9][0-9]*)?\Z")
+_DURATION = re.compile(r"^[0-9]+(\.[0-9]+)?[smhd]\Z")
 CapacityName = Literal["spot", "standard", "flex", "reserved"]
 
 

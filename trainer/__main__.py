@@ -1,4 +1,4 @@
-"""`python -m trainer run JOB.json`: the stages of a job, in order. Exit codes: docs/contracts.md."""
+"""`python -m trainer run JOB.json`: a job's stages, in order. Exit codes: docs/contracts.md."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ def main(arguments: list[str]) -> int:
 
 def run(job: Job) -> int:
     """The job's stages; those already completed are left out."""
+    from transformers.utils import logging
+
     from trainer import runtime, stages
 
+    logging.disable_progress_bar()  # a log is read as lines
     made = {config.output for config in job.stages}
     with runtime.start() as process:
         for config in job.stages:

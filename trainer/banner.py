@@ -83,10 +83,15 @@ def _data(name: str, summary: Mapping[str, Any]) -> list[str]:
     ]
     for source in summary["sources"]:
         lines.append(
-            f"  {source['name']}: {source['shards']} shards, {source['documents']} documents,"
-            f" {source['tokens']:,} tokens; samples {', '.join(source['sample_ids'])}"
+            f"  {source['name']}: {_many(source['shards'], 'shard')},"
+            f" {_many(source['documents'], 'document')}, {source['tokens']:,} tokens;"
+            f" samples {', '.join(source['sample_ids'])}"
         )
     return lines
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" + ("" if count == 1 else "s")
 
 
 def _versions() -> dict[str, str]:

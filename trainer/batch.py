@@ -19,7 +19,7 @@ class Batch:
 
     `to` fills `supervised`: the flat indices [n] of positions that have a target, found before the
     copy, so that nothing on the device has to be counted. `weights` holds, per loss term, the
-    0-dim float64 weight of this batch (e.g. supervised tokens); `extra` what an objective prepared."""
+    0-dim float64 weight of this batch (e.g. supervised tokens); `extra` is the objective's."""
 
     input_ids: Tensor
     position_ids: Tensor

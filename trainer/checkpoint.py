@@ -83,14 +83,14 @@ class Checkpoints:
         _check_plain(state, "state")
         final = self._folder(step)
         temporary = self._hidden("tmp", step)
-        with self._told(f"step {step}", temporary):
+        with self._told(f"step {step}"):
             make_folder(self.root)
             temporary.mkdir()
             write_model(temporary)
             _save_tensors(state, temporary / STATE)
             seal(temporary, step)
             self._publish(temporary, final, step)
-        with self._told(f"the pointers to step {step}", temporary):
+        with self._told(f"the pointers to step {step}"):
             self._point("last", step, val_loss)
             if best:
                 self._point("best", step, val_loss)
@@ -103,7 +103,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.root}: step {step} has no checkpoint to be marked as best"
             )
-        with self._told("the pointer to the best checkpoint", self._hidden("tmp", step)):
+        with self._told("the pointer to the best checkpoint"):
             self._point("best", step, val_loss)
 
     def newest(self) -> Path | None:
@@ -129,12 +129,12 @@ class Checkpoints:
             self._discard(aside, step)
 
     def _point(self, name: str, step: int, val_loss: float | None) -> None:
-        finite = val_loss is not None and math.isfinite(val_loss)
+        known = val_loss is not None and math.isfinite(val_loss)
         pointer = {
             "v": VERSION,
             "step": step,
             "path": f"step-{step}",
-            "val_loss": float(val_loss) if finite and val_loss is not None else None,
+            "val_loss": val_loss if known else None,
         }
         atomic_write(self.root / f"{name}.json", json.dumps(pointer) + "\n")
 
@@ -171,22 +171,26 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _told(self, what: str, folder: Path) -> Iterator[None]:
+    def _told(self, what: str) -> Iterator[None]:
         """Whatever goes wrong, no trace stays; a full disk becomes one clear line."""
         try:
             yield
         except BaseException as error:
-            written, free = _bytes_in(folder), free_bytes(self.root)
             self._tidy()
             if full := disk_full(error):
                 raise CheckpointError(
-                    f"{full}: {what} not saved in {self.root}: {written / 1e6:.1f} MB written, "
-                    f"{free / 1e6:.1f} MB free; free some space or lower train.keep (earlier "
-                    "checkpoints are whole)"
+                    f"{full}: {what} not saved in {self.root}: {self._room()}; earlier "
+                    "checkpoints are whole; free some space, or lower train.keep, and resume"
                 ) from error
             if isinstance(error, (OSError, StoreError)):
                 raise CheckpointError(f"{self.root}: {what} not saved: {error}") from error
             raise
+
+    def _room(self) -> str:
+        room = f"{free_bytes(self.root) / 1e6:.1f} MB are free"
+        for step in _steps(self.root)[:1]:
+            room += f", step-{step} takes {_bytes_in(self._folder(step)) / 1e6:.1f} MB"
+        return room
 
     def _warn(self, message: str) -> None:
         self.warnings.append(message)

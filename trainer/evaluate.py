@@ -11,7 +11,7 @@ from trainer.models import head_weight, hidden_states
 from trainer.runtime import Runtime
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def cross_entropy(
     model: nn.Module, rows: Rows, runtime: Runtime, *, micro_batch: int, limit: int = 0
 ) -> tuple[float, int]:

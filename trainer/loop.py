@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import Metrics
 from trainer.objective import Objective
 from trainer.runtime import Runtime
+
+_Result = TypeVar("_Result")
 
 
 class NonFiniteError(RuntimeError):
@@ -56,8 +58,8 @@ class Outcome:
 
 @dataclass
 class Accumulated:
-    """One group's forward and backward: `total` is this rank's part of the loss; `sums` its parts of
-    the metrics, already divided by the weights of the global batch; `tokens` of all ranks."""
+    """One group's forward and backward: `total` is this rank's part of the loss; `sums` its parts
+    of the metrics, already divided by the global batch's weights; `tokens` of all ranks."""
 
     total: Tensor
     sums: dict[str, Tensor]
@@ -138,7 +140,8 @@ def make_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
 
 
 class Loop:
-    """Trains `model` with `objective` on `stream` until the horizon, a pause or a signal."""
+    """Trains `model` with `objective` on `stream` until the horizon, a pause or a signal.
+    `metrics` is None on ranks that do not write."""
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class Loop:
         stream: Stream,
         validation: Optional[Rows],
         runtime: Runtime,
-        metrics: Metrics,
+        metrics: Optional[Metrics],
         checkpoints: Checkpoints,
         write_model: Callable[[Path], None],
         stop_asked: Callable[[], bool],
@@ -231,7 +234,7 @@ class Loop:
             parameters["lr"] = rate
         # The fused optimizer leaves weights and its own state untouched where found_inf is 1.
         found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.found_inf = found_inf
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -245,15 +248,11 @@ class Loop:
     def _gradients(self, group: list[Batch], log: bool) -> Accumulated:
         """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
         while True:
-            batches = _unless_out_of_memory(
-                lambda g=group: prepare(self.objective, g, self.runtime, self.step)
-            )
+            batches = _unless_out_of_memory(prepare, self.objective, group, self.runtime, self.step)
             if not self.runtime.any(batches is None)[0] and batches is not None:
                 norm = normalisers(batches, self.runtime)
                 done = _unless_out_of_memory(
-                    lambda b=batches, n=norm: backward(
-                        self.model, self.objective, b, n, self.runtime, log
-                    )
+                    backward, self.model, self.objective, batches, norm, self.runtime, log
                 )
                 if not self.runtime.any(done is None)[0] and done is not None:
                     return done
@@ -326,13 +325,14 @@ class Loop:
             facts["gpu_mem_alloc_MB"] = memory
         if self.horizon.steps:
             facts["steps"] = self.horizon.steps
-        if not self.runtime.main:
+        if self.metrics is None:
             return
         self.metrics.step(self.step, **facts)
         of = f"/{self.horizon.steps}" if self.horizon.steps else ""
         shown = ("train_loss", "ce_loss", "kd_loss", "logit_l2", "grad_norm")
         words = "  ".join(f"{name} {facts[name]:.4f}" for name in shown if name in facts)
-        self.say(f"step {self.step}{of}  {words}  lr {rate:.2e}  {facts['tokens_per_sec']:.0f} tok/s")
+        speed = f"{facts['tokens_per_sec']:.0f} tok/s"
+        self.say(f"step {self.step}{of}  {words}  lr {rate:.2e}  {speed}")
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -368,7 +368,7 @@ class Loop:
             self.evaluation.update(best_val_loss=loss, best_step=float(self.step))
         perplexity = math.exp(min(loss, 700.0))
         self.evaluation.update(val_loss=loss, val_ppl=perplexity, val_tokens=float(tokens))
-        if self.runtime.main:
+        if self.metrics is not None:
             self.metrics.eval(self.step, val_loss=loss, val_ppl=perplexity, val_tokens=tokens)
             self.say(f"step {self.step}  val_loss {loss:.4f}  val_ppl {perplexity:.2f}")
         if improved:
@@ -385,6 +385,7 @@ class Loop:
                 self.step, self.write_model, self._state(states), val_loss=loss, best=best
             )
             self._event("checkpoint", path=saved.name, best=best)
+            self.say(f"step {self.step}  saved {saved}" + (" (best)" if best else ""))
         self.runtime.barrier()
 
     def _state(self, rng: list[Any]) -> dict[str, Any]:
@@ -402,7 +403,7 @@ class Loop:
         }
 
     def _event(self, name: str, **facts: Any) -> None:
-        if self.runtime.main:
+        if self.metrics is not None:
             self.metrics.event(name, self.step, **facts)
 
     @contextmanager
@@ -451,11 +452,11 @@ class _Window:
         return facts, tokens
 
 
-def _unless_out_of_memory(work: Callable[[], Any]) -> Any:
+def _unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:
     """The result of `work`, or None after an out-of-memory. Nothing of the failed try survives the
     return: its traceback would keep the tensors alive."""
     try:
-        return work()
+        return work(*arguments)
     except torch.OutOfMemoryError:
         return None
 

@@ -18,7 +18,12 @@ from trainer.runtime import Runtime
 #: `architecture.family` -> Hugging Face configuration class.
 FAMILIES = {"llama": "LlamaConfig", "qwen3": "Qwen3Config"}
 #: Configuration fields that change the logits after the head: the chunked losses do not apply them.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+_LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "output_multiplier_scale",
+)
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -66,9 +71,8 @@ def load_model(config: Model, tokenizer: Any, runtime: Runtime, seed: int) -> nn
         model = load_pretrained(config.name, torch.float32, attention)
     _check(model, tokenizer, config.name or "model.architecture")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.to(runtime.device).train()
     runtime.broadcast([*model.parameters(), *model.buffers()])
     return model
@@ -118,7 +122,7 @@ def flash_attention_status(runtime: Runtime) -> str:
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Both tokenizers must give equal ids to equal tokens. Errors: `ConfigError`, with an example."""
+    """Both tokenizers must give equal tokens equal ids. Errors: `ConfigError`, with an example."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
@@ -127,9 +131,9 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
         key=lambda t: (min(ours.get(t, 1 << 60), theirs.get(t, 1 << 60)), t),
     )
     raise ConfigError(
-        f"kd.teacher: its vocabulary differs from the student's ({len(theirs)} and {len(ours)} tokens;"
-        f" {token!r} is {theirs.get(token)} and {ours.get(token)}); distillation compares tokens by"
-        " id: take a teacher with the student's tokenizer"
+        f"kd.teacher: its vocabulary differs from the student's ({len(theirs)} and {len(ours)}"
+        f" tokens; {token!r} is {theirs.get(token)} and {ours.get(token)}); distillation compares"
+        " tokens by id: take a teacher with the student's tokenizer"
     )
 
 

@@ -54,7 +54,10 @@ class Runtime:
         """Mixed precision: parameters stay fp32, matrix products run in bf16."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        mixed: contextlib.AbstractContextManager[Any] = torch.autocast(
+            self.device.type, dtype=torch.bfloat16
+        )
+        return mixed
 
     def all_sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """0-dim tensors, summed over all ranks in one collective (float64)."""
@@ -108,7 +111,7 @@ class Runtime:
         """Allocated on the GPU, in MB; None on CPU."""
         if self.device.type != "cuda":
             return None
-        return torch.cuda.memory_allocated(self.device) / 1e6
+        return float(torch.cuda.memory_allocated(self.device)) / 1e6
 
     def release_memory(self) -> None:
         """Give cached blocks back after an out-of-memory, so that smaller ones fit."""

@@ -87,9 +87,7 @@ def _train(train: Train, notes: list[str]) -> Train:
     )
 
 
-def _evaluate(
-    evaluate: Evaluate, scratch: Path, made: set[str], notes: list[str]
-) -> Evaluate:
+def _evaluate(evaluate: Evaluate, scratch: Path, made: set[str], notes: list[str]) -> Evaluate:
     models = {}
     for label, reference in evaluate.models.items():
         if not _made(reference, made):
@@ -119,7 +117,7 @@ def _tokenizer(reference: Optional[str], scratch: Path, made: set[str], notes: l
 
 
 def _model_type(model: Model) -> str:
-    """The architecture: from the recipe, from the model's config.json on this disk, else its name."""
+    """The architecture: from the recipe, the model's config.json on this disk, or its name."""
     if model.architecture is not None:
         return model.architecture.family
     from transformers import AutoConfig

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-
 from trainer import models
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, resolve
@@ -30,12 +29,12 @@ from trainer.store import atomic_write
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage gets: its configuration, the job it is part of, where and with what it runs."""
+    """What every stage gets. `metrics` is None on ranks that do not write."""
 
     config: StageConfig
     job: Job
     runtime: Runtime
-    metrics: Metrics
+    metrics: Optional[Metrics]
     say: Callable[[str], None]
 
     @property
@@ -49,8 +48,10 @@ class Context:
 ObjectiveFactory = Callable[[Context, Any], Objective]
 
 
-def run_stage(config: StageConfig, job: Job, runtime: Runtime, say: Callable[[str], None]) -> Outcome:
-    """Run one stage to its end and record it. Errors: those of its parts, all with one clear line."""
+def run_stage(
+    config: StageConfig, job: Job, runtime: Runtime, say: Callable[[str], None]
+) -> Outcome:
+    """Run one stage to its end and record it. Errors: those of its parts, one clear line each."""
     missing = missing_blocks(config.stage, {k for k, v in vars(config).items() if v is not None})
     if missing:
         raise ConfigError(f"stage {config.id}: missing {', '.join(missing)}")
@@ -60,7 +61,7 @@ def run_stage(config: StageConfig, job: Job, runtime: Runtime, say: Callable[[st
         write_json(folder / "args_snapshot.json", to_dict(config))
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
-    metrics = Metrics(folder, config.id, job.attempt) if runtime.main else _silent(config, job)
+    metrics = Metrics(folder, config.id, job.attempt, warn=say) if runtime.main else None
     started = time.time()
     try:
         context = Context(config, job, runtime, metrics, say if runtime.main else _quiet)
@@ -69,7 +70,8 @@ def run_stage(config: StageConfig, job: Job, runtime: Runtime, say: Callable[[st
         _record(context, started, outcome)
         return outcome
     finally:
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
 
 
 def tokenizer(context: Context) -> Outcome:
@@ -167,7 +169,7 @@ def evaluate(context: Context) -> Outcome:
         table.append(row)
         results[f"{label}.val_loss"] = loss
         context.say(f"{label}: val_loss {loss:.4f} over {count} tokens, {size:,} parameters")
-    if context.runtime.main:
+    if context.metrics is not None:
         context.metrics.table(table)
     return Outcome(None, 0, time.perf_counter() - started, results)
 
@@ -293,17 +295,5 @@ def _record(context: Context, started: float, outcome: Optional[Outcome]) -> Non
     write_json(folder / "run_meta.json", meta)
 
 
-class _silent:  # noqa: N801
-    """Metrics of the ranks that do not write."""
-
-    def __init__(self, config: StageConfig, job: Job) -> None:
-        del config, job
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **facts: None
-
-
 def _quiet(line: str) -> None:
     del line
-
-

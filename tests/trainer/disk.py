@@ -23,8 +23,8 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def killed_at(act: Callable[[], Any], k: int) -> bool:
-    """Run `act` in a forked child that is killed (SIGKILL) at its k-th call to the file system, from
-    0: just before it, or for fsync just before or just after. False when `act` had fewer calls."""
+    """Run `act` in a forked child that is killed (SIGKILL) at its k-th call to the file system,
+    from 0: just before the call, and for fsync also just after. False when it had fewer calls."""
     pid = os.fork()
     if pid == 0:
         _count_down(k)
@@ -58,5 +58,10 @@ def _count_down(k: int) -> None:
         fsync(descriptor)
         call()
 
+    def profile(frame: object, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ == "write":  # opened, still empty
+            call()
+
     os.fsync = counted_fsync
     sys.addaudithook(hook)
+    sys.setprofile(profile)

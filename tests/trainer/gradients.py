@@ -1,4 +1,4 @@
-"""The whole gradient of one global batch, cut in different ways; run by torchrun, the two-rank case."""
+"""The gradient of one global batch, cut in different ways; torchrun runs this for two ranks."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_what_a_stage_leaves_behind(stage: StageConfig, run_stage: Run) -> None:
     assert evaluation["best_val_loss"] <= evaluation["val_loss"]
     assert (folder / "args_snapshot.json").exists() and any((folder / "tensorboard").iterdir())
     said = "\n".join(outcome.lines)
-    for fact in ("seed 0", "precision fp32", "attention sdpa", "flash-attn", "shards", "samples"):
+    for fact in ("seed 0", "precision fp32", "attention sdpa", "flash-attn", "1 shard", "samples"):
         assert fact in said
 
 
@@ -181,7 +181,7 @@ def test_out_of_memory_splits_the_micro_batch_and_keeps_the_global_batch(
     assert math.isclose(split[-1]["train_loss"], calm[-1]["train_loss"], rel_tol=1e-4)
 
     with_objective(Faulty(largest=0))
-    with pytest.raises(ConfigError, match="one row does not fit.*gradient_checkpointing"):
+    with pytest.raises(ConfigError, match=r"one row does not fit.*gradient_checkpointing"):
         run_stage(in_folder(stage, tmp_path / "never"))
 
 
@@ -222,14 +222,14 @@ def test_seconds_of_trains_for_the_time_of_the_other_stage(
     stage: StageConfig, run_stage: Run, tmp_path: Path
 ) -> None:
     first = run_stage(in_folder(stage, tmp_path / "first"))
-    config = in_folder(
-        stage, tmp_path / "second", steps=None, seconds_of=str(tmp_path / "first")
-    )
+    config = in_folder(stage, tmp_path / "second", steps=None, seconds_of=str(tmp_path / "first"))
     second = run_stage(config)
     assert second.stopped is None
     assert second.training_seconds >= first.training_seconds
-    longest = max(line["tokens"] / line["tokens_per_sec"] for line in lines(config.output, "step")[:1])
-    assert second.training_seconds < first.training_seconds * 1.5 + longest
+    steps = lines(config.output, "step")
+    last = steps[-1]["tokens"] - steps[-2]["tokens"]
+    overshoot = second.training_seconds - first.training_seconds
+    assert overshoot <= last / steps[-1]["tokens_per_sec"] + 1e-6
 
 
 def test_vocabularies_that_differ_are_refused(
@@ -251,4 +251,4 @@ def test_the_schedule_warms_up_and_ends_where_it_should(schedule: Any, last: flo
     rates = [learning_rate(config, horizon.progress(s, 0), s, horizon) for s in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(last)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -1,95 +1,16 @@
-"""The chunked losses against the textbook computed in float64, and what they promise beside the
-numbers: nothing of size N x V, no wait for a device, one backward."""
+"""The chunked losses give the numbers of the textbook computed in float64."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.losses import DenseKL, SparseTarget, dense_kl, reference, sparse_target
-from trainer.losses.heads import BLOCK, MixedHead
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-Case = dict[str, Tensor]
-
-
-def make_case(
-    n: int = 37,
-    v: int = 211,
-    h: int = 16,
-    k: int = 3,
-    *,
-    vt: int | None = None,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Case:
-    """Inputs of both operations; a fifth of the rows does not count."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64)
-
-    ht, vt = h + 8, vt or v
-    case = {
-        "hidden": normal(n, h),
-        "weight": normal(v, h) * 2 / h**0.5,
-        "teacher_hidden": normal(n, ht),
-        "teacher_weight": normal(vt, ht) * 2 / ht**0.5,
-        "w": normal(n, k),
-    }
-    case = {name: tensor.to(dtype) for name, tensor in case.items()}
-    case["ids"] = torch.randint(v, (n, k), generator=g)
-    case["labels"] = torch.randint(v, (n,), generator=g)
-    masked = torch.rand(n, generator=g) < 0.2
-    case["w"][masked] = 0
-    case["labels"][masked] = -100
-    for name in ("hidden", "weight"):
-        case[name].requires_grad_()
-    return case
-
-
-def exact(case: Case) -> Case:
-    """The same values in float64."""
-    return {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        for name, t in case.items()
-    }
-
-
-def sparse(case: Case, op=sparse_target, **options) -> SparseTarget:
-    return op(case["hidden"], case["weight"], case["ids"], case["w"], **options)
-
-
-def kd(case: Case, op=dense_kl, **options) -> DenseKL:
-    names = ("hidden", "weight", "teacher_hidden", "teacher_weight", "labels")
-    options = {"temperature": 2.0, "ce_weight": 0.3, "kl_weight": 0.7, **options}
-    return op(*(case[name] for name in names), **options)
-
-
-def gradients(result: SparseTarget | DenseKL, case: Case, scale: float = 1.0) -> list[Tensor]:
-    return list(torch.autograd.grad(result.loss * scale, [case["hidden"], case["weight"]]))
-
-
-def distance(value: Tensor, expected: Tensor) -> float:
-    """The L2 norm of the difference, relative to the norm of `expected`."""
-    value, expected = value.detach().double(), expected.detach().double()
-    return float((value - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def assert_close(values: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for value, want in zip(values, expected, strict=True):
-        assert value.shape == want.shape
-        assert distance(value, want) <= tolerance
+from tests.trainer.loss_cases import assert_close, distance, exact, gradients, kd, make_case, sparse
+from trainer.losses import reference, sparse_target
+from trainer.losses.heads import BLOCK
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -273,91 +194,6 @@ def test_any_shape_temperature_and_mixture_equals_the_textbook(
     torch.testing.assert_close(pairs[1][0], pairs[1][1], rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("op", [sparse, kd])
-def test_the_size_of_chunks_does_not_matter(op) -> None:
-    case = make_case()
-    whole = op(case)
-    for chunk in (1, 7, 1000):
-        part = op(case, chunk_rows=chunk)
-        assert_close(
-            [part.loss, *gradients(part, case)], [whole.loss, *gradients(op(case), case)], 1e-13
-        )
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
-def test_no_rows_and_no_rows_that_count_give_zero(op) -> None:
-    nothing_counts = make_case()
-    nothing_counts["w"].zero_()
-    nothing_counts["labels"].fill_(-100)
-    for case in (make_case(n=0), nothing_counts):
-        result = op(case)
-        assert float(result.loss.detach()) == 0
-        for gradient, name in zip(gradients(result, case), ("hidden", "weight"), strict=True):
-            assert gradient.shape == case[name].shape and not gradient.any()
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
-def test_named_rows_give_the_same_result_as_masked_ones(op) -> None:
-    case = make_case()
-    counts = (case["labels"] != -100).nonzero().squeeze(1)
-    shuffled = counts[torch.randperm(len(counts), generator=torch.Generator().manual_seed(3))]
-    masked, named = op(case), op(case, rows=shuffled, chunk_rows=4)
-    everything = op(case, rows=torch.arange(len(case["labels"])))
-    expected = [masked.loss, *gradients(masked, case)]
-    assert_close([named.loss, *gradients(named, case)], expected, 1e-13)
-    assert_close([everything.loss, *gradients(everything, case)], expected, 1e-13)
-
-
-def test_rows_that_are_not_named_do_not_count() -> None:
-    case = make_case()
-    some = torch.tensor([1, 5, 8])
-    picked = {
-        name: t.detach()[some].requires_grad_(t.requires_grad) if len(t) == 37 else t
-        for name, t in case.items()
-    }
-    for op in (sparse, kd):
-        named, alone = op(case, rows=some), op(picked)
-        assert distance(named.loss, alone.loss) <= 1e-13
-        (dh, dw), (dh_alone, dw_alone) = gradients(named, case), gradients(alone, picked)
-        assert_close([dh[some], dw], [dh_alone, dw_alone], 1e-13)
-        assert int(dh.any(dim=1).sum()) == int(dh_alone.any(dim=1).sum())
-
-
-def test_named_rows_report_logprobs_even_with_weight_zero() -> None:
-    case = make_case()
-    case["w"].zero_()
-    result = sparse(case, rows=torch.arange(10))
-    textbook = sparse(case, reference.sparse_target)
-    assert_close([result.logprobs[:10]], [textbook.logprobs[:10]], 1e-12)
-    assert not result.logprobs[10:].any() and not gradients(result, case)[1].any()
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
-def test_what_masked_rows_hold_cannot_spread(op) -> None:
-    case = make_case()
-    masked = case["labels"] == -100
-    expected = gradients(op(case), case)
-    with torch.no_grad():
-        case["hidden"][masked] = float("nan")
-        case["teacher_hidden"][masked] = float("inf")
-    assert all(map(torch.equal, gradients(op(case), case), expected))
-    if op is kd:  # as on a device, where rows cannot be dropped: every row goes through the head
-        result = kd(case, rows=torch.arange(len(masked)), diagnostics=True)
-        assert_close(gradients(result, case), expected, 1e-13)
-        assert result.l2 is not None and bool(result.l2.isfinite())
-
-
-def test_a_negative_id_is_an_entry_that_does_not_count() -> None:
-    case = make_case()
-    masked = case["ids"].clone()
-    masked[::2, 1] = -100
-    without = case | {"w": case["w"].masked_fill(masked < 0, 0)}
-    found, expected = sparse(case | {"ids": masked}), sparse(without)
-    assert torch.equal(found.loss, expected.loss)
-    assert all(map(torch.equal, gradients(found, case), gradients(expected, case)))
-    assert not found.logprobs[masked < 0].any()
-
-
 def test_weights_may_be_tensors_and_are_constants() -> None:
     case = make_case()
     norm = torch.tensor(3.0, requires_grad=True)
@@ -390,34 +226,6 @@ def test_a_teacher_gets_no_gradient_and_may_come_from_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("op", [sparse, kd])
-def test_only_the_gradients_that_are_wanted_are_computed(op) -> None:
-    case = make_case()
-    expected = gradients(op(case), case)
-    for wanted, other, value in (
-        ("hidden", "weight", expected[0]),
-        ("weight", "hidden", expected[1]),
-    ):
-        frozen = case | {other: case[other].detach()}
-        with Operations() as operations:
-            op(frozen).loss.backward()
-        products = 2 if op is sparse else 3  # logits (and the teacher's), and one gradient
-        assert operations.count("aten::mm", "aten::addmm_") == products
-        assert_close([case[wanted].grad], [value], 1e-15)
-    with torch.no_grad(), Operations() as operations:
-        assert not op(case).loss.requires_grad
-    assert operations.count("aten::mm", "aten::addmm_") == (1 if op is sparse else 2)
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
-def test_a_second_backward_says_that_there_is_only_one(op) -> None:
-    case = make_case()
-    loss = op(case).loss
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiated once.*compute the loss again"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
 def test_an_overflow_reaches_the_loss(op) -> None:
     case = make_case()
     with torch.no_grad():
@@ -438,105 +246,6 @@ def test_large_logits_and_a_cut_vocabulary_do_not_overflow() -> None:
     assert_close(gradients(ours, case), gradients(expected, truth), 1e-4)
 
 
-@pytest.mark.parametrize("op", [sparse, kd])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_waits_for_a_device(op, dtype: torch.dtype) -> None:
-    # A meta tensor has no values: reading one (item, nonzero, a branch on it) raises.
-    case = {
-        name: t.detach().to("meta").requires_grad_(t.requires_grad)
-        for name, t in make_case(dtype=dtype).items()
-    }
-    for options in ({}, {"rows": torch.arange(9, device="meta")}):
-        found = gradients(op(case, chunk_rows=8, **options), case)
-        assert [(t.shape, t.dtype) for t in found] == [
-            (case[name].shape, dtype) for name in ("hidden", "weight")
-        ]
-
-
-def test_products_of_bfloat16_factors_on_a_device_have_float32_results() -> None:
-    # Shapes and dtypes alone: no CPU computes these products. The numbers: the test on CUDA below.
-    weight = torch.empty((BLOCK + 5, 8), dtype=torch.bfloat16, device="meta")
-    weight_gradient = torch.zeros((BLOCK + 5, 8), device="meta")
-    head = MixedHead(weight, torch.float32, 6)
-    with Operations() as operations:
-        h = head.operand(torch.empty(6, 8, device="meta"), torch.empty(6, 1, device="meta") > 0)
-        z = head.logits(h)
-        dh = head.backward(z, h, True, weight_gradient)
-    assert h.dtype == torch.bfloat16
-    assert (z.shape, z.dtype) == ((6, BLOCK + 5), torch.float32)
-    assert dh is not None and (dh.shape, dh.dtype) == ((6, 8), torch.float32)
-    assert operations.dtypes_of("aten::mm") == {torch.float32}
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_holds_more_logits_than_a_chunk(op, dtype: torch.dtype) -> None:
-    case = make_case(64, BLOCK + 1000, 8, dtype=dtype)
-    with Operations() as operations:
-        gradients(op(case, chunk_rows=32), case)
-    assert operations.largest == 32 * (BLOCK + 1000)
-    if dtype == torch.bfloat16:
-        assert operations.dtypes_of("aten::mm", "aten::addmm_") == {torch.float32}
-
-
-@pytest.mark.parametrize("op", [sparse, kd])
-def test_a_cpu_drops_masked_rows_before_the_head(op) -> None:
-    case = make_case(40, 100, 1, k=1)  # the teacher's head has 9 columns
-    case["w"].zero_()[3:15] = 1
-    case["labels"].fill_(-100)[3:15] = 1
-    with Operations() as operations:
-        gradients(op(case), case)
-    assert operations.largest == 12 * 100
-
-
-def test_chunks_are_as_large_as_the_buffer_allows_and_no_larger_than_the_batch() -> None:
-    for n, v, expected in ((3000, 32, 3000), (40, 2**20, 16), (600, 2**15, 512)):
-        hidden, weight, ids = torch.zeros(n, 1), torch.zeros(v, 1), torch.zeros(n, 1).long()
-        with Operations() as operations:
-            sparse_target(hidden, weight, ids, torch.ones(n, 1))
-        assert operations.largest == expected * v
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ids": torch.zeros(36, 3, dtype=torch.long)}, r"ids \[36, 3\].*N = 37"),
-        ({"ids": torch.full((37, 3), 211)}, "token id 211 is outside the vocabulary of 211"),
-        ({"hidden": torch.zeros(37, 15)}, r"hidden \[37, 15\].*same H"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0"),
-        ({"chunk_rows": 0}, "chunk_rows is 0; it must be at least 1"),
-    ],
-)
-def test_input_that_does_not_fit_is_named(changes: dict, message: str) -> None:
-    case = make_case()
-    options = {k: v for k, v in changes.items() if k not in case}
-    with pytest.raises(ValueError, match=message):
-        sparse(case | {k: v for k, v in changes.items() if k in case}, **options)
-
-
-def test_a_teacher_of_other_rows_and_labels_of_another_vocabulary_are_named() -> None:
-    case = make_case()
-    with pytest.raises(ValueError, match=r"teacher_hidden \[3, 24\].*N = 37"):
-        kd(case | {"teacher_hidden": case["teacher_hidden"][:3]})
-    with pytest.raises(ValueError, match=r"dense_kl: teacher: hidden .*same H"):
-        kd(case | {"teacher_hidden": case["teacher_hidden"][:, :3]})
-    with pytest.raises(ValueError, match="do tokenizer and model belong together"):
-        kd(case | {"labels": case["labels"] + 211})
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
-def test_distillation_takes_less_than_a_third_of_the_textbook_memory() -> None:
-    command = "benchmarks/losses.py --tokens 2048 --vocab 32768 --student 32 --teacher 32"
-    done = subprocess.run(
-        [sys.executable, *command.split(), "--rounds", "1", "--ops", "kd", "--json"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)["rows"][0]
-    assert row["textbook"]["peak_mib"] > 1000  # at least four times 2048 x 32768 numbers
-    assert row["memory_ratio"] < 1 / 3
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("op", [sparse, kd])
@@ -553,26 +262,3 @@ def test_a_cuda_device_agrees_with_float64(op, dtype: torch.dtype, tolerance: fl
     textbook = reference.sparse_target if op is sparse else reference.dense_kl
     expected = gradients(op(truth, textbook), truth)
     assert_close([gradient.cpu() for gradient in found], expected, tolerance)
-
-
-class Operations(TorchDispatchMode):
-    """Records the operations that run, their dtypes, and the elements of the largest result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, torch.dtype]] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self.calls.append((func._schema.name, tensor.dtype))
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-    def count(self, *names: str) -> int:
-        return sum(name in names for name, _ in self.calls)
-
-    def dtypes_of(self, *names: str) -> set[torch.dtype]:
-        return {dtype for name, dtype in self.calls if name in names}

@@ -179,8 +179,8 @@ def _lines(name: str, path: Path, key: str) -> Iterator[tuple[str, str]]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 at = f"{path}:{number}"
-                content = _decode(line, at)
-                if content.strip():
+                content = _decode(line, at).strip()
+                if content:
                     yield f"{name}:{number}", _field(content, key, at)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -190,7 +190,8 @@ def _field(content: str, key: str, at: str) -> str:
     try:
         record: Any = json.loads(content)
     except json.JSONDecodeError as error:
-        raise DataError(f"{at}: not JSON: {error.msg} at column {error.colno}") from error
+        what = error.msg.removesuffix(" at")
+        raise DataError(f"{at}: not JSON at column {error.colno}: {what}") from error
     except (ValueError, RecursionError) as error:  # absurd numbers, absurd nesting
         raise DataError(f"{at}: cannot be read as JSON: {error}") from error
     if not isinstance(record, dict):

@@ -1,0 +1,259 @@
+"""The verbs, typed: what the command line and notebooks call. Heavy modules load on use.
+
+`run` is a name, an id, a prefix that no other run shares, or a `Run`. Every function raises
+`launcher.errors.LaunchError` and nothing else on bad input; its `code` is the exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from launcher import home
+from launcher.backends.base import Env, Held, Line, Ref
+from launcher.clock import SystemClock
+from launcher.errors import Exit, LaunchError, Leaked, UsageError
+from launcher.run import Run
+
+if TYPE_CHECKING:
+    from launcher.plan import RunPlan
+    from launcher.recipe import Loaded
+
+Which = Union[str, Run]
+
+
+def env() -> Env:
+    """What backends may know about this machine and this user."""
+    environ = dict(os.environ)
+    return Env(home.path(environ), environ, SystemClock(), home.owner(environ), sys.executable)
+
+
+def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> Loaded:
+    """Read a recipe. Errors: `RecipeErrors` with every problem and its position."""
+    from launcher import recipe
+
+    return recipe.load(path, overrides, on)
+
+
+def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
+    """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
+    from launcher.plan import make
+
+    return make(validate(path, overrides, on).recipe, env())
+
+
+def up(
+    path: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    on: Optional[str] = None,
+    new: bool = False,
+) -> Run:
+    """Start a run, in a driver process of its own, and return it. A live run of the same recipe,
+    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`."""
+    from launcher import bundle, driver, start, view
+
+    here, loaded = env(), validate(path, overrides, on)
+    packed = bundle.build(here.home)
+    with home.up_lock(here.home):
+        wanted = None if new else start.fingerprint(loaded, packed, here.owner)
+        same = next(view.live_like(here, wanted), None) if wanted else None
+        if same is not None:
+            return attach(same)
+        run_id = start.create(loaded, packed, here)["id"]
+        driver.spawn(run_id, here, driver.relieve(run_id, here))
+    return status(run_id)
+
+
+def attach(run: Which, take_over: bool = False) -> Run:
+    """See to it that a run which is not over has a driver. `take_over` replaces the one it has,
+    also one on another host (whose next write then fails)."""
+    from launcher import driver
+    from launcher.claim import refuse_foreign
+    from launcher.errors import HeldElsewhere
+    from launcher.journal import Journal
+
+    here, facts = env(), _find(run)
+    seen = status(facts["id"])
+    if not seen.live:
+        return seen
+    place = home.folder(here.home, seen.id)
+    journal = Journal(place, home.local_root(seen.root), here.clock)
+    journal.name = seen.name
+    lock = driver.relieve(seen.id, here) if take_over else home.DriverLock.acquire(place, wait=0.2)
+    if lock is None:
+        return seen
+    try:
+        refuse_foreign(journal, seen.name, take_over)
+        if take_over:
+            journal.read(heal=True)
+            journal.epoch += 1
+            journal.append("driver")
+    except HeldElsewhere:
+        lock.close()
+        return seen
+    except BaseException:
+        lock.close()
+        raise
+    driver.spawn(seen.id, here, lock)
+    return status(seen.id)
+
+
+def status(run: Which) -> Run:
+    """A run as it is now: phases, money, driver, progress, warnings."""
+    from launcher import view
+
+    return view.look(env(), _find(run))
+
+
+def list_runs(limit: int = 20, all: bool = False) -> list[Run]:
+    """Runs, newest first: every live one, and the `limit` newest of those that are over."""
+    from launcher import view
+
+    return view.listed(env(), None if all else limit)
+
+
+def wait(run: Which, timeout: Optional[float] = None) -> Run:
+    """Wait until a run is over, has lost its driver, or `timeout` seconds have passed; returns it
+    as it is then."""
+    started, interval = time.monotonic(), 0.1
+    run_id = _find(run)["id"]
+    while True:
+        seen = status(run_id)
+        lost = seen.driver is not None and seen.driver.alive is False
+        late = timeout is not None and time.monotonic() - started >= timeout
+        if seen.ended is not None or lost or late:
+            return seen
+        time.sleep(interval)
+        interval = min(interval * 1.5, 2.0)
+
+
+def logs(
+    run: Which,
+    *,
+    worker: Optional[int] = None,
+    since: Optional[float] = None,
+) -> Iterator[Line]:
+    """What a run has logged so far; `launcher.logs` follows."""
+    from launcher.logs import Reader
+
+    return Reader(env(), worker, since).new(status(run))
+
+
+def stop(run: Which, reason: str = "") -> Run:
+    """Ask a run to save and end. It can be resumed. Returns at once; `wait` waits. A run that is
+    over is returned as it is."""
+    from launcher.claim import write_marker
+
+    here, seen = env(), status(run)
+    if seen.ended is not None:
+        return seen
+    write_marker(home.local_root(seen.root), here.clock.now(), here.owner, reason)
+    return attach(seen.id)
+
+
+def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
+    """Go on with a run: one without a driver gets a driver; one that was stopped, paused or has
+    failed is opened again, with `overrides` (`a.b=c`). Errors: `UsageError` when it is complete."""
+    from launcher import driver, start
+    from launcher.claim import refuse_foreign
+    from launcher.fold import Fold
+    from launcher.journal import Journal, held_elsewhere
+
+    here, facts = env(), _find(run)
+    seen, given = status(facts["id"]), tuple(overrides)
+    if seen.ended is None:
+        if given:
+            text = f"{seen.name} is not over: its recipe cannot change now"
+            raise UsageError(text, f"`launch stop {seen.name}`, then resume it with --set")
+        return attach(seen.id)
+    if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
+        raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
+    place = home.folder(here.home, seen.id)
+    lock = home.DriverLock.acquire(place)
+    if lock is None:
+        raise held_elsewhere(home.claimed(place), seen.name)
+    try:
+        journal = Journal(place, home.local_root(seen.root), here.clock)
+        journal.name = seen.name
+        refuse_foreign(journal, seen.name, take_over=True)
+        start.reopen(Fold(journal.read(heal=True)), journal, place, given, here)
+    except BaseException:
+        lock.close()
+        raise
+    driver.spawn(seen.id, here, lock)
+    return status(seen.id)
+
+
+def teardown(run: Which) -> Run:
+    """Delete everything a run holds and wait until each resource is confirmed absent; takes the
+    run over from its driver. Errors: `Leaked` with the commands that finish by hand."""
+    from launcher import driver, engine
+    from launcher.claim import write_marker
+
+    here, facts = env(), _find(run)
+    seen = status(facts["id"])
+    if seen.ended is None:  # should we die here, the job still ends
+        write_marker(home.local_root(seen.root), here.clock.now(), here.owner, "teardown")
+    engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+    return status(seen.id)
+
+
+def teardown_all() -> list[Run]:
+    """`teardown` of every live run, then of whatever else on this machine's backends carries our
+    label. Errors: `Leaked` with all that is left; everything has been tried by then."""
+    here = env()
+    done: list[Run] = []
+    leaks: list[Leaked] = []
+    names = {"local"}
+    for run in list_runs(0):
+        names |= {job.backend for job in run.jobs}
+        try:
+            done.append(teardown(run.id))
+        except Leaked as leak:
+            leaks.append(leak)
+        except LaunchError as error:  # e.g. a damaged journal: the sweep below still finds it
+            run.warnings.append(str(error))
+            done.append(run)
+    for name in sorted(names):
+        leaks += _sweep(here, name)
+    if leaks:
+        commands = [command for leak in leaks for command in leak.commands]
+        raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
+    return done
+
+
+def pull(run: Which, to: Optional[str | Path] = None) -> Path:
+    """Copy a run's artifacts to a folder (default: ./NAME) and return it."""
+    from launcher.pulling import pull as copy
+
+    seen = status(run)
+    return copy(seen, Path(to) if to is not None else Path(seen.name))
+
+
+def _find(run: Which) -> dict[str, Any]:
+    return home.find(env().home, run.id if isinstance(run, Run) else run)
+
+
+def _sweep(here: Env, name: str) -> list[Leaked]:
+    """Delete all that the backend `name` finds under our label; what could not be deleted."""
+    from launcher import backends
+    from launcher.clear import remove
+
+    backend, leaks = backends.load(name), []
+    for ref in list(backend.sweep(here)):
+        try:
+            remove(backend, ref, here)
+        except Leaked as leak:
+            leaks.append(leak)
+    return leaks
+
+
+__all__ = [
+    "Held", "Ref", "Run", "attach", "env", "list_runs", "logs", "plan", "pull", "resume", "status",
+    "stop", "teardown", "teardown_all", "up", "validate", "wait",
+]  # fmt: skip

@@ -1,0 +1,399 @@
+"""The command line: parse, call, print. What a command does is in `launcher.commands`, loaded when
+that command runs, so that `launch --help` stays as quick as its parser.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from launcher.errors import Exit, LaunchError
+
+
+class _Commands(TyperGroup):
+    """All commands; a reader that went away (`launch logs RUN | head`) is no error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderGone from error
+
+
+class _ReaderGone(Exception):
+    pass
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Train language models from one recipe: plan it, run it anywhere, take it down again.",
+    epilog="Start with: launch up quickstart",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _run_names(incomplete: str) -> list[str]:
+    from launcher.commands import completion
+
+    return completion.runs(incomplete)
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from launcher.commands import completion
+
+    return completion.recipes(incomplete)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from launcher import __version__, console
+
+        console.say(f"launch {__version__}")
+        raise typer.Exit
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped one (launch recipes).",
+        autocompletion=_recipe_names,
+    ),
+]
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run's name, id, or the start of one.", autocompletion=_run_names
+    ),
+]
+SetOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value: train.lr=1e-4. Repeatable."),
+]
+OnOption = Annotated[
+    Optional[str], typer.Option("--on", metavar="BACKEND", help="Run on another backend.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Start it and return at once.")]
+
+_RUNS, _RECIPES, _HERE = "Runs", "Recipes", "This machine"
+
+
+@app.callback()
+def _launch(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel=_RUNS)
+def up(
+    recipe: RecipeArgument,
+    detach: DetachOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Shrink the model and try two batches, here, offline.")
+    ] = False,
+    yes: YesOption = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="Start another run even if this one is live already.")
+    ] = False,
+    overrides: SetOption = None,
+    on: OnOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Start a run of RECIPE, or attach to the one that is live, and follow it.
+
+    Ctrl-C stops following; the run goes on. The exit code is the run's.
+    """
+    from launcher.commands import drive
+
+    if dry_run:
+        return drive.dry_run(recipe, overrides or (), on, detach=detach, as_json=as_json)
+    return drive.up(recipe, overrides or (), on, detach=detach, yes=yes, new=new, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def status(
+    run: Annotated[
+        Optional[str],
+        typer.Argument(
+            metavar="[RUN]", help="One run in full; without it, a list.", autocompletion=_run_names
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again, until Ctrl-C.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every run.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="List at most so many runs.")] = 20,
+    as_json: JsonOption = False,
+) -> int:
+    """Show the newest runs, or everything about one."""
+    from launcher.commands import show
+
+    return show.status(run, watch=watch, everything=everything, limit=limit, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def logs(
+    run: RunArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run is over.")
+    ] = False,
+    worker: Annotated[
+        Optional[int], typer.Option("--worker", min=0, help="Only this worker's lines.")
+    ] = None,
+    tail: Annotated[
+        Optional[int], typer.Option("--tail", "-n", min=0, help="Only the last N lines.")
+    ] = None,
+    since: Annotated[
+        Optional[str], typer.Option("--since", help="Only lines since: 10m, or an ISO time.")
+    ] = None,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", "-t", help="Start lines with their time (UTC).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document per line.")] = False,
+) -> int:
+    """Print what a run's workers have written."""
+    from launcher.commands import show
+
+    return show.logs(
+        run, follow=follow, worker=worker, tail=tail, since=since, timestamps=timestamps,
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=_RUNS)
+def stop(run: RunArgument, as_json: JsonOption = False) -> int:
+    """Ask a run to save, end, and free what it holds; wait until it has."""
+    from launcher.commands import drive
+
+    return drive.stop(run, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def resume(
+    run: RunArgument,
+    overrides: SetOption = None,
+    detach: DetachOption = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Go on with a run that stopped, failed, or lost its driver, from its last checkpoint."""
+    from launcher.commands import drive
+
+    return drive.resume(run, overrides or (), detach=detach, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def attach(
+    run: RunArgument,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Drive it from here, even if another host does.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Follow a run again, as `up` does."""
+    from launcher.commands import drive
+
+    return drive.attach(run, take_over=take_over, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def teardown(
+    run: Annotated[
+        Optional[str],
+        typer.Argument(metavar="RUN", help="The run, or --all.", autocompletion=_run_names),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All your runs, and whatever else carries your label.")
+    ] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> int:
+    """End a run now and delete what it holds. 0 only when all of it is confirmed gone, else 7."""
+    from launcher.commands import drive
+
+    return drive.teardown(run, everything=everything, yes=yes, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def pull(
+    run: RunArgument,
+    to: Annotated[
+        Optional[str], typer.Option("--to", metavar="FOLDER", help="Default: ./RUN")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Copy a run's artifacts into a folder here."""
+    from launcher.commands import show
+
+    return show.pull(run, to=to, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def report(
+    run: RunArgument,
+    output: Annotated[
+        Optional[str], typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Write a run's curves, comparison and facts into one HTML file."""
+    from launcher.commands import show
+
+    return show.report(run, output=output, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RUNS)
+def tensorboard(
+    run: RunArgument,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any.")] = 6006,
+) -> int:
+    """Open TensorBoard on a run's event files."""
+    from launcher.commands import show
+
+    return show.tensorboard(run, port=port)
+
+
+@app.command(rich_help_panel=_RUNS)
+def drive(run: RunArgument) -> int:
+    """Drive a run in the foreground: what `up` starts in the background."""
+    from launcher.commands import drive as commands
+
+    return commands.drive(run)
+
+
+@app.command(rich_help_panel=_RECIPES)
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    on: OnOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what `up` would create, where, and what it would cost."""
+    from launcher.commands import recipes
+
+    return recipes.plan(recipe, overrides or (), on, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RECIPES)
+def validate(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    on: OnOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Check a recipe; every problem is named with its place in the file."""
+    from launcher.commands import recipes
+
+    return recipes.validate(recipe, overrides or (), on, as_json=as_json)
+
+
+@app.command(rich_help_panel=_RECIPES)
+def init(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A shipped recipe.", autocompletion=_recipe_names)
+    ],
+    path: Annotated[Optional[str], typer.Argument(metavar="[PATH]", help="Where to.")] = None,
+) -> int:
+    """Copy a shipped recipe, to change it."""
+    from launcher.commands import recipes
+
+    return recipes.init(name, path)
+
+
+@app.command("recipes", rich_help_panel=_RECIPES)
+def list_recipes(as_json: JsonOption = False) -> int:
+    """List the recipes that come with launch."""
+    from launcher.commands import recipes
+
+    return recipes.listing(as_json=as_json)
+
+
+@app.command(rich_help_panel=_RECIPES)
+def schema() -> int:
+    """Print the JSON Schema of recipes, for editors."""
+    from launcher.commands import recipes
+
+    return recipes.schema()
+
+
+@app.command(rich_help_panel=_HERE)
+def doctor(
+    recipe: Annotated[
+        Optional[str],
+        typer.Argument(metavar="[RECIPE]", help="Check for it too.", autocompletion=_recipe_names),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Check this machine, and a recipe; each problem comes with its fix."""
+    from launcher.commands import recipes
+
+    return recipes.doctor(recipe, as_json=as_json)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; every failure is one clear message."""
+    try:
+        outcome = app(args=list(arguments) or ["--help"], prog_name="launch", standalone_mode=False)
+        sys.stdout.flush()
+        return int(outcome or 0)
+    except LaunchError as error:
+        from launcher import console
+
+        console.error(error)
+        return int(error.code)
+    except (KeyboardInterrupt, typer.Abort):
+        return int(Exit.INTERRUPTED)
+    except (_ReaderGone, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.OK)
+    except Exception as error:
+        return _explain(error)
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def _explain(error: Exception) -> int:
+    """A usage error of the parser, a refusal of the operating system, or a bug of ours."""
+    from launcher import console
+
+    if hasattr(error, "format_message"):
+        return _usage(error)
+    if os.environ.get("LAUNCH_DEBUG"):
+        raise error
+    if isinstance(error, OSError) and error.strerror:
+        at = f"{error.filename}: " if error.filename else ""
+        console.error(LaunchError(f"{at}{error.strerror}"))
+        return int(Exit.ACCESS)
+    first = (str(error).splitlines() or [""])[0]
+    console.error(
+        LaunchError(
+            f"internal error: {type(error).__name__}: {first} (LAUNCH_DEBUG=1 shows the traceback)"
+        )
+    )
+    return int(Exit.BUG)
+
+
+def _usage(error: Any) -> int:
+    """The parser's message in one line, with the nearest name, and where to read more."""
+    from launcher import console
+    from launcher.errors import UsageError
+
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "launch"
+    console.error(UsageError(message, f"`{path} --help` lists what it takes"))
+    return int(Exit.USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Commands that start, steer and end runs: up, attach, resume, stop, teardown, drive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Optional
+
+from launcher import api, console, shipped
+from launcher.errors import Exit, UsageError
+from launcher.logs import NoDriver
+
+if TYPE_CHECKING:
+    from launcher.run import Run
+
+
+def up(
+    recipe: str,
+    overrides: Sequence[str],
+    on: Optional[str],
+    *,
+    detach: bool,
+    yes: bool,
+    new: bool,
+    as_json: bool,
+) -> int:
+    """Plan, ask when it costs money, start or attach, follow."""
+    path = shipped.find(recipe)
+    planned = api.plan(path, overrides, on)
+    if not as_json:
+        for line in planned.lines():
+            console.notice(line)
+        console.notice("")
+    # An unknown price is not a price of nothing.
+    if planned.usd_per_hour != 0 and not yes:
+        refusal = f"{planned.recipe} costs money, and there is no terminal to ask on"
+        if not console.confirm("Start it?", refusal):
+            console.notice("nothing was started")
+            return Exit.OK
+    started = api.env().clock.now()
+    run = api.up(path, overrides=overrides, on=on, new=new)
+    if run.created < started - 1:
+        console.notice(
+            f"{run.name} is live already, since {console.duration(started - run.created)}; "
+            "attached to it (--new starts another)"
+        )
+    return _go_on(run, started, detach=detach, as_json=as_json)
+
+
+def dry_run(
+    recipe: str, overrides: Sequence[str], on: Optional[str], *, detach: bool, as_json: bool
+) -> int:
+    if detach or as_json:
+        option = "--detach" if detach else "--json"
+        raise UsageError(f"{option} does not go with --dry-run", "a dry run is over in seconds")
+    from launcher import dry_run as trial
+
+    return trial.dry_run(shipped.find(recipe), overrides, on)
+
+
+def attach(run: str, *, take_over: bool, as_json: bool) -> int:
+    now = api.env().clock.now()
+    return _go_on(api.attach(run, take_over=take_over), now, detach=False, as_json=as_json)
+
+
+def resume(run: str, overrides: Sequence[str], *, detach: bool, as_json: bool) -> int:
+    now = api.env().clock.now()
+    return _go_on(api.resume(run, overrides), now, detach=detach, as_json=as_json)
+
+
+def drive(run: str) -> int:
+    from launcher import driver
+
+    return driver.drive(run)
+
+
+def stop(run: str, *, as_json: bool) -> int:
+    """Ask, then wait until the run is over: what comes next is often `resume` or `pull`."""
+    asked = api.stop(run)
+    if asked.ended is None:
+        console.notice(f"asked {asked.name} to stop; it saves first (Ctrl-C: do not wait for it)")
+        try:
+            asked = api.wait(asked)
+        except KeyboardInterrupt:
+            console.notice(f"it goes on stopping; `launch status {asked.name}` says how it is")
+            return Exit.OK
+    if asked.ended is None:
+        raise NoDriver(
+            f"{asked.name} lost its driver while stopping; the job itself has been asked to end",
+            f"`launch resume {asked.name}` drives on, `launch teardown {asked.name}` ends it now",
+        )
+    if as_json:
+        console.document(asked.to_json())
+    else:
+        console.say(f"{asked.name}: {asked.phase.value}" + (f", {asked.why}" if asked.why else ""))
+    return Exit.OK
+
+
+def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) -> int:
+    if (run is None) != everything:
+        raise UsageError(
+            "teardown takes a RUN, or --all", "`launch status` lists the runs; --all ends them all"
+        )
+    if not yes and not _certain(run):
+        console.notice("nothing was torn down")
+        return Exit.OK
+    gone = api.teardown_all() if run is None else [api.teardown(run)]
+    if as_json:
+        console.document({"runs": [one.to_json() for one in gone]})
+        return Exit.OK
+    for one in gone:
+        console.say(f"{one.name}: {one.phase.value}, nothing is left of it that could bill")
+    if not gone:
+        console.say("nothing to tear down")
+    return Exit.OK
+
+
+def _certain(run: Optional[str]) -> bool:
+    """`--all` always asks. One run was named, so only a person at a terminal is asked, and only
+    when it is still going."""
+    if run is None:
+        refusal = "teardown --all ends every run of yours, and there is no terminal to ask on"
+        return console.confirm("End all of your runs now?", refusal)
+    found = api.status(run)
+    if found.ended is not None or not console.can_ask():
+        return True
+    return console.confirm(f"End {found.name} ({found.phase.value}) now, without saving?", "")
+
+
+def _go_on(run: Run, since: float, *, detach: bool, as_json: bool) -> int:
+    from launcher.commands.follow import follow
+
+    if not detach:
+        return follow(run, api.env(), since=since, as_json=as_json)
+    if as_json:
+        console.document(run.to_json())
+        return Exit.OK
+    console.say(run.name)
+    console.notice(f"`launch attach {run.name}` follows it, `launch stop {run.name}` stops it")
+    return Exit.OK

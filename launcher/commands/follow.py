@@ -1,0 +1,131 @@
+"""Following a run: a live view on a terminal, plain lines elsewhere, and how it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from launcher import api, console, home, records, report
+from launcher.backends.base import Env, Phase
+from launcher.errors import Exit, LaunchError
+from launcher.logs import Reader, looks
+from launcher.run import Run
+
+#: Log lines shown of what was there before, or was hidden by the view when the run failed.
+_LAST_LINES = 20
+
+
+def follow(run: Run, env: Env, *, since: float, as_json: bool) -> int:
+    """Show the run until it is over, then its comparison, gates, artifacts and report; returns the
+    run's exit code. Ctrl-C detaches: 0, and the run goes on. `since`: when the command was given;
+    of what was logged before it, only the last lines are shown."""
+    try:
+        if console.can_show_live() and not as_json:
+            ended = _live(run, env)
+        else:
+            ended = _plain(run, env, since, console.notice if as_json else console.say)
+    except KeyboardInterrupt:
+        console.notice(f"\ndetached: {run.name} goes on")
+        console.notice(f"  launch attach {run.name}   comes back")
+        console.notice(f"  launch stop {run.name}     stops it, with a checkpoint")
+        return Exit.OK
+    written = _report(ended)
+    if as_json:
+        console.document(_facts(ended, written))
+    else:
+        for line in ending(ended, written):
+            console.say(line)
+    return int(ended.exit_code or 0)
+
+
+def ending(run: Run, written: Optional[Path]) -> list[str]:
+    """What a run leaves its reader with, as lines."""
+    lines = [""]
+    for stage, rows in records.tables(run):
+        lines += [f"{stage}:", *("  " + line for line in console.comparison(rows)), ""]
+    for stage, passed, sentences in _gates(run):
+        word = console.paint("passed" if passed else "failed", "green" if passed else "red")
+        lines.append(f"gate of {stage}: {word}")
+        lines += [f"  {sentence}" for sentence in sentences]
+    took = console.duration((run.ended or run.created) - run.created)
+    why = f": {run.why}" if run.why else ""
+    phase = console.paint(run.phase.value, console.style(run.phase.value))
+    lines.append(f"{run.name} {phase} after {took}, {console.usd(run.spent_usd)}{why}")
+    lines.append(f"artifacts: {run.root}")
+    if written is not None:
+        lines.append(f"report:    {written}  (launch report {run.name} writes it again)")
+    if run.phase in (Phase.FAILED, Phase.LOST, Phase.CANCELLED):
+        lines.append(f"`launch resume {run.name}` goes on from the last checkpoint")
+    return lines
+
+
+def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Run:
+    """Worker 0's lines through `write`, and changes of phase on stderr."""
+    known: dict[str, str] = {}
+    last, first = run, True
+    for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
+        old = first and run.created < since - 1
+        for line in deque(lines, maxlen=_LAST_LINES) if old else lines:
+            write(line.text)
+        for name, phase in _phases(last):
+            if known.get(name) != phase:
+                console.notice(f"{name}: {phase}")
+                known[name] = phase
+        first = False
+    return last
+
+
+def _live(run: Run, env: Env) -> Run:
+    from launcher.commands.live import View
+
+    recent: deque[str] = deque(maxlen=_LAST_LINES)
+    last = run
+    with View() as view:
+        for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
+            recent.extend(line.text for line in lines)
+            view.run(last, env.clock.now())
+    if last.phase in (Phase.FAILED, Phase.LOST):
+        for text in recent:
+            console.notice(text)
+    return last
+
+
+def _phases(run: Run) -> list[tuple[str, str]]:
+    """The run's phase under its name, and that of each stage that has begun."""
+    begun = [stage for stage in run.stages if stage.phase is not Phase.PLANNED]
+    return [
+        (run.name, run.phase.value),
+        *((f"{run.name}/{stage.id}", stage.phase.value) for stage in begun),
+    ]
+
+
+def _gates(run: Run) -> list[tuple[str, bool, list[str]]]:
+    """(stage, passed, sentences) of every gate that was asked."""
+    recorded = {r["id"]: r for r in records.gates(home.local_root(run.root) / "journal")}
+    found = []
+    for stage in run.stages:
+        if stage.gate is not None:
+            passed = stage.gate == "passed"
+            sentences = [str(line) for line in recorded.get(stage.id, {}).get("lines", [])]
+            found.append((stage.id, passed, sentences or [stage.gate]))
+    return found
+
+
+def _facts(run: Run, written: Optional[Path]) -> dict[str, Any]:
+    return {
+        **run.to_json(),
+        "tables": [{"stage": stage, "rows": rows} for stage, rows in records.tables(run)],
+        "gates": [{"stage": s, "passed": p, "lines": lines} for s, p, lines in _gates(run)],
+        "report": None if written is None else str(written),
+    }
+
+
+def _report(run: Run) -> Optional[Path]:
+    """The report, when it can be written: a full disk must not hide how the run ended."""
+    try:
+        return report.write(run)
+    except LaunchError as error:
+        console.notice(f"no report: {error}")
+        return None

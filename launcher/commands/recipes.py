@@ -1,0 +1,97 @@
+"""Commands about recipes and this machine: plan, validate, init, recipes, schema, doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from launcher import api, console, shipped
+from launcher.errors import Exit
+
+
+def plan(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
+    planned = api.plan(shipped.find(recipe), overrides, on)
+    if as_json:
+        console.document(planned.to_json())
+        return Exit.OK
+    for line in planned.lines():
+        console.say(line)
+    return Exit.OK
+
+
+def validate(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
+    path = shipped.find(recipe)
+    loaded = api.validate(path, overrides, on)
+    if as_json:
+        console.document(
+            {"path": str(path), "fingerprint": loaded.fingerprint, "recipe": loaded.canonical}
+        )
+        return Exit.OK
+    names = ", ".join(stage.id for stage in loaded.recipe.stages)
+    console.say(f"{path}: valid; stages: {names}")
+    return Exit.OK
+
+
+def init(name: str, path: Optional[str]) -> int:
+    written = shipped.init(name, None if path is None else Path(path), into=_is_folder(path))
+    for file in written:
+        console.say(f"wrote {file}")
+    console.notice(f"next: launch plan {written[0]}")
+    return Exit.OK
+
+
+def listing(*, as_json: bool) -> int:
+    found = shipped.recipes()
+    if as_json:
+        facts = [
+            {"name": r.name, "path": str(r.path), "does": r.description, "needs": r.needs,
+             "costs": r.costs}
+            for r in found
+        ]  # fmt: skip
+        console.document({"recipes": facts})
+        return Exit.OK
+    for recipe in found:
+        console.say(console.paint(recipe.name, "bold"))
+        for label, text in (
+            ("", recipe.description),
+            ("needs: ", recipe.needs),
+            ("costs: ", recipe.costs),
+        ):
+            for line in console.wrapped(label + text) if text else ():
+                console.say(f"  {line}")
+    console.notice("launch up NAME runs one; launch init NAME copies it here, to change it")
+    return Exit.OK
+
+
+def schema() -> int:
+    from launcher.schema import json_schema
+
+    console.say(json.dumps(json_schema(), indent=2))
+    return Exit.OK
+
+
+def doctor(recipe: Optional[str], *, as_json: bool) -> int:
+    from launcher.doctor import examine
+
+    rows = list(examine(api.env(), shipped.find(recipe) if recipe else None))
+    failed = any(row.result == "fail" for row in rows)
+    if as_json:
+        console.document(
+            {
+                "ok": not failed,
+                "checks": [
+                    {"name": r.name, "result": r.result, "detail": r.detail, "fix": r.fix}
+                    for r in rows
+                ],
+            }
+        )
+    else:
+        for line in console.checks(rows):
+            console.say(line)
+    return Exit.ACCESS if failed else Exit.OK
+
+
+def _is_folder(path: Optional[str]) -> bool:
+    return path is not None and path.endswith("/")

@@ -1,0 +1,135 @@
+"""What stands between this machine and a run: rows of pass, warn, fail, skip, each with its fix.
+
+Reads only; imports none of the packages it looks for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Optional
+
+from launcher import backends
+from launcher.backends.base import Check, Env
+from launcher.errors import LaunchError
+
+_NEEDED = (3, 10)
+_GIB = 1024**3
+#: Extra of the distribution -> (module, distribution) that it brings.
+_EXTRAS = {
+    "train": (
+        ("torch", "torch"),
+        ("transformers", "transformers"),
+        ("tokenizers", "tokenizers"),
+        ("safetensors", "safetensors"),
+        ("numpy", "numpy"),
+        ("tensorboard", "tensorboard"),
+    ),
+    "google": (("google.auth", "google-auth"), ("requests", "requests")),
+    "kubernetes": (("kubernetes", "kubernetes"),),
+    "infra": (("pulumi", "pulumi"),),
+}
+#: The extra that a backend cannot do without on this machine.
+_EXTRA_OF = {"local": "train"}
+
+
+def examine(env: Env, recipe: Optional[Path] = None) -> Iterator[Check]:
+    """Rows about Python, $LAUNCH_HOME, disk, extras, then the recipe (when given) and the backends
+    it uses (without a recipe: `local`)."""
+    yield _python()
+    yield _home(env.home)
+    yield _disk(env.home)
+    used, rows = _recipe(recipe) if recipe else ({"local"}, [])
+    needed = {_EXTRA_OF[name] for name in used if name in _EXTRA_OF}
+    for extra, packages in _EXTRAS.items():
+        yield _extra(extra, packages, needed=extra in needed)
+    yield from rows
+    for name in sorted(used):
+        yield from _backend(name, env)
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    detail = f"{version} at {sys.executable}"
+    if sys.version_info < _NEEDED:
+        return Check("python", "fail", detail, "install Python 3.10 or newer")
+    return Check("python", "pass", detail)
+
+
+def _home(home: Path) -> Check:
+    """Writable, or creatable: the nearest folder that exists decides."""
+    place = home
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return Check("launch home", "pass", f"{home} is writable")
+    what = "is not a folder" if not place.is_dir() else "cannot be written"
+    fix = "set LAUNCH_HOME to a folder that you can write to"
+    return Check("launch home", "fail", f"{home}: {place} {what}", fix)
+
+
+def _disk(home: Path) -> Check:
+    place = home
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    detail = f"{free / _GIB:.1f} GiB free on the disk of {home}"
+    fix = "free space, or set LAUNCH_HOME to a larger disk: checkpoints are kept there"
+    if free < _GIB // 4:
+        return Check("disk", "fail", detail, fix)
+    return Check("disk", "warn" if free < 5 * _GIB else "pass", detail, fix)
+
+
+def _extra(extra: str, packages: Sequence[tuple[str, str]], needed: bool) -> Check:
+    missing = [distribution for module, distribution in packages if not _present(module)]
+    if not missing:
+        versions = ", ".join(f"{d} {_version(d)}" for _, d in packages)
+        return Check(f"extra {extra}", "pass", versions)
+    detail = f"not installed: {', '.join(missing)}"
+    fix = f"pip install 'launch-llm[{extra}]'"
+    return Check(f"extra {extra}", "fail" if needed else "skip", detail, fix)
+
+
+def _recipe(path: Path) -> tuple[set[str], list[Check]]:
+    """The backends that the recipe uses, and a row about its validity."""
+    from launcher import api
+
+    try:
+        loaded = api.validate(path)
+    except LaunchError as problem:
+        lines = str(problem).splitlines()
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        fix = f"`launch validate {path}` lists all of them" if more else problem.hint
+        return {"local"}, [Check("recipe", "fail", lines[0] + more, fix)]
+    stages = loaded.recipe.stages
+    names = ", ".join(stage.id for stage in stages)
+    return {s.hardware.backend for s in stages}, [Check("recipe", "pass", f"{path}: {names}")]
+
+
+def _backend(name: str, env: Env) -> Iterator[Check]:
+    try:
+        for row in backends.load(name).check(env):
+            yield Check(f"{name}: {row.name}", row.result, row.detail, row.fix)
+    except LaunchError as problem:
+        yield Check(name, "fail", str(problem), problem.hint)
+    except ImportError as problem:
+        yield Check(name, "fail", str(problem), f"pip install 'launch-llm[{name}]'")
+
+
+def _present(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except (ImportError, ValueError):  # the parent package is missing, or broken
+        return False
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "(version unknown)"

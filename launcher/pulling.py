@@ -1,0 +1,111 @@
+"""`launch pull`: a run's artifacts as a reader wants them, without journal and numbered parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from launcher import home, records
+from launcher.errors import UsageError
+from launcher.run import Run
+
+#: Of use to drivers and jobs only.
+_LEFT_OUT = ("journal", "control")
+
+
+def pull(run: Run, to: Path) -> Path:
+    """Copy the artifacts of `run` into the folder `to` and return it. Metrics parts become one
+    `metrics.jsonl` per stage (of each step the highest attempt), log parts one file per worker.
+    What is there already, unchanged, is not copied again; a checkpoint is copied whole or not.
+    Errors: `UsageError`, `Unwritable`."""
+    root, to = home.local_root(run.root), to.expanduser().absolute()
+    if not root.is_dir():
+        raise UsageError(f"{run.name} has no artifacts: {root} does not exist")
+    if to.exists() and not to.is_dir():
+        raise UsageError(f"{to} is not a folder", "give --to another folder")
+    if root.resolve() in (to.resolve(), *to.resolve().parents):
+        raise UsageError(f"{to} lies inside the artifacts themselves", "give --to another folder")
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        _folder(root, to, _LEFT_OUT)
+    except OSError as error:
+        raise home.unwritable(to, error) from error
+    return to
+
+
+def _folder(source: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:
+    for item in sorted(source.iterdir()):
+        place = target / item.name
+        if item.name in left_out or item.name.startswith("."):
+            continue
+        if not item.is_dir():
+            _file(item, place)
+        elif item.name == "metrics":
+            _metrics(source, target / "metrics.jsonl")
+        elif item.name == "logs":
+            _logs(item, place)
+        elif item.name == "checkpoints":
+            _checkpoints(item, place)
+        else:
+            place.mkdir(exist_ok=True)
+            _folder(item, place)
+
+
+def _file(source: Path, target: Path) -> None:
+    """Copy through a temporary name; a file that vanished meanwhile (pruned) is left out."""
+    try:
+        facts = source.stat()
+        if target.exists():
+            there = target.stat()
+            if (there.st_size, there.st_mtime_ns) == (facts.st_size, facts.st_mtime_ns):
+                return
+        temporary = target.with_name(f".{target.name}.part")
+        shutil.copy2(source, temporary)
+        temporary.replace(target)
+    except FileNotFoundError:
+        return
+
+
+def _metrics(stage: Path, target: Path) -> None:
+    lines = records.metrics(stage)
+    home.write(target, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _logs(source: Path, target: Path) -> None:
+    """`worker-<n>/<job>-<attempt>.log` in order, one after the other, as `worker-<n>.log`."""
+    target.mkdir(exist_ok=True)
+    for worker in sorted(item for item in source.iterdir() if item.is_dir()):
+        whole = target / f"{worker.name}.log"
+        temporary = target / f".{worker.name}.log.part"
+        with temporary.open("wb") as out:
+            for part in sorted(worker.glob("*.log")):
+                with part.open("rb") as lines:
+                    shutil.copyfileobj(lines, out)
+        temporary.replace(whole)
+
+
+def _checkpoints(source: Path, target: Path) -> None:
+    """Whole checkpoints only (their manifest is written last), and the pointers after them. One
+    that was pruned here goes there too."""
+    target.mkdir(exist_ok=True)
+    pointers = [item for item in source.iterdir() if item.is_file() and item.suffix == ".json"]
+    kept = {item.name for item in source.iterdir() if (item / "MANIFEST.json").exists()}
+    for name in sorted(kept):
+        if (target / name / "MANIFEST.json").exists():
+            continue
+        temporary = target / f".{name}.part"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.copytree(source / name, temporary)
+        except (FileNotFoundError, shutil.Error):
+            if (source / name / "MANIFEST.json").exists():
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)  # pruned while we copied it
+            continue
+        temporary.replace(target / name)
+    for pointer in pointers:
+        _file(pointer, target / pointer.name)
+    for old in target.glob("step-*"):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)

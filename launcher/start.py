@@ -1,0 +1,185 @@
+"""Bringing a run into being, and opening one again: everything before its driver starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from launcher import home
+from launcher.backends.base import Env
+from launcher.bundle import Bundle
+from launcher.claim import read_json, recipe_of
+from launcher.errors import UsageError
+from launcher.fold import Fold
+from launcher.journal import Journal
+from launcher.plan import artifact_root, jobs, stage_configs
+from launcher.recipe import Loaded, load
+from launcher.spec import Recipe
+from trainer.config import dotted, to_dict
+
+
+def fingerprint(loaded: Loaded, bundle: Bundle, owner: str) -> str:
+    """What makes two `up` the same: the resolved recipe, the trainer and the owner."""
+    text = "\n".join((loaded.fingerprint, bundle.sha256, owner))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
+    """Create the journal of a new run and return its identity. `run.json` comes last: a folder
+    without it is no run, and nothing was started for it. Errors: `UsageError`, `Unwritable`."""
+    recipe = loaded.recipe
+    run_id = home.new_id(env.clock)
+    name = home.run_name(recipe.name, run_id)
+    root = artifact_root(recipe, run_id, name, env.home)
+    place, folder = home.folder(env.home, run_id), home.local_root(root)
+    facts = {
+        "id": run_id,
+        "name": name,
+        "fingerprint": fingerprint(loaded, bundle, env.owner),
+        "owner": env.owner,
+        "root": root,
+        "created": env.clock.now(),
+    }
+    home.write(folder / "recipe.yaml", as_yaml(recipe))
+    journal = Journal(place, folder, env.clock)
+    journal.name = name
+    journal.append(
+        "created",
+        **facts,
+        recipe=loaded.canonical,
+        stages=_stages(recipe, root),
+        jobs=_jobs(recipe, name),
+        bundle={"path": str(bundle.path), "sha256": bundle.sha256, "bytes": bundle.bytes},
+        commit=_commit(loaded.path),
+    )
+    identity = {"v": 1, **facts, "recipe": recipe.name}
+    home.write(place / "run.json", json.dumps(identity) + "\n")
+    return identity
+
+
+def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], env: Env) -> None:
+    """Open a run that is over: its recipe with `overrides`, no request to stop, a `resumed`
+    record. Errors: `RecipeErrors` and `UsageError`; the run is then as it was."""
+    given = tuple(overrides)
+    recipe = _revised(fold, place, given, env)
+    root = home.local_root(fold.run.root)
+    marker = root / "control" / "stop.json"
+    if marker.exists():
+        taken = len(list(marker.parent.glob("stop-*.json")))
+        marker.replace(marker.with_name(f"stop-{taken + 1}.json"))
+    for summary in (place / "summary.json", root / "summary.json"):
+        summary.unlink(missing_ok=True)
+    fold.apply(journal.append("resumed", overrides=list(given), recipe=to_dict(recipe)))
+    home.write(root / "recipe.yaml", as_yaml(recipe))
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe in the words of a recipe file: loading it gives `recipe` again."""
+    whole = _given(to_dict(recipe))
+    stages = whole.pop("stages")
+    top = {key: whole.pop(key) for key in ("launch", "name", "description") if key in whole}
+    if recipe.pipeline:
+        body: dict[str, Any] = {"pipeline": [_entry(stage) for stage in stages]}
+    else:
+        body = {k: v for k, v in _entry(stages[0]).items() if k not in ("id", "needs")}
+    return yaml.dump(
+        {**top, **body, **whole}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 reads as a number although YAML 1.1 (this dumper) does not: 1e-4."""
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if text[:1] in "0123456789.+-" else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _string)
+
+
+def _stages(recipe: Recipe, root: str) -> list[dict[str, Any]]:
+    return [
+        {"id": config.id, "stage": config.stage, "job": index, "folder": config.output}
+        for index, stages in enumerate(jobs(recipe))
+        for config in stage_configs(recipe, stages, root)
+    ]
+
+
+def _jobs(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": index,
+            "name": f"{name}-j{index}",
+            "backend": stages[0].hardware.backend,
+            "stages": [stage.id for stage in stages],
+        }
+        for index, stages in enumerate(jobs(recipe))
+    ]
+
+
+def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> Recipe:
+    """The recipe in force, without a `train.until` that was reached, with `overrides`."""
+    raw = json.loads(json.dumps(fold.recipe))
+    for stage in raw["stages"]:
+        folder = next(s.folder for s in fold.run.stages if s.id == stage["id"])
+        meta = read_json(home.local_root(folder) / "run_meta.json")
+        train = stage.get("train") or {}
+        if train.get("until") is not None and meta.get("global_step", 0) >= train["until"]:
+            train["until"] = None
+    before = recipe_of(raw, f"run {fold.run.name}")
+    if not overrides:
+        return before
+    draft = place / "resume.yaml"
+    home.write(draft, as_yaml(before))
+    try:
+        after = load(draft, overrides, None, env.environ).recipe
+    finally:
+        draft.unlink(missing_ok=True)
+    fixed = {"name": (before.name, after.name),
+             "artifacts": (before.artifacts, after.artifacts),
+             "stages": (_stages(before, ""), _stages(after, "")),
+             "hardware.backend": (_jobs(before, ""), _jobs(after, ""))}  # fmt: skip
+    for what, (old, new) in fixed.items():
+        if old != new:
+            raise UsageError(
+                f"{dotted((what,))} of a run cannot change", "`launch up` starts another run"
+            )
+    return after
+
+
+def _entry(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is empty; but empty `needs` are not the default ones."""
+    return {key: value for key, value in stage.items() if value not in ({}, []) or key == "needs"}
+
+
+def _given(value: Any) -> Any:
+    """Without what is None; `$` doubled where a recipe would read a variable."""
+    if isinstance(value, Mapping):
+        return {key: _given(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_given(item) for item in value]
+    if isinstance(value, str):
+        return value.replace("${", "$${").replace("$${stage:", "${stage:")
+    return value
+
+
+def _commit(path: Path) -> Optional[str]:
+    """The git commit of the tree that holds the recipe, when there is one."""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(path.absolute().parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip() or None if asked.returncode == 0 else None

@@ -1,0 +1,141 @@
+"""Runs as `status` shows them: summaries of those that are over, folded journals of the others."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+from launcher import home, records
+from launcher.backends.base import Env, Held, Phase
+from launcher.errors import LaunchError
+from launcher.fold import run_of, spent
+from launcher.journal import Journal, fold
+from launcher.run import Driver, Run
+
+
+def listed(env: Env, limit: Optional[int]) -> list[Run]:
+    """Runs, newest first: all live ones and the `limit` newest others (None: all). Of a finished
+    run that is not shown, only the presence of its summary is looked at."""
+    found: list[Run] = []
+    finished = 0
+    for run_id in home.ids(env.home):
+        over = (home.folder(env.home, run_id) / "summary.json").exists()
+        if over and limit is not None and finished >= limit:
+            continue
+        run = _one(env, run_id)
+        if run is None or (not run.live and limit is not None and finished >= limit):
+            continue
+        finished += not run.live
+        found.append(run)
+    return found
+
+
+def look(env: Env, facts: dict[str, Any]) -> Run:
+    """One run. Errors: `JournalDamaged`, `UsageError`."""
+    place = home.folder(env.home, facts["id"])
+    summary = _summary(place / "summary.json")
+    if summary is not None:
+        return summary
+    root = home.local_root(facts["root"])
+    journal = Journal(place, root, env.clock)
+    written = journal.read()
+    run = fold(written)
+    run.warnings += journal.warnings
+    run.driver = _driver(run, place, written)
+    if run.ended is None:
+        run.spent_usd = spent(run, env.clock.now())
+    run.progress = records.run_progress(run)
+    if run.live:
+        run.warnings += _warnings(env, run, place, written[-1]["time"])
+    elif not (run.driver and run.driver.alive):
+        from launcher.claim import write_summary  # it was lost, or never written
+
+        write_summary(place, run)
+    return run
+
+
+def live_like(env: Env, fingerprint: str) -> Iterator[str]:
+    """Ids of our runs of that fingerprint which go on, newest first. One that was asked to stop
+    does not."""
+    for run_id in home.ids(env.home):
+        if (home.folder(env.home, run_id) / "summary.json").exists():
+            continue
+        facts = home.identity(env.home, run_id) or {}
+        if (facts.get("fingerprint"), facts.get("owner")) != (fingerprint, env.owner):
+            continue
+        run = _one(env, run_id)
+        if run is None or run.ended is not None or run.phase is Phase.LOST:
+            continue
+        if not (home.local_root(run.root) / "control" / "stop.json").exists():
+            yield run_id
+
+
+def _one(env: Env, run_id: str) -> Optional[Run]:
+    """The run, also when its journal cannot be read: a listing shows all the others."""
+    facts = home.identity(env.home, run_id)
+    if facts is None:
+        return None
+    try:
+        return look(env, facts)
+    except LaunchError as error:
+        recipe = facts["recipe"]["name"] if isinstance(facts["recipe"], dict) else facts["recipe"]
+        return Run(
+            id=facts["id"],
+            name=facts["name"],
+            recipe=recipe,
+            fingerprint=facts["fingerprint"],
+            owner=facts["owner"],
+            root=facts["root"],
+            created=facts["created"],
+            phase=Phase.LOST,
+            why="its journal cannot be read",
+            warnings=[str(error)],
+        )
+
+
+def _summary(file: Path) -> Optional[Run]:
+    try:
+        return run_of(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Driver]:
+    """The newest claim, and whether it lives: this host's lock tells, unless it came from another
+    $LAUNCH_HOME. A driver that has just started holds the lock before it has claimed."""
+    who = home.holder(place)
+    if who is not None:
+        epoch = run.driver.epoch if run.driver is not None else 0
+        return Driver(who["host"], who["pid"], who["since"], epoch, alive=True)
+    if run.driver is None:
+        return None
+    seq = next(r["seq"] for r in reversed(written) if r["kind"] == "driver")
+    ours = (place / "journal" / f"{seq:08d}.json").exists()
+    run.driver.alive = False if ours else None
+    return run.driver
+
+
+def _warnings(env: Env, run: Run, place: Path, last: float) -> Iterator[str]:
+    if run.held is Held.LEAKED:
+        names = ", ".join(
+            ref.name for job in run.jobs for attempt in job.attempts for ref in attempt.holding
+        )
+        yield f"may still bill: {names}: `launch teardown {run.name}`"
+    elif run.driver is None or run.driver.alive is False:
+        log = place / "driver.log"
+        since = _clock(max(last, log.stat().st_mtime if log.exists() else 0.0), env.clock.now())
+        yield f"no driver since {since}: `launch resume {run.name}` drives on"
+    elif run.driver.alive is None:
+        yield (
+            f"driven by {run.driver.host} since {_clock(run.driver.since, env.clock.now())}: "
+            f"`launch attach {run.name} --take-over` drives it from here"
+        )
+
+
+def _clock(when: float, now: float) -> str:
+    """Local time, with the date when it is not of the last day."""
+    form = "%H:%M" if now - when < 86400 else "%Y-%m-%d %H:%M"
+    return time.strftime(form, time.localtime(when))

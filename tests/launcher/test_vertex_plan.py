@@ -1,0 +1,229 @@
+"""The requests that the vertex backend plans: golden for one node, and what varies."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launcher.plan as planning
+from launcher import backends, recipe
+from launcher.backends.base import Backend, Env, Intent, JobHandle, LogQuery, Ref
+from launcher.backends.vertex import _FETCH, IMAGES, VertexBackend
+from launcher.clock import ManualClock
+from launcher.errors import BadRequest, Denied, NoCapacity
+from launcher.spec import Hardware, Vertex
+from tests.launcher.test_plan import BUNDLE, environment
+
+KD_L4 = Path(__file__).resolve().parents[2] / "recipes" / "kd_l4.yaml"
+ENV = environment()
+
+
+def planned(*overrides: str, offer: int = 0) -> list[Intent]:
+    made = recipe.load(KD_L4, overrides, environ={"PROJECT": "proj", "BUCKET": "bkt"}).recipe
+    spec = planning.job_spec(
+        made, "00000000000000ff", "kd-l4-0000ff", 0, "gs://bkt/runs/kd-l4-0000ff", ENV.home,
+        BUNDLE, "ann", ENV,  # type: ignore[arg-type]
+    )  # fmt: skip
+    backend = VertexBackend()
+    offers = list(backend.offers(spec.hardware, ENV))
+    intents = backend.plan(spec, offers[offer]).intents
+    return [replace(i, **planning.fill({"name": i.name, "request": i.request}, {"attempt": 2}))
+            for i in intents]  # fmt: skip
+
+
+def body(*overrides: str, offer: int = 0) -> Any:
+    return planned(*overrides, offer=offer)[-1].request["body"]
+
+
+def test_the_custom_job_of_one_node_is_exactly_this() -> None:
+    job = planned("hardware.vertex.image=eu/own:1", "hardware.vertex.service_account=t@proj.iam")[2]
+    assert (job.kind, job.name, job.billable) == ("custom_job", "kd-l4-0000ff-j0-a2", True)
+    assert job.request["method"] == "POST"
+    assert job.request["url"] == (
+        "https://us-central1-aiplatform.googleapis.com/v1/projects/proj/locations/us-central1"
+        "/customJobs"
+    )
+    root = "gs://bkt/runs/kd-l4-0000ff"
+    assert job.request["body"] == {
+        "displayName": "kd-l4-0000ff-j0-a2",
+        "labels": {"launch-run": "00000000000000ff", "launch-owner": "ann",
+                   "launch-job": "kd-l4-0000ff-j0", "launch-attempt": "a2"},
+        "jobSpec": {
+            "workerPoolSpecs": [{
+                "machineSpec": {"machineType": "g2-standard-8", "acceleratorType": "NVIDIA_L4",
+                                "acceleratorCount": 1},
+                "containerSpec": {
+                    "imageUri": "eu/own:1",
+                    "command": ["python3", "-c", _FETCH],
+                    "args": [f"{root}/bundles/{BUNDLE.sha256}.tar.gz", BUNDLE.sha256,
+                             f"{root}/boot/kd-l4-0000ff-j0-a2.json"],
+                },
+                "replicaCount": "1",
+            }],
+            "scheduling": {"strategy": "SPOT", "restartJobOnWorkerRestart": False,
+                           "disableRetries": True, "timeout": "43200s"},
+            "serviceAccount": "t@proj.iam",
+        },
+    }  # fmt: skip
+
+
+def test_what_the_job_reads_is_uploaded_before_it_and_does_not_bill() -> None:
+    bundle, boot, job = planned()
+    assert [i.kind for i in (bundle, boot, job)] == ["gcs_object", "gcs_object", "custom_job"]
+    assert not bundle.billable and not boot.billable
+    assert bundle.request["file"] == str(BUNDLE.path)
+    args = job.request["body"]["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"]
+    assert [bundle.name, bundle.request["sha256"], boot.name] == args
+    assert boot.request["url"] == (
+        "https://storage.googleapis.com/upload/storage/v1/b/bkt/o?uploadType=media"
+        "&name=runs%2Fkd-l4-0000ff%2Fboot%2Fkd-l4-0000ff-j0-a2.json&ifGenerationMatch=0"
+    )
+    spec = boot.request["json"]
+    assert (spec["attempt"], spec["job"]["attempt"]) == (2, 2)
+    assert spec["bundle"]["url"] == bundle.name and spec["python"] == "python3"
+    assert spec["secrets"] == {"HF_TOKEN": "secret-manager://proj/hf-token"}
+
+
+def test_several_nodes_are_a_chief_and_a_pool_of_the_same_machine() -> None:
+    first, second = body("hardware.nodes=4")["jobSpec"]["workerPoolSpecs"]
+    assert (first["replicaCount"], second["replicaCount"]) == ("1", "3")
+    assert {**first, "replicaCount": "3"} == second
+
+
+def test_capacity_chooses_the_strategy_and_the_budget_the_timeout() -> None:
+    offers = list(VertexBackend().offers(Hardware("vertex", "L4:1", capacity=("spot", "standard"),
+                                                  places=("a", "b")), ENV))  # fmt: skip
+    assert [(o.capacity, o.place) for o in offers] == [
+        ("spot", "a"), ("spot", "b"), ("standard", "a"), ("standard", "b"),
+    ]  # fmt: skip
+    assert body(offer=2)["jobSpec"]["scheduling"]["strategy"] == "STANDARD"
+    flex = body("hardware.capacity=[flex]", "budget.hours=0.5")["jobSpec"]["scheduling"]
+    assert (flex["strategy"], flex["timeout"]) == ("FLEX_START", "1800s")
+    assert "timeout" not in body("budget.hours=null")["jobSpec"]["scheduling"]
+    with pytest.raises(BadRequest, match="ends after 168 hours"):
+        planned("budget.hours=200")
+    with pytest.raises(BadRequest, match="vertex has no 'reserved' capacity"):
+        list(VertexBackend().offers(Hardware("vertex", "L4:1", capacity=("reserved",)), ENV))
+
+
+def test_prices_are_those_of_the_table_for_that_place_and_machine_or_unknown() -> None:
+    def prices(spec: Hardware) -> list[float | None]:
+        return [offer.usd_per_hour for offer in VertexBackend().offers(spec, ENV)]
+
+    h100 = Hardware("vertex", "H100:8", 2, ("standard", "spot", "flex"), ("us-east4",))
+    assert prices(h100) == [2 * 87.8325, 2 * 34.16, None]
+    assert prices(replace(h100, places=("us-west1",))) == [None, None, None]
+    assert prices(replace(h100, vertex=Vertex(machine="a3-edgegpu-8g"))) == [None, None, None]
+    assert prices(Hardware("vertex", "L4:1")) == [None]
+    offer = next(iter(VertexBackend().offers(h100, ENV)))
+    assert (
+        "2026-11-21" in offer.price_source and "without what Vertex AI adds" in offer.price_source
+    )
+    with pytest.raises(NoCapacity, match="no machine holds L4:3"):
+        prices(Hardware("vertex", "L4:3"))
+
+
+def test_every_accelerator_with_a_machine_has_a_name_in_the_api() -> None:
+    from launcher import hardware
+
+    for kind in hardware.kinds("gcp"):
+        count = hardware.counts(hardware.parse(kind).kind, "gcp")[0]
+        spec = body(f"hardware.accelerator={kind}:{count}", "hardware.vertex.machine=null")
+        machine = spec["jobSpec"]["workerPoolSpecs"][0]["machineSpec"]
+        assert machine["acceleratorType"].startswith("NVIDIA_")
+        assert machine["acceleratorCount"] == count
+
+
+def test_label_values_keep_to_what_the_api_allows() -> None:
+    made = recipe.load(KD_L4, environ={}).recipe
+    spec = planning.job_spec(made, "0f", "n-0f", 0, "gs://b/r", ENV.home, BUNDLE,  # type: ignore[arg-type]
+                             "Ann.Example@corp " + "x" * 90, ENV)  # fmt: skip
+    backend = VertexBackend()
+    offer = next(iter(backend.offers(spec.hardware, ENV)))
+    owner = backend.plan(spec, offer).intents[-1].request["body"]["labels"]["launch-owner"]
+    assert owner == ("ann-example-corp-" + "x" * 90)[:63]
+
+
+def at(year: int) -> Env:
+    moment = datetime(year, 6, 1, tzinfo=timezone.utc).timestamp()
+    return replace(ENV, clock=ManualClock(moment))
+
+
+def test_warnings_tell_of_the_image_the_project_and_the_limits() -> None:
+    backend, spec = VertexBackend(), Hardware("vertex", "L4:1")
+    late, early = list(backend.warnings(spec, at(2027))), list(backend.warnings(spec, at(2026)))
+    assert any("does not submit" in line for line in late)
+    assert any("no project" in line for line in late)
+    assert any(IMAGES[-1].uri in line and "2026-07-24, is past;" in line for line in late)
+    assert any("2026-07-24, is not past yet" in line for line in early)
+    named = replace(spec, vertex=Vertex(project="p", image="own:1"))
+    assert list(backend.warnings(named, at(2027))) == late[:1]
+
+
+def test_it_is_a_backend_that_submits_nothing() -> None:
+    backend = backends.load("vertex")
+    assert isinstance(backend, Backend)
+    job = JobHandle("0f", "n-0f-j0", 1, "gs://b/r", ())
+    ref = Ref("vertex", "custom_job", "n", "us-central1", "0f")
+    for call in (
+        lambda: backend.create(planned()[-1], ENV), lambda: backend.observe(job, ENV),
+        lambda: backend.logs(job, LogQuery(), ENV), lambda: backend.stop(job, ENV, 1.0),
+        lambda: backend.delete(ref, ENV),
+    ):  # fmt: skip
+        with pytest.raises(Denied, match="plans Vertex AI jobs but does not submit") as caught:
+            call()
+        assert "--on local" in caught.value.hint
+    assert list(backend.sweep(ENV)) == []
+    assert [check.result for check in backend.check(ENV)] == ["warn"]
+
+
+def test_the_container_command_starts_the_bundles_boot_with_its_specification(
+    tmp_path: Path,
+) -> None:
+    """The one-liner really runs here: its HTTP is answered by a stub of urllib in sitecustomize."""
+    boot = b"import json, sys; print(sys.argv[1], json.load(open(sys.argv[2])))"
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        member = tarfile.TarInfo("trainer/boot.py")
+        member.size = len(boot)
+        archive.addfile(member, io.BytesIO(boot))
+    (tmp_path / "b.tar.gz").write_bytes(file.getvalue())
+    (tmp_path / "spec.json").write_text('{"schema": 1}')
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import io, urllib.request
+def urlopen(request, timeout):
+    url = request.full_url
+    if "metadata.google.internal" in url:
+        assert request.get_header("Metadata-flavor") == "Google"
+        return io.BytesIO(b'{{"access_token": "t0"}}')
+    assert request.get_header("Authorization") == "Bearer t0"
+    start = "https://storage.googleapis.com/storage/v1/b/bkt/o/runs%2F"
+    assert url.startswith(start) and url.endswith("?alt=media"), url
+    return open({str(tmp_path)!r} + "/" + url[len(start):-len("?alt=media")], "rb")
+urllib.request.urlopen = urlopen
+""")
+    import hashlib
+
+    script = _FETCH.replace("/tmp/launch", str(tmp_path / "launch"))
+    good = hashlib.sha256(file.getvalue()).hexdigest()
+
+    def start(sha256: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", script, "gs://bkt/runs/b.tar.gz", sha256]
+        return subprocess.run(
+            [*argv, "gs://bkt/runs/spec.json"], capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+
+    ran = start(good)
+    assert (ran.returncode, ran.stdout) == (0, "run {'schema': 1}\n"), ran.stderr
+    bad = start("0" * 64)
+    assert bad.returncode == 1 and "is damaged: its sha256 differs" in bad.stderr
