@@ -22,11 +22,11 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.train
-	$(BIN)/launch up $(RECIPE) --new --yes
+	$(BIN)/launch up $(RECIPE) --yes
 
 install: $(VENV)/.dev
 
-# Forked test workers share the cores; one thread each keeps them from fighting over those.
+# The test workers share the cores: with one thread each they do not fight over them.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal -rs $(TESTS)
 
@@ -56,19 +56,20 @@ distclean: clean
 	rm -rf $(VENV)
 
 $(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-		echo "error: this needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
-		echo "       Name another one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: there is no '$(PYTHON)' here; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>&1); this needs Python 3.10 or newer: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+		echo "error: '$(PYTHON) -m venv $(VENV)' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
-	@echo "installing launch with torch into $(VENV): one to several minutes, as the network is fast"
+	@echo "installing launch and torch into $(VENV): about a minute, or as long as a gigabyte takes to arrive"
 	@$(PIP) install -qq -c constraints.txt -e ".[train]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
-	@echo "installing launch, torch and the test tools into $(VENV): one to several minutes, as the network is fast"
+	@echo "installing launch, torch and the test tools into $(VENV): about a minute, or as long as a gigabyte takes to arrive"
 	@$(PIP) install -qq -c constraints.txt -e ".[train,dev]"
 	@touch $@ $(VENV)/.train

@@ -124,7 +124,7 @@ def wait(run: Which, timeout: Optional[float] = None) -> Run:
     run_id = _find(run)["id"]
     while True:
         seen = status(run_id)
-        lost = seen.driver is not None and seen.driver.alive is False
+        lost = seen.driver is None or seen.driver.alive is False
         late = timeout is not None and time.monotonic() - started >= timeout
         if seen.ended is not None or lost or late:
             return seen
@@ -160,7 +160,6 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     """Go on with a run: one without a driver gets a driver; one that was stopped, paused or has
     failed is opened again, with `overrides` (`a.b=c`). Errors: `UsageError` when it is complete."""
     from launcher import driver, start
-    from launcher.claim import refuse_foreign
     from launcher.fold import Fold
     from launcher.journal import Journal, held_elsewhere
 
@@ -180,7 +179,6 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     try:
         journal = Journal(place, home.local_root(seen.root), here.clock)
         journal.name = seen.name
-        refuse_foreign(journal, seen.name, take_over=True)
         start.reopen(Fold(journal.read(heal=True)), journal, place, given, here)
     except BaseException:
         lock.close()

@@ -203,15 +203,6 @@ def write_marker(root: Path, now: float, by: str, reason: str) -> None:
         home.write(file, json.dumps({"time": now, "by": by, "reason": reason}) + "\n")
 
 
-def write_summary(place: Path, run: Run) -> None:
-    """`summary.json` in both places once nothing can change, so that `status` stays instant."""
-    for file in (home.local_root(run.root) / "summary.json", place / "summary.json"):
-        if run.live:
-            file.unlink(missing_ok=True)
-        else:
-            home.write(file, json.dumps(run.to_json(), indent=1) + "\n")
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object, or {} when there is none (yet)."""
     try:

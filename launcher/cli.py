@@ -16,9 +16,16 @@ from launcher.errors import Exit, LaunchError
 
 
 class _Commands(TyperGroup):
-    """All commands; a reader that went away (`launch logs RUN | head`) is no error."""
+    """All commands, listed by what they are about."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for title, names in _SECTIONS.items():
+            rows = [(name, self.commands[name].get_short_help_str(limit=90)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
+        """A reader that went away (`launch logs RUN | head`) is no error."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -29,12 +36,22 @@ class _ReaderGone(Exception):
     pass
 
 
+_SECTIONS = {
+    "Runs": (
+        "up", "status", "logs", "stop", "resume", "attach", "teardown", "pull", "report",
+        "tensorboard", "drive",
+    ),
+    "Recipes": ("plan", "validate", "init", "recipes", "schema"),
+    "This machine": ("doctor",),
+}  # fmt: skip
+
 app = typer.Typer(
     cls=_Commands,
     help="Train language models from one recipe: plan it, run it anywhere, take it down again.",
     epilog="Start with: launch up quickstart",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: half the start-up time of the one that rich draws
 )
 
 
@@ -83,8 +100,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Start it and return at once.")]
 
-_RUNS, _RECIPES, _HERE = "Runs", "Recipes", "This machine"
-
 
 @app.callback()
 def _launch(
@@ -95,7 +110,7 @@ def _launch(
     pass
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def up(
     recipe: RecipeArgument,
     detach: DetachOption = False,
@@ -110,7 +125,7 @@ def up(
     on: OnOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Start a run of RECIPE, or attach to the one that is live, and follow it.
+    """Start a run of RECIPE, or attach to a live one; follow it.
 
     Ctrl-C stops following; the run goes on. The exit code is the run's.
     """
@@ -121,12 +136,12 @@ def up(
     return drive.up(recipe, overrides or (), on, detach=detach, yes=yes, new=new, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def status(
     run: Annotated[
         Optional[str],
         typer.Argument(
-            metavar="[RUN]", help="One run in full; without it, a list.", autocompletion=_run_names
+            metavar="RUN", help="One run in full; without it, a list.", autocompletion=_run_names
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again, until Ctrl-C.")] = False,
@@ -140,7 +155,7 @@ def status(
     return show.status(run, watch=watch, everything=everything, limit=limit, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def logs(
     run: RunArgument,
     follow: Annotated[
@@ -169,28 +184,31 @@ def logs(
     )  # fmt: skip
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def stop(run: RunArgument, as_json: JsonOption = False) -> int:
-    """Ask a run to save, end, and free what it holds; wait until it has."""
+    """Ask a run to save and end; wait until it has."""
     from launcher.commands import drive
 
     return drive.stop(run, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def resume(
     run: RunArgument,
     overrides: SetOption = None,
     detach: DetachOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Go on with a run that stopped, failed, or lost its driver, from its last checkpoint."""
+    """Go on with a run from its last checkpoint.
+
+    It may have been stopped, have failed, or have lost its driver.
+    """
     from launcher.commands import drive
 
     return drive.resume(run, overrides or (), detach=detach, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def attach(
     run: RunArgument,
     take_over: Annotated[
@@ -204,7 +222,7 @@ def attach(
     return drive.attach(run, take_over=take_over, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def teardown(
     run: Annotated[
         Optional[str],
@@ -216,13 +234,16 @@ def teardown(
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """End a run now and delete what it holds. 0 only when all of it is confirmed gone, else 7."""
+    """End a run now and delete what it holds.
+
+    Exit code 0 only when all of it is confirmed gone, else 7.
+    """
     from launcher.commands import drive
 
     return drive.teardown(run, everything=everything, yes=yes, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def pull(
     run: RunArgument,
     to: Annotated[
@@ -236,7 +257,7 @@ def pull(
     return show.pull(run, to=to, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def report(
     run: RunArgument,
     output: Annotated[
@@ -250,7 +271,7 @@ def report(
     return show.report(run, output=output, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def tensorboard(
     run: RunArgument,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any.")] = 6006,
@@ -261,15 +282,15 @@ def tensorboard(
     return show.tensorboard(run, port=port)
 
 
-@app.command(rich_help_panel=_RUNS)
+@app.command()
 def drive(run: RunArgument) -> int:
-    """Drive a run in the foreground: what `up` starts in the background."""
+    """Drive a run in the foreground; `up` does it for you."""
     from launcher.commands import drive as commands
 
     return commands.drive(run)
 
 
-@app.command(rich_help_panel=_RECIPES)
+@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
@@ -282,7 +303,7 @@ def plan(
     return recipes.plan(recipe, overrides or (), on, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RECIPES)
+@app.command()
 def validate(
     recipe: RecipeArgument,
     overrides: SetOption = None,
@@ -295,12 +316,12 @@ def validate(
     return recipes.validate(recipe, overrides or (), on, as_json=as_json)
 
 
-@app.command(rich_help_panel=_RECIPES)
+@app.command()
 def init(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="A shipped recipe.", autocompletion=_recipe_names)
     ],
-    path: Annotated[Optional[str], typer.Argument(metavar="[PATH]", help="Where to.")] = None,
+    path: Annotated[Optional[str], typer.Argument(metavar="PATH", help="Where to.")] = None,
 ) -> int:
     """Copy a shipped recipe, to change it."""
     from launcher.commands import recipes
@@ -308,7 +329,7 @@ def init(
     return recipes.init(name, path)
 
 
-@app.command("recipes", rich_help_panel=_RECIPES)
+@app.command("recipes")
 def list_recipes(as_json: JsonOption = False) -> int:
     """List the recipes that come with launch."""
     from launcher.commands import recipes
@@ -316,7 +337,7 @@ def list_recipes(as_json: JsonOption = False) -> int:
     return recipes.listing(as_json=as_json)
 
 
-@app.command(rich_help_panel=_RECIPES)
+@app.command()
 def schema() -> int:
     """Print the JSON Schema of recipes, for editors."""
     from launcher.commands import recipes
@@ -324,11 +345,11 @@ def schema() -> int:
     return recipes.schema()
 
 
-@app.command(rich_help_panel=_HERE)
+@app.command()
 def doctor(
     recipe: Annotated[
         Optional[str],
-        typer.Argument(metavar="[RECIPE]", help="Check for it too.", autocompletion=_recipe_names),
+        typer.Argument(metavar="RECIPE", help="Check for it too.", autocompletion=_recipe_names),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:

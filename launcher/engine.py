@@ -14,13 +14,14 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import Claim, Load, claimed, read_json, write_marker, write_summary
+from launcher.claim import Claim, Load, claimed, read_json, write_marker
 from launcher.clear import clear, insist, sweep
 from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
+from launcher.view import write_summary
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
@@ -270,8 +271,10 @@ class Engine:
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
             held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref
-        known = (attempt.phase, attempt.held, attempt.why, attempt.exit_code)
-        if (phase, held, why, seen.exit_code) != known:
+        known = (attempt.phase, attempt.held, attempt.exit_code)
+        # A running job may say something new at every look; the journal is no log.
+        news = why != attempt.why and phase is not Phase.RUNNING
+        if news or (phase, held, seen.exit_code) != known:
             self._phase(job, attempt, phase, held, why, seen.exit_code)
         self._note_stages(job, phase)
 

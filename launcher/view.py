@@ -44,17 +44,27 @@ def look(env: Env, facts: dict[str, Any]) -> Run:
     written = journal.read()
     run = fold(written)
     run.warnings += journal.warnings
+    if not run.live:
+        if home.holder(place) is None:
+            write_summary(place, run)  # it was lost, or its driver died just before
+        return run
     run.driver = _driver(run, place, written)
     if run.ended is None:
         run.spent_usd = spent(run, env.clock.now())
     run.progress = records.run_progress(run)
-    if run.live:
-        run.warnings += _warnings(env, run, place, written[-1]["time"])
-    elif not (run.driver and run.driver.alive):
-        from launcher.claim import write_summary  # it was lost, or never written
-
-        write_summary(place, run)
+    run.warnings += _warnings(env, run, place, written[-1]["time"])
     return run
+
+
+def write_summary(place: Path, run: Run) -> None:
+    """`summary.json` in both places once nothing can change, so that `status` stays instant; none
+    while something still may."""
+    run.progress = records.run_progress(run)
+    for file in (home.local_root(run.root) / "summary.json", place / "summary.json"):
+        if run.live:
+            file.unlink(missing_ok=True)
+        else:
+            home.write(file, json.dumps(run.to_json(), indent=1) + "\n")
 
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:

@@ -94,8 +94,6 @@ def test_taking_over_replaces_the_living_driver(it: Scene) -> None:
     first = running(it)
     second = api.attach(it.run_id, take_over=True)
     assert pid_of(second) != pid_of(first)
-    with pytest.raises(ProcessLookupError):
-        until(lambda: os.kill(pid_of(first), 0) is not None, 20)  # type: ignore[func-returns-value]
     finish(it)
     done = api.wait(it.run_id, timeout=30)
     assert done.phase is Phase.SUCCEEDED and len(it.world.lines("begun.log")) == 1

@@ -1,0 +1,62 @@
+"""Log parts on a file system: `R/logs/worker-<n>/<job>-<attempt>.log`, read from a cursor."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from launcher.backends.base import JobHandle, Line, LogQuery
+
+_STAMP = len("2026-11-21T08:32:46.123456Z")
+_CHUNK = 1 << 20
+
+
+def read_parts(folder: Path, job: JobHandle, query: LogQuery) -> Iterator[Line]:
+    """Whole lines after the cursor, of all workers (or one) in time order; a torn last line is
+    left for later. The cursor holds, per worker, the part and the offset in it, and is that of
+    all workers: the newest line's cursor goes on after every line yielded so far."""
+    index = job.name.rpartition("-j")[2]
+    part = f"{int(index):02d}-{job.attempt:04d}.log"
+    position: dict[str, Any] = dict(query.cursor)
+    streams = []
+    for worker in sorted(folder.glob("worker-*"), key=lambda path: int(path.name[7:])):
+        number = int(worker.name[7:])
+        if query.worker is None or query.worker == number:
+            streams.append(_read(worker / part, number, position))
+    for when, number, text, end in heapq.merge(*streams, key=lambda item: (item[0], item[1])):
+        position[str(number)] = {"part": part, "offset": end}
+        if query.since is None or when >= query.since:
+            yield Line(number, when, text, dict(position))
+
+
+def _read(
+    path: Path, worker: int, position: Mapping[str, Any]
+) -> Iterator[tuple[float, int, str, int]]:
+    """(time, worker, text, offset after it) of each whole line of one part."""
+    seen = position.get(str(worker)) or {}
+    offset = int(seen["offset"]) if seen.get("part") == path.name else 0
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        rest, when = b"", 0.0
+        while chunk := file.read(_CHUNK):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                offset += len(line) + 1
+                when, text = _stamped(line.decode("utf-8", "replace"), when)
+                yield when, worker, text, offset
+
+
+def _stamped(line: str, before: float) -> tuple[float, str]:
+    """The time in front of a line and the rest; a line without one has the time before it."""
+    try:
+        when = datetime.strptime(line[:_STAMP], "%Y-%m-%dT%H:%M:%S.%fZ")
+    except ValueError:
+        return before, line
+    return when.replace(tzinfo=timezone.utc).timestamp(), line[_STAMP + 1 :]

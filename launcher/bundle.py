@@ -1,0 +1,81 @@
+"""The trainer as a reproducible, content-addressed archive.
+
+The name is the sha256 of the tar inside the gzip: the tar is the same, byte by byte, on any machine
+for the same sources, while compressed bytes depend on the version of zlib.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from launcher.errors import LaunchError
+from trainer.store import StoreError, atomic_write
+
+#: Largest archive, compressed: it is carried in job requests' companions and read at every start.
+LIMIT = 300 * 1000
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """`path` of the `.tar.gz`; `sha256` and `bytes` of the tar inside it."""
+
+    path: Path
+    sha256: str
+    bytes: int
+
+
+def build(home: Path, package: Optional[Path] = None) -> Bundle:
+    """The bundle of the installed `trainer` package (or of the folder `package`), in
+    `home/bundles`; one that is there and whole is kept. Errors: `LaunchError` over `LIMIT` bytes or
+    when it cannot be written."""
+    tar = archive(package or _installed())
+    digest = hashlib.sha256(tar).hexdigest()
+    path = home / "bundles" / f"{digest}.tar.gz"
+    bundle = Bundle(path, digest, len(tar))
+    if _whole(path, digest):
+        return bundle
+    packed = gzip.compress(tar, compresslevel=9, mtime=0)
+    if len(packed) > LIMIT:
+        raise LaunchError(f"the trainer's bundle is {len(packed)} bytes; at most {LIMIT}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, packed)
+    except (OSError, StoreError) as error:
+        raise LaunchError(f"cannot write the bundle {path}: {error}") from error
+    return bundle
+
+
+def archive(package: Path) -> bytes:
+    """A tar of the package's sources: sorted names, no times, no owners, fixed modes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, path in sorted(_sources(package)):
+            data = path.read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(data), 0o644
+            tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _sources(package: Path) -> list[tuple[str, Path]]:
+    files = [*package.rglob("*.py"), *package.glob("locks/*.txt")]
+    return [(f"{package.name}/{path.relative_to(package).as_posix()}", path) for path in files]
+
+
+def _installed() -> Path:
+    import trainer
+
+    return Path(trainer.__file__).parent
+
+
+def _whole(path: Path, digest: str) -> bool:
+    try:
+        return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == digest
+    except (OSError, EOFError):
+        return False

@@ -1,0 +1,209 @@
+"""The documentation cannot rot: command lines parse, links lead somewhere, tables of keys are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from launcher import drafts
+from launcher.backends.base import Held, Phase
+from launcher.cli import app
+from launcher.errors import Exit
+from launcher.spec import Budget, Gate, Hardware, Local, Retry, Vertex
+from trainer.config import (
+    NEEDS,
+    Architecture,
+    Data,
+    Distill,
+    Evaluate,
+    Model,
+    Source,
+    Tokenizer,
+    Train,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+#: Section of docs/recipes.md -> the class whose fields its table lists.
+SECTIONS = {
+    "model": Model,
+    "model.architecture": Architecture,
+    "data": Data,
+    "data.train and data.validation": Source,
+    "train": Train,
+    "kd": Distill,
+    "tokenizer": Tokenizer,
+    "evaluate": Evaluate,
+    "hardware": Hardware,
+    "hardware.local": Local,
+    "hardware.vertex": Vertex,
+    "budget": Budget,
+    "retry": Retry,
+    "gate": Gate,
+}
+_COMMAND = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*launch(?: |$)")
+
+
+def test_every_command_line_in_the_pages_is_one_that_launch_takes() -> None:
+    checked, wrong = 0, []
+    for page in PAGES:
+        for line, text in _command_lines(page):
+            checked += 1
+            problem = _refused(text)
+            if problem:
+                wrong.append(f"{page.name}:{line}: `{text}`: {problem}")
+    assert not wrong, "\n".join(wrong)
+    assert checked > 30
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "launch fly RUN",
+        "launch up quickstart --fast",
+        "launch logs RUN -z",
+        "launch stop",
+        "launch init",
+    ],
+)
+def test_a_command_line_that_launch_does_not_take_is_noticed(text: str) -> None:
+    assert _refused(text)
+
+
+def test_every_command_is_shown_in_the_pages() -> None:
+    shown = {text.split()[1] for page in PAGES for _, text in _command_lines(page) if " " in text}
+    hidden = {"drive"}  # what `up` starts by itself
+    assert set(_group().commands) - shown - hidden == set()
+
+
+def test_every_relative_link_leads_to_a_file_and_a_heading() -> None:
+    wrong = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            if not path.exists() or (anchor and anchor not in _anchors(path)):
+                wrong.append(f"{page.name}: {target}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_tables_list_the_keys_of_a_recipe_with_their_defaults(section: str) -> None:
+    documented = _table(ROOT / "docs" / "recipes.md", section)
+    fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+    assert list(documented) == list(fields)
+    for name, default in documented.items():
+        _agrees(fields[name], default)
+
+
+def test_the_tables_list_the_keys_at_the_top_and_in_a_pipeline() -> None:
+    page = ROOT / "docs" / "recipes.md"
+    assert set(_table(page, "The keys of a recipe")) >= set(drafts.TOP)
+    assert set(_table(page, "The keys of a recipe")) - set(NEEDS) <= set(drafts.TOP)
+    assert set(_table(page, "Pipelines")) == set(drafts.ENTRY)
+
+
+def test_the_table_of_stages_says_what_each_one_needs() -> None:
+    rows = _table(ROOT / "docs" / "recipes.md", "The keys of a recipe", first="stage")
+    assert {name: set(re.findall(r"`(\w+)`", needs)) for name, needs in rows.items()} == {
+        name: set(needed) for name, (needed, _) in NEEDS.items()
+    }
+
+
+def test_the_states_and_exit_codes_are_all_explained() -> None:
+    page = ROOT / "docs" / "run.md"
+    assert list(_table(page, "States", first="phase")) == [phase.value for phase in Phase]
+    assert list(_table(page, "States", first="held")) == [held.value for held in Held]
+    assert list(_table(page, "Exit codes", first="code")) == [str(code.value) for code in Exit]
+
+
+def _group() -> Any:
+    return typer.main.get_command(app)
+
+
+def _command_lines(page: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of `launch ...` in code blocks and in code spans."""
+    fenced = False
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced and _COMMAND.match(line):
+            # A note stands behind the command, two spaces away or after a hash.
+            yield number, re.split(r"\s{2,}|\s#", line.strip().removeprefix("$ "))[0]
+        elif not fenced:
+            for span in re.findall(r"`([^`]+)`", line):
+                if _COMMAND.match(span) and span.strip() != "launch":
+                    yield number, span.strip()
+
+
+def _refused(text: str) -> str:
+    """Why launch would not take this command line; empty when it would."""
+    words = shlex.split(text)
+    words = words[words.index("launch") + 1 :]
+    group = _group()
+    context = group.make_context("launch", list(words), resilient_parsing=True)
+    if words[0].startswith("-"):
+        return _unparsed(group, context, words)
+    command = group.get_command(context, words[0])
+    if command is None:
+        return f"no command '{words[0]}'"
+    if words[1:2] == ["..."]:
+        return ""
+    return _unparsed(command, context, words[1:])
+
+
+def _unparsed(command: Any, context: Any, words: list[str]) -> str:
+    inner = type(context)(command, parent=context, info_name=command.name)
+    try:
+        values, rest, _ = command.make_parser(inner).parse_args(list(words))
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        return str(error.format_message())
+    if rest:
+        return f"too many words: {rest}"
+    missing = [p.name for p in command.params if p.required and values.get(p.name) in (None, ())]
+    return f"missing {missing}" if missing else ""
+
+
+def _table(page: Path, section: str, first: str = "key") -> dict[str, str]:
+    """The table under a heading whose first column is called `first`: first cell -> second."""
+    (body,) = re.findall(
+        rf"^#+ {re.escape(section)}\n(.*?)(?=^#+ |\Z)", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+    (table,) = re.findall(rf"^\| {first} \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)*)", body, re.MULTILINE)
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    assert rows
+    return {row[0].strip("`"): row[1] for row in rows}
+
+
+def _agrees(field: Any, documented: str) -> None:
+    """A documented default in code is the field's; words stand for defaults found elsewhere."""
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    else:
+        default = field.default
+    if default is dataclasses.MISSING:
+        assert documented == "required", field.name
+    elif default is None:
+        assert not documented.startswith("`"), field.name
+    elif isinstance(default, tuple):
+        assert documented == f"`[{', '.join(map(str, default))}]`", field.name
+    else:
+        written = str(default).lower() if isinstance(default, bool) else str(default)
+        assert documented == f"`{written}`", field.name
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
