@@ -80,7 +80,7 @@ def progress(folder: Path) -> dict[str, Any]:
     is left divided by the speed of the last lines. Reads only the end of the newest part."""
     steps: list[dict[str, Any]] = []
     for part in reversed(_parts(folder)):
-        steps = [line for line in _tail(part) if line.get("kind") == "step"]
+        steps = [line for line in _tail(part) if _is_step(line)]
         if steps:
             break
     if not steps:
@@ -120,6 +120,10 @@ def series(lines: list[dict[str, Any]], kind: str, name: str) -> list[tuple[floa
         if value is not None and math.isfinite(value):
             points.append((float(line["global_step"]), value))
     return points
+
+
+def _is_step(line: Mapping[str, Any]) -> bool:
+    return line.get("kind") == "step" and isinstance(line.get("global_step"), int)
 
 
 def _eta(steps: list[dict[str, Any]]) -> Optional[float]:

@@ -1,4 +1,4 @@
-"""The documentation cannot rot: command lines parse, links lead somewhere, tables of keys are whole."""
+"""The documentation cannot rot: command lines parse, links lead somewhere, tables are whole."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ _COMMAND = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*launch(?: |$)")
 def test_every_command_line_in_the_pages_is_one_that_launch_takes() -> None:
     checked, wrong = 0, []
     for page in PAGES:
-        for line, text in _command_lines(page):
+        for line, text, whole in _command_lines(page):
             checked += 1
-            problem = _refused(text)
+            problem = _refused(text, whole)
             if problem:
                 wrong.append(f"{page.name}:{line}: `{text}`: {problem}")
     assert not wrong, "\n".join(wrong)
@@ -79,7 +79,9 @@ def test_a_command_line_that_launch_does_not_take_is_noticed(text: str) -> None:
 
 
 def test_every_command_is_shown_in_the_pages() -> None:
-    shown = {text.split()[1] for page in PAGES for _, text in _command_lines(page) if " " in text}
+    shown = {
+        text.split()[1] for page in PAGES for _, text, _ in _command_lines(page) if " " in text
+    }
     hidden = {"drive"}  # what `up` starts by itself
     assert set(_group().commands) - shown - hidden == set()
 
@@ -131,38 +133,38 @@ def _group() -> Any:
     return typer.main.get_command(app)
 
 
-def _command_lines(page: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of `launch ...` in code blocks and in code spans."""
+def _command_lines(page: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, text, whether it is meant to be typed as it is) of `launch ...`: in code blocks it is,
+    while a code span in a sentence may only name a command."""
     fenced = False
     for number, line in enumerate(page.read_text().splitlines(), start=1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif fenced and _COMMAND.match(line):
             # A note stands behind the command, two spaces away or after a hash.
-            yield number, re.split(r"\s{2,}|\s#", line.strip().removeprefix("$ "))[0]
+            text = re.split(r"\s{2,}|\s#", line.strip().removeprefix("$ "))[0]
+            yield number, text, True
         elif not fenced:
             for span in re.findall(r"`([^`]+)`", line):
                 if _COMMAND.match(span) and span.strip() != "launch":
-                    yield number, span.strip()
+                    yield number, span.strip(), False
 
 
-def _refused(text: str) -> str:
+def _refused(text: str, whole: bool = True) -> str:
     """Why launch would not take this command line; empty when it would."""
     words = shlex.split(text)
     words = words[words.index("launch") + 1 :]
     group = _group()
-    context = group.make_context("launch", list(words), resilient_parsing=True)
+    context = group.make_context("launch", [], resilient_parsing=True)
     if words[0].startswith("-"):
-        return _unparsed(group, context, words)
+        return _unparsed(group, context, words, whole)
     command = group.get_command(context, words[0])
     if command is None:
         return f"no command '{words[0]}'"
-    if words[1:2] == ["..."]:
-        return ""
-    return _unparsed(command, context, words[1:])
+    return _unparsed(command, context, words[1:], whole)
 
 
-def _unparsed(command: Any, context: Any, words: list[str]) -> str:
+def _unparsed(command: Any, context: Any, words: list[str], whole: bool) -> str:
     inner = type(context)(command, parent=context, info_name=command.name)
     try:
         values, rest, _ = command.make_parser(inner).parse_args(list(words))
@@ -173,7 +175,7 @@ def _unparsed(command: Any, context: Any, words: list[str]) -> str:
     if rest:
         return f"too many words: {rest}"
     missing = [p.name for p in command.params if p.required and values.get(p.name) in (None, ())]
-    return f"missing {missing}" if missing else ""
+    return f"missing {missing}" if missing and whole else ""
 
 
 def _table(page: Path, section: str, first: str = "key") -> dict[str, str]:

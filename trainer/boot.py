@@ -142,7 +142,7 @@ def worker(spec: Spec) -> int:
                 sent = len(asked)
                 pumped.terminate()
             time.sleep(_POLL)
-    return pumped.finish()["code"]
+    return int(pumped.finish()["code"])
 
 
 class Pumped:
@@ -271,9 +271,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def start_ticks(pid: int) -> Optional[int]:
-    """When a process started, in clock ticks since boot: pids come back, this does not."""
+    """When a process started, in clock ticks since boot: pids come back, this does not. None when
+    it is gone, or dead and only not yet reaped by its parent."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
 
@@ -445,8 +447,9 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(path.parent.name))
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(path.parent.name))
     found: list[int] = []
     queue = list(children.get(pid, []))
     while queue:

@@ -55,9 +55,11 @@ class LocalBackend:
     def check(self, env: Env) -> Iterable[Check]:
         yield _python(env)
         free = shutil.disk_usage(_existing(env.home)).free / 1e9
-        enough = "pass" if free > 5 else "warn"
-        fix = "" if free > 5 else f"free some space under {env.home}, or set LAUNCH_HOME"
-        yield Check("local disk", enough, f"{free:.0f} GB free", fix)
+        if free > 5:
+            yield Check("local disk", "pass", f"{free:.0f} GB free")
+        else:
+            fix = f"free some space under {env.home}, or set LAUNCH_HOME"
+            yield Check("local disk", "warn", f"{free:.1f} GB free", fix)
         found = _gpus()
         yield Check("local gpu", "pass" if found else "skip", ", ".join(found) or "none")
 
@@ -246,10 +248,11 @@ def _processes(work: Path) -> list[int]:
         return [pid, *boot.descendants(pid)]
     found = []
     needle = str(work).encode() + b"/"
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if needle in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or it is somebody else's
+            ours = b"LAUNCH_RUN=" in (path / "environ").read_bytes()
+            if ours and needle in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
     return found
 
 

@@ -65,9 +65,9 @@ IMAGES = (
 )  # fmt: skip
 
 #: Runs in the container before anything of ours is there: takes the bundle from the bucket with
-#: the job's identity, and starts the boot.py inside it. Boot verifies the bundle again.
+#: the job's identity, and starts the boot.py inside it. `sha256` is of the tar inside the gzip.
 _FETCH = """\
-import hashlib, io, json, os, sys, tarfile, urllib.parse, urllib.request
+import gzip, hashlib, io, json, os, sys, tarfile, urllib.parse, urllib.request
 def get(url, **headers):
     request = urllib.request.Request(url, headers=headers)
     return urllib.request.urlopen(request, timeout=300).read()
@@ -80,7 +80,7 @@ def read(uri):
     return get("https://storage.googleapis.com/storage/v1/b/%s/o/%s?alt=media" % (bucket, name),
                **bearer)
 bundle, sha256, spec = sys.argv[1:]
-data = read(bundle)
+data = gzip.decompress(read(bundle))
 if hashlib.sha256(data).hexdigest() != sha256:
     sys.exit("the bundle " + bundle + " is damaged: its sha256 differs")
 boot = tarfile.open(fileobj=io.BytesIO(data)).extractfile("trainer/boot.py").read()

@@ -234,7 +234,8 @@ def test_every_shipped_recipe_plans_offline(path: Path) -> None:
     loaded = recipe.load(path, environ={}).recipe
     made = planning.make(loaded, environment(), BUNDLE)  # type: ignore[arg-type]
     assert made.jobs and all(job.offers and job.intents for job in made.jobs), made.notes
-    assert all(job.intents[-1].billable for job in made.jobs)
+    assert not any(intent.billable for job in made.jobs for intent in job.intents[:-1])
+    assert all(job.intents[-1].billable == (job.backend != "local") for job in made.jobs)
     assert json.loads(json.dumps(made.to_json()))["v"] == 1
     lines = made.lines()
     assert lines[0].startswith(f"{loaded.name}: ") and all("\n" not in line for line in lines)
@@ -264,11 +265,8 @@ def conforms(value: Any, rule: dict[str, Any], root: dict[str, Any]) -> bool:
         return False
     kind = rule.get("type")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (
-        (kind == "number"
-        and not number)
-        or (kind == "integer"
-        and not (number and value == int(value)))
+    if (kind == "number" and not number) or (
+        kind == "integer" and not (number and value == int(value))
     ):
         return False
     if kind in kinds and not isinstance(value, kinds[kind]):

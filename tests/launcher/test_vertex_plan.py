@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import os
 import subprocess
@@ -192,11 +194,11 @@ def test_the_container_command_starts_the_bundles_boot_with_its_specification(
     """The one-liner really runs here: its HTTP is answered by a stub of urllib in sitecustomize."""
     boot = b"import json, sys; print(sys.argv[1], json.load(open(sys.argv[2])))"
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with tarfile.open(fileobj=file, mode="w") as archive:
         member = tarfile.TarInfo("trainer/boot.py")
         member.size = len(boot)
         archive.addfile(member, io.BytesIO(boot))
-    (tmp_path / "b.tar.gz").write_bytes(file.getvalue())
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(file.getvalue()))
     (tmp_path / "spec.json").write_text('{"schema": 1}')
     (tmp_path / "sitecustomize.py").write_text(f"""
 import io, urllib.request
@@ -211,8 +213,6 @@ def urlopen(request, timeout):
     return open({str(tmp_path)!r} + "/" + url[len(start):-len("?alt=media")], "rb")
 urllib.request.urlopen = urlopen
 """)
-    import hashlib
-
     script = _FETCH.replace("/tmp/launch", str(tmp_path / "launch"))
     good = hashlib.sha256(file.getvalue()).hexdigest()
 
