@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
 
 def run(job: Job) -> int:
     """The job's stages; those already completed are left out."""
+    if job.dry_run:  # before the libraries are imported: they read it once
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     from transformers.utils import logging
 
     from trainer import runtime, stages

@@ -5,7 +5,6 @@ Nothing is downloaded: what is not on this disk is replaced, and every replaceme
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -21,7 +20,6 @@ _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
 def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]:
     """A stage made small, and one line for everything that was changed. `made`: the folders of
     the job's stages; those before this one have run, so references to them stay."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     notes: list[str] = []
     scratch = Path(config.output) / "dry-run"
     changes: dict[str, Any] = {"data": _data(config.data, notes)}
@@ -107,7 +105,7 @@ def _tokenizer(reference: Optional[str], scratch: Path, made: set[str], notes: l
         from transformers import AutoTokenizer
 
         try:
-            AutoTokenizer.from_pretrained(resolve(reference))
+            AutoTokenizer.from_pretrained(resolve(reference), local_files_only=True)
             return reference
         except Exception:
             notes.append(f"tokenizer of {reference}: not on this disk, a byte-level one instead")
@@ -125,7 +123,8 @@ def _model_type(model: Model) -> str:
 
     name = str(model.name)
     try:
-        return str(AutoConfig.from_pretrained(resolve(name)).model_type)
+        found = AutoConfig.from_pretrained(resolve(name), local_files_only=True)
+        return str(found.model_type)
     except Exception:
         plain = name.lower().replace("-", "").replace(".", "")
         known = [kind for kind in CONFIG_MAPPING_NAMES if kind.replace("_", "") in plain]

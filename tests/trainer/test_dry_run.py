@@ -1,0 +1,94 @@
+"""The trainer as a process: dry runs of recipes, exit codes and the lines of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import Job, Source, StageConfig, to_dict
+from trainer.shrink import shrink
+
+
+def trainer(job: Any, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`python -m trainer run` on a job (or on what a user might give instead)."""
+    file = folder / "job.json"
+    file.write_text(job if isinstance(job, str) else json.dumps(to_dict(job)))
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", "run", str(file)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **environ},
+    )  # fmt: skip
+
+
+def test_a_dry_run_trains_one_step_and_says_what_was_shrunk(
+    stage: StageConfig, tmp_path: Path
+) -> None:
+    remote = (Source(path="gs://nowhere/train.jsonl"),)
+    data = replace(stage.data, train=remote, validation=remote, sequence_length=4096)
+    done = trainer(Job(run="r", stages=(replace(stage, data=data),), dry_run=True), tmp_path)
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "gs://nowhere/train.jsonl: not on this machine",
+        "128 instead of 4096",
+        "random llama of 2 layers",
+        "2 batches",
+        "step 1/1",
+        "val_loss",
+        "saved",
+    ):
+        assert said in done.stdout
+    out = Path(stage.output)
+    pointer = json.loads((out / "checkpoints" / "last.json").read_text())
+    assert pointer["step"] == 1
+    lines = [json.loads(x) for x in (out / "metrics" / "0001.jsonl").read_text().splitlines()]
+    assert {"step", "eval"} <= {line["kind"] for line in lines}
+
+
+def test_a_hub_name_that_is_not_on_disk_keeps_its_architecture(
+    stage: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert stage.model is not None
+    model = replace(stage.model, name="Qwen/Qwen3-0.6B", init="pretrained", architecture=None,
+                    tokenizer=None)  # fmt: skip
+    config, notes = shrink(replace(stage, model=model), set())
+    assert config.model is not None and config.model.name is not None
+    written = json.loads((Path(config.model.name) / "config.json").read_text())
+    assert written["model_type"] == "qwen3" and written["hidden_size"] == 64
+    assert any("byte-level" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"data": {"train": [{"path": "/nowhere/x.jsonl"}]}}, 65, "/nowhere/x.jsonl"),
+        ({"model": {"name": "/nowhere/model"}}, 64, "/nowhere/model"),
+        ({"train": {"steps": 2, "lrr": 1}}, 64, "did you mean 'lr'?"),
+        ({"stage": "kd"}, 64, "missing kd"),
+    ],
+)
+def test_bad_input_is_one_line_and_its_exit_code(
+    change: dict[str, Any], code: int, said: str, stage: StageConfig, tmp_path: Path
+) -> None:
+    job = to_dict(Job(run="r", stages=(stage,)))
+    job["stages"][0].update(change)
+    done = trainer(json.dumps(job), tmp_path)
+    assert done.returncode == code, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_completed_stage_is_skipped(stage: StageConfig, tmp_path: Path) -> None:
+    out = Path(stage.output)
+    out.mkdir(parents=True)
+    (out / "run_meta.json").write_text('{"completed": true}')
+    done = trainer(Job(run="r", stages=(stage,)), tmp_path)
+    assert done.returncode == 0 and "completed before, skipped" in done.stdout
+    assert not (out / "checkpoints").exists()
