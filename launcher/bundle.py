@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -65,6 +66,7 @@ def archive(package: Path) -> bytes:
 
 def _sources(package: Path) -> list[tuple[str, Path]]:
     files = [*package.rglob("*.py"), *package.glob("locks/*.txt")]
+    files = [path for path in files if not path.name.startswith(".")]  # editors' own
     return [(f"{package.name}/{path.relative_to(package).as_posix()}", path) for path in files]
 
 
@@ -77,5 +79,5 @@ def _installed() -> Path:
 def _whole(path: Path, digest: str) -> bool:
     try:
         return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == digest
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return False

@@ -24,7 +24,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _REMEMBERED = 50_000
 #: Looks in a row that may fail before `Transient` is passed on.
 _PATIENCE = 20
-#: A run that is over is read once more after this many seconds: the last lines may arrive late.
+#: A run is read once more so many seconds after its end: the last lines may arrive late.
 _DRAIN = 1.0
 #: Seconds without a line after which a run whose driver is dead is no longer followed.
 _SILENCE = 20.0
@@ -117,8 +117,10 @@ def looks(
                 f"`launch resume {run.name}` drives on; `launch status {run.name}` says how it is",
             )
         clock.sleep(every)
-    clock.sleep(_DRAIN)
-    yield run, _patiently(reader, run)
+    late = run.ended + _DRAIN - clock.now()
+    if late > 0:
+        clock.sleep(min(late, _DRAIN))
+        yield run, _patiently(reader, run)
 
 
 class NoDriver(LaunchError):

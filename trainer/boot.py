@@ -23,17 +23,30 @@ import tarfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+import zlib
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
+SCHEMA = 1
 OK, ERROR, CONFIG, DATA, AGAIN, ENVIRONMENT = 0, 1, 64, 65, 75, 78
 #: The worst first: what should not be retried tells more than the peers it took down with it.
 _WORST = (DATA, CONFIG, ENVIRONMENT)
-_TERMINATED = 128 + signal.SIGTERM
-_POLL, _HEARTBEAT = 0.2, 5.0
-_PR_SET_PDEATHSIG = 1
+_TERMINATED, _KILLED = 128 + signal.SIGTERM, 128 + signal.SIGKILL
+STOPPED = "stopped"
+#: The descriptor that a starter hands over: it holds the lock already.
+LOCK_VARIABLE = "LAUNCH_BOOT_LOCK"
+_POLL = 0.2
+_LONGEST_LINE = 1 << 20
+_NUMBER = int | float | None
+_KINDS: dict[str, Any] = {
+    "run": str, "job": dict, "bundle": dict, "root": str, "work": str, "job_index": int,
+    "attempt": int, "workers": int, "nodes": int, "python": str | None, "command": list | None,
+    "env": dict | None, "secrets": dict | None, "deadline_seconds": _NUMBER,
+    "grace_seconds": _NUMBER,
+}  # fmt: skip
+_BUNDLE: dict[str, Any] = {"url": str, "sha256": str, "bytes": int}
 
 
 class BootError(Exception):
@@ -46,45 +59,47 @@ class BootError(Exception):
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in ("run", "worker"):
-        print("usage: boot.py run|worker SPEC.json", file=sys.stderr)
+        print("error: usage: boot.py run|worker SPEC.json", file=sys.stderr)
         return CONFIG
     try:
         spec = Spec(arguments[1])
         return run(spec) if arguments[0] == "run" else worker(spec)
     except BootError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.code
+        code, line = error.code, str(error)
+    except OSError as error:  # a work folder that cannot be written
+        code, line = ENVIRONMENT, f"{error.filename or arguments[1]}: {error.strerror}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
 
 
 class Spec:
-    """The boot specification, read once."""
+    """The boot specification, read once. Errors: `BootError` 64, one line."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).resolve()
         try:
             raw = json.loads(self.path.read_text())
-            self.job, self.bundle, self.root = raw["job"], raw["bundle"], local_path(raw["root"])
-            self.work = Path(raw["work"])
-            self.part = f"{raw['job_index']:02d}-{raw['attempt']:04d}"
-            self.workers, self.nodes = int(raw["workers"]), int(raw["nodes"])
-        except OSError as error:
-            raise BootError(CONFIG, f"{path}: {error.strerror}") from error
-        except KeyError as error:
-            raise BootError(CONFIG, f"{path}: missing key {error}") from error
-        except (ValueError, TypeError) as error:
-            raise BootError(CONFIG, f"{path}: {error}") from error
-        if self.nodes != 1:
-            raise BootError(CONFIG, f"{path}: nodes is {self.nodes}; this boot starts one node")
+        except (OSError, ValueError) as error:
+            what = getattr(error, "strerror", None) or f"not JSON: {error}"
+            raise BootError(CONFIG, f"{path}: {what}") from error
+        wrong = _wrong(raw, _KINDS) or _wrong(raw["bundle"], _BUNDLE, "bundle.")
+        if not wrong and raw.get("schema") != SCHEMA:
+            wrong = f"schema: {raw.get('schema')!r}; this boot reads {SCHEMA}"
+        if not wrong and (raw["workers"] < 1 or raw["nodes"] != 1):
+            wrong = f"{raw['workers']} workers on {raw['nodes']} nodes; allowed: 1 or more on 1"
+        if wrong:
+            raise BootError(CONFIG, f"{path}: {wrong}")
         self.raw: dict[str, Any] = raw
+        self.job, self.bundle, self.root = raw["job"], raw["bundle"], local_path(raw["root"])
+        self.work, self.workers = Path(raw["work"]).absolute(), int(raw["workers"])
+        self.part = f"{raw['job_index']:02d}-{raw['attempt']:04d}"
         self.python = raw.get("python") or sys.executable
         self.code = self.work / "bundle"
-        self.grace = float(raw.get("grace_seconds") or 600)
-
-    @property
-    def command(self) -> list[str]:
-        """The trainer; `command` replaces what comes after the interpreter."""
         default = ["-m", "trainer", "run", str(self.work / "job.json")]
-        return [self.python, *self.raw.get("command", default)]
+        self.command = [self.python, *(raw.get("command") or default)]
+        grace, deadline = raw.get("grace_seconds"), raw.get("deadline_seconds")
+        self.grace = 600.0 if grace is None else float(grace)
+        self.deadline = None if deadline is None else float(deadline)
 
     def log(self, name: str) -> Path:
         return self.root / "logs" / name / f"{self.part}.log"
@@ -94,102 +109,104 @@ def run(spec: Spec) -> int:
     """Run the job once. A second boot of the same work folder leaves at once: the lock or the
     result of the first is there. Returns the worst worker's code."""
     spec.work.mkdir(parents=True, exist_ok=True)
-    lock = (spec.work / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if take_lock(spec.work) is None:
         return OK
     result = spec.work / "result.json"
     if result.exists():
         return int(json.loads(result.read_text())["exit_code"])
     started = time.time()
-    _process(spec, "starting")
-    asked: list[str] = []
     ranks: dict[str, Any] = {}
-    with _signals(asked):
-        try:
-            fetch(spec)
-            environment = _environment(spec)
-            write_json(spec.work / "job.json", spec.job)
-            code, why, ranks = _supervise(spec, environment, asked)
-        except BootError as error:
-            code, why = error.code, str(error)
-        except OSError as error:
-            code, why = ENVIRONMENT, f"{error.filename or spec.work}: {error.strerror}"
+    try:
+        asked = _listen()
+        _process(spec, "starting")
+        fetch(spec)
+        given = environment(spec, os.environ)
+        write_json(spec.work / "job.json", spec.job)
+        code, why, ranks = _supervise(spec, given, asked)
+    except BootError as error:
+        code, why = error.code, str(error)
+    except OSError as error:
+        code, why = ENVIRONMENT, f"{error.filename or spec.work}: {error.strerror}"
     _say(spec, f"exit code {code}: {why}")
     facts = {"exit_code": code, "why": why, "ended": time.time()}
     record = {"v": 1, "job": spec.raw["job_index"], "attempt": spec.raw["attempt"], **facts}
-    with contextlib.suppress(OSError):  # a full disk must not hide the result
-        write_json(
-            spec.root / "attempts" / f"{spec.part}.json",
-            {**record, "started": started, "ranks": {r: v["code"] for r, v in ranks.items()}},
-        )
-    write_json(result, facts)
+    record.update(started=started, ranks={rank: end["code"] for rank, end in ranks.items()})
+    with contextlib.suppress(OSError):
+        write_json(spec.root / "attempts" / f"{spec.part}.json", record)
+    try:
+        write_json(result, facts)
+    except OSError:  # a full disk: the bundle has done its work and makes room
+        shutil.rmtree(spec.code, ignore_errors=True)
+        write_json(result, facts)
     return code
 
 
 def worker(spec: Spec) -> int:
     """One worker under torchrun: starts the trainer, writes its log and `exit-<rank>.json`."""
     _die_with_parent()
-    rank = int(os.environ["RANK"])
-    asked: list[str] = []
-    with _signals(asked):
-        write_json(spec.work / f"worker-{rank}.json", {"pid": os.getpid()})
-        pumped = Pumped(spec, rank, dict(os.environ))
-        sent = 0
-        while pumped.poll() is None:
-            if len(asked) > sent:
-                sent = len(asked)
-                pumped.terminate()
-            time.sleep(_POLL)
-    return int(pumped.finish()["code"])
+    rank, asked = int(os.environ.get("RANK", 0)), _listen()
+    write_json(spec.work / f"worker-{rank}.json", {"pid": os.getpid()})
+    try:
+        trainer = Pump(spec, spec.command, dict(os.environ), f"worker-{rank}")
+    except BootError as error:
+        _note_exit(spec, rank, error.code, str(error))
+        raise
+    while trainer.child.poll() is None and not asked:
+        time.sleep(_POLL)
+    if asked:
+        trainer.terminate()
+    code = trainer.finish()
+    _note_exit(spec, rank, code, trainer.said)
+    return code
 
 
-class Pumped:
-    """A trainer process whose output goes line by line, with the time, into its log part."""
+class Pump:
+    """A process in the bundle's folder whose output goes line by line, with the time, into
+    `logs/<name>/`. Errors: `BootError` 78 when it cannot be started."""
 
-    def __init__(self, spec: Spec, rank: int, environment: dict[str, str]) -> None:
-        self.spec, self.rank = spec, rank
-        self.error = self.last = ""
-        path = spec.log(f"worker-{rank}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("ab")
+    def __init__(self, spec: Spec, command: list[str], given: dict[str, str], name: str) -> None:
+        self._error = self._last = ""
+        path = spec.log(name)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab")
             self.child = subprocess.Popen(
-                spec.command, env=environment, cwd=spec.code, stdin=subprocess.DEVNULL,
+                command, env=given, cwd=spec.code, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent,
+                start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise BootError(
-                ENVIRONMENT, f"cannot start {spec.command[0]}: {error.strerror}"
-            ) from error
+            what = f"cannot start {name}: {error.filename or command[0]}: {error.strerror}"
+            raise BootError(ENVIRONMENT, what) from error
         assert self.child.stdout is not None
         self.thread = threading.Thread(target=self._pump, args=(self.child.stdout,), daemon=True)
         self.thread.start()
 
-    def poll(self) -> Optional[int]:
-        return self.child.poll()
+    @property
+    def said(self) -> str:
+        """Its last `error:` line, else its last line."""
+        return self._error or self._last
 
     def terminate(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.child.send_signal(signal.SIGTERM)
+        self.child.send_signal(signal.SIGTERM)
 
-    def finish(self) -> dict[str, Any]:
-        """Drain the output and record how it ended; a signal s is code 128 + s."""
+    def kill(self) -> None:
+        """The whole group; torchrun's workers, in groups of their own, die with their parent."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+
+    def finish(self) -> int:
+        """Drain the output; the exit code, 128 + s when signal s ended it."""
         code = self.child.wait()
         self.thread.join(timeout=10)  # a grandchild may still hold the pipe
-        facts = {
-            "rank": self.rank,
-            "code": code if code >= 0 else 128 - code,
-            "error": self.error or self.last if code else "",
-        }
-        write_json(self.spec.work / f"exit-{self.rank}.json", facts)
-        return facts
+        return code if code >= 0 else 128 - code
 
     def _pump(self, pipe: Any) -> None:
         descriptor, rest = pipe.fileno(), b""
         while chunk := os.read(descriptor, 1 << 16):
             *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > _LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
             self._write(lines)
         if rest:
             self._write([rest])
@@ -201,56 +218,163 @@ class Pumped:
             # A progress bar redraws its line: the last state is the line.
             text = line.decode("utf-8", "replace").rstrip("\r").rsplit("\r", 1)[-1]
             out.append(f"{stamp} {text}\n")
-            self.last = text or self.last
+            self._last = text.strip() or self._last
             if text.startswith("error: "):
-                self.error = text[7:]
+                self._error = text[7:]
         with contextlib.suppress(OSError):  # a full disk must not stop the trainer's pipe
             self.file.write("".join(out).encode())
             self.file.flush()
 
 
+class _Torchrun(Pump):
+    """Several workers: torchrun starts this file once for each, as `worker`."""
+
+    def __init__(self, spec: Spec, given: dict[str, str]) -> None:
+        self.work = spec.work
+        # Without the first, torchrun kills its workers 30 s after one of them has left.
+        timeout = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(spec.grace) + 1)}
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // spec.workers))}
+        command = [
+            spec.python, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0",
+            "--nproc-per-node", str(spec.workers), str(Path(__file__).resolve()), "worker",
+            str(spec.path),
+        ]  # fmt: skip
+        super().__init__(spec, command, {**threads, **given, **timeout}, "boot")
+
+    def terminate(self) -> None:
+        """Ask the workers themselves: torchrun would first wait, then kill. Before they live,
+        torchrun is all there is to ask."""
+        pids = [json.loads(path.read_text())["pid"] for path in self.work.glob("worker-*.json")]
+        for pid in pids or [self.child.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+
 def fetch(spec: Spec) -> None:
-    """Put the verified bundle into `<work>/bundle`. Its name is the sha256 of the tar inside the
-    gzip. Errors: `BootError`; nothing outside the folder is ever written."""
-    url = str(spec.bundle["url"])
+    """Put the verified bundle into `<work>/bundle`. `sha256` and `bytes` are those of the tar
+    inside the gzip. Errors: `BootError` 78; nothing outside the folder is ever written."""
+    url, size, digest = spec.bundle["url"], spec.bundle["bytes"], spec.bundle["sha256"]
     try:
-        data = gzip.decompress(local_path(url).read_bytes())
-    except OSError as error:
-        raise BootError(ENVIRONMENT, f"bundle {url}: {error.strerror or error}") from error
-    except EOFError as error:
-        raise BootError(ENVIRONMENT, f"bundle {url}: cut short") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != spec.bundle["sha256"] or len(data) != spec.bundle["bytes"]:
+        with gzip.open(local_path(url)) as file:
+            data = file.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        what = getattr(error, "strerror", None) or f"damaged: {error}"
+        raise BootError(ENVIRONMENT, f"bundle {url}: {what}") from error
+    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
         raise BootError(
-            ENVIRONMENT,
-            f"bundle {url}: is {found[:12]} of {len(data)} bytes,"
-            f" wanted {spec.bundle['sha256'][:12]} of {spec.bundle['bytes']}",
+            ENVIRONMENT, f"bundle {url}: damaged: not the {size} bytes with sha256 {digest[:12]}"
         )
     shutil.rmtree(spec.code, ignore_errors=True)
     unpack(io.BytesIO(data), spec.code)
 
 
 def unpack(archive: BinaryIO, folder: Path) -> None:
-    """Unpack regular files and folders below `folder`. Errors: `BootError` for anything else."""
-    with tarfile.open(fileobj=archive) as tar:
-        members = tar.getmembers()
-        for member in members:
-            path = Path(member.name)
-            if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
-                raise BootError(ENVIRONMENT, f"bundle: refused entry {member.name!r}")
-        for member in members:
-            target = folder / member.name
-            if member.isdir():
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source = tar.extractfile(member)
-            assert source is not None
-            target.write_bytes(source.read())
+    """Unpack regular files and folders below `folder`. Errors: `BootError` 78 for anything else,
+    before the first of them is written."""
+    try:
+        with tarfile.open(fileobj=archive, mode="r:") as tar:
+            members = tar.getmembers()
+            for member in members:
+                inside = not member.name.startswith("/") and ".." not in Path(member.name).parts
+                if not inside or not (member.isfile() or member.isdir()):
+                    raise BootError(ENVIRONMENT, f"bundle: refused entry {member.name!r}")
+            for member in members:
+                target = folder / member.name
+                (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+                source = tar.extractfile(member)
+                if source is not None:
+                    target.write_bytes(source.read())
+    except (tarfile.TarError, ValueError) as error:
+        raise BootError(ENVIRONMENT, f"bundle: not an archive: {error}") from error
+
+
+def environment(spec: Spec, environ: Mapping[str, str]) -> dict[str, str]:
+    """The trainer's environment. Errors: `BootError` 78 for a secret that is not there."""
+    given = {key: str(value) for key, value in (spec.raw.get("env") or {}).items()}
+    for name, reference in (spec.raw.get("secrets") or {}).items():
+        scheme, _, source = str(reference).partition("://")
+        if scheme != "env":
+            raise BootError(ENVIRONMENT, f"secret {name}: {scheme}:// is not read here, use env://")
+        if source not in environ:
+            raise BootError(ENVIRONMENT, f"secret {name}: the variable {source} is not set")
+        given[name] = environ[source]
+    # First on sys.path: before an installed `trainer`, and without PYTHONSAFEPATH's leave.
+    paths = [str(spec.code), environ.get("PYTHONPATH", "")]
+    fixed = {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LAUNCH_RUN": spec.raw["run"],
+        "LAUNCH_ATTEMPT": str(spec.raw["attempt"]),
+    }
+    return {**environ, **given, **fixed}
+
+
+def verdict(
+    ranks: Mapping[str, Mapping[str, Any]], workers: int, reason: str, killed: bool
+) -> tuple[int, str]:
+    """boot's exit code and why, from how each rank ended (`code`, `error`). `reason`: why they
+    were asked to leave, if they were; `killed`: they did not, within the grace."""
+    codes = [int(end["code"]) for end in ranks.values()]
+    if len(codes) < workers:  # a worker left without a word
+        codes.append(_KILLED if killed else _TERMINATED if reason else ERROR)
+    code = worst(codes)
+    # Terminated: it was asked before it could listen, and had nothing to save; its peers may have
+    # stumbled over that.
+    gently = code in (OK, AGAIN) or (code not in _WORST and _TERMINATED in codes)
+    if reason and gently and not killed:
+        if reason == STOPPED:
+            return OK, reason
+        return (AGAIN, reason) if code else (OK, "ended")
+    if code == OK:
+        return OK, "ended"
+    if killed and code not in _WORST:
+        return code, f"{reason}, and killed because it had not left in time"
+    for rank, end in ranks.items():
+        if end["code"] == code:
+            return code, f"worker {rank}: {end['error'] or f'exit code {code}'}"
+    return code, "a worker left without a word"
+
+
+def worst(codes: list[int]) -> int:
+    """The code that says most: 65, 64, 78, then any failure (1 first), then 75, then 0."""
+    for code in _WORST:
+        if code in codes:
+            return code
+    failures = [code for code in codes if code not in (OK, AGAIN)]
+    return min(failures) if failures else max(codes)
+
+
+def take_lock(work: Path) -> Optional[int]:
+    """A descriptor that holds `flock(<work>/lock)` until it is closed; None: somebody else does.
+    A starter may hold it already and hand it over, so that the job is never without."""
+    inherited = os.environ.pop(LOCK_VARIABLE, "")
+    if inherited:
+        os.set_inheritable(int(inherited), False)
+        return int(inherited)
+    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    while not is_locked(descriptor):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        time.sleep(0.001)  # somebody else is only looking
+    os.close(descriptor)
+    return None
+
+
+def is_locked(descriptor: int) -> bool:
+    """Whether somebody holds the lock of this open file. Looking takes a shared lock for an
+    instant, so two who look are not in each other's way."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def local_path(uri: str) -> Path:
-    """A path or `file://` URI as a path. Errors: `BootError` for other schemes."""
+    """A path or `file://` URI as a path. Errors: `BootError` 64 for other schemes."""
     if "://" not in uri:
         return Path(uri)
     parts = urllib.parse.urlsplit(uri)
@@ -270,192 +394,93 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def start_ticks(pid: int) -> Optional[int]:
-    """When a process started, in clock ticks since boot: pids come back, this does not. None when
-    it is gone, or dead and only not yet reaped by its parent."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] == "Z" else int(fields[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
 def _supervise(
-    spec: Spec, environment: dict[str, str], asked: list[str]
+    spec: Spec, given: dict[str, str], asked: list[str]
 ) -> tuple[int, str, dict[str, Any]]:
     """Start the workers, wait for them, and end them when the marker, the deadline or a signal
     asks. Returns the code, why, and each rank's end."""
+    ends_at = None if spec.deadline is None else time.monotonic() + spec.deadline
+    reason = _asked(spec, asked, ends_at)
+    if reason:
+        return (OK if reason == STOPPED else AGAIN), reason, {}
     for old in [*spec.work.glob("exit-*.json"), *spec.work.glob("worker-*.json")]:
         old.unlink()
-    group = Pumped(spec, 0, environment) if spec.workers == 1 else _Torchrun(spec, environment)
-    _process(spec, "running")
-    deadline = spec.raw.get("deadline_seconds")
-    ends_at = None if deadline is None else time.monotonic() + float(deadline)
-    reason, killed_at, beat = "", None, 0.0
-    while group.poll() is None:
-        now = time.monotonic()
-        if now - beat >= _HEARTBEAT:
-            beat = now
+    single = spec.workers == 1
+    group = Pump(spec, spec.command, given, "worker-0") if single else _Torchrun(spec, given)
+    with contextlib.suppress(OSError):
+        _process(spec, "running")
+    asked_at, killed = 0.0, False
+    while group.child.poll() is None:
+        with contextlib.suppress(OSError):  # a full disk must not end the job
             (spec.work / "heartbeat").touch()
+        now = time.monotonic()
         if not reason:
-            reason = _asked(spec, asked, ends_at)
+            reason, asked_at = _asked(spec, asked, ends_at), now
             if reason:
                 _say(spec, f"{reason}: the trainer is asked to save and leave")
                 group.terminate()
-                killed_at = now + spec.grace
-        elif killed_at is not None and now > killed_at:
+        elif not killed and now - asked_at > spec.grace:
             _say(spec, f"still running {spec.grace:g} s later: killed")
-            _kill_descendants()
-            killed_at = None
+            group.kill()
+            killed = True
         time.sleep(_POLL)
-    group.finish()
+    code = group.finish()
+    if single:
+        _note_exit(spec, 0, code, group.said)
     ranks = _ranks(spec)
-    code = worst([end["code"] for end in ranks.values()] or [ERROR])
-    if reason and code in (OK, AGAIN, _TERMINATED):
-        # Terminated: it was asked before it could listen, and had nothing to save.
-        return (OK if reason == "stopped" else AGAIN if code else OK), reason, ranks
-    if len(ranks) < spec.workers:
-        return max(code, ERROR), "a worker left without a word; see its log", ranks
-    if code == OK:
-        return OK, "ended", ranks
-    rank, end = next((rank, end) for rank, end in ranks.items() if end["code"] == code)
-    return code, f"worker {rank}: {end['error'] or 'exit code ' + str(code)}", ranks
-
-
-class _Torchrun:
-    """Several workers: torchrun starts this file once for each, as `worker`."""
-
-    def __init__(self, spec: Spec, environment: dict[str, str]) -> None:
-        self.spec = spec
-        path = spec.log("boot")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without it torchrun kills its workers 30 s after the first of them leaves.
-        environment = {**environment, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(spec.grace))}
-        self.child = subprocess.Popen(
-            [spec.python, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0",
-             "--nproc-per-node", str(spec.workers), str(Path(__file__).resolve()), "worker",
-             str(spec.path)],
-            env=environment, cwd=spec.code, stdin=subprocess.DEVNULL, stdout=path.open("ab"),
-            stderr=subprocess.STDOUT, preexec_fn=_die_with_parent,
-        )  # fmt: skip
-
-    def poll(self) -> Optional[int]:
-        return self.child.poll()
-
-    def terminate(self) -> None:
-        """Ask the workers themselves: torchrun would turn their codes into its own."""
-        found = list(self.spec.work.glob("worker-*.json"))
-        for path in found:
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(json.loads(path.read_text())["pid"], signal.SIGTERM)
-        if not found:
-            self.child.send_signal(signal.SIGTERM)
-
-    def finish(self) -> None:
-        self.child.wait()
-
-
-def worst(codes: list[int]) -> int:
-    """The code that says most: 65, 64, 78, then any failure, then 75, then 0."""
-    for code in _WORST:
-        if code in codes:
-            return code
-    failures = [code for code in codes if code not in (OK, AGAIN)]
-    return min(failures) if failures else max(codes)
+    code, why = verdict(ranks, spec.workers, reason, killed)
+    if not ranks and code == ERROR:  # torchrun itself could not
+        code = ENVIRONMENT if "No module named" in group.said else ERROR
+        why = f"torchrun: {group.said}"
+    return code, why, ranks
 
 
 def _asked(spec: Spec, asked: list[str], ends_at: Optional[float]) -> str:
+    """Why the trainer should leave: the marker, the deadline, a signal; empty: it should not."""
     if (spec.root / "control" / "stop.json").exists():
-        return "stopped"
+        return STOPPED
     if ends_at is not None and time.monotonic() > ends_at:
         return "deadline"
     return asked[0] if asked else ""
 
 
+def _note_exit(spec: Spec, rank: int, code: int, error: str) -> None:
+    write_json(spec.work / f"exit-{rank}.json", {"rank": rank, "code": code, "error": error})
+
+
 def _ranks(spec: Spec) -> dict[str, Any]:
-    found = {}
-    for path in spec.work.glob("exit-*.json"):
-        facts = json.loads(path.read_text())
-        found[str(facts["rank"])] = facts
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+    found = [json.loads(path.read_text()) for path in spec.work.glob("exit-*.json")]
+    return {str(end["rank"]): end for end in sorted(found, key=lambda end: int(end["rank"]))}
 
 
-def _environment(spec: Spec) -> dict[str, str]:
-    """The trainer's environment. Errors: `BootError` for a secret that is not there."""
-    given = dict(spec.raw.get("env") or {})
-    for name, reference in (spec.raw.get("secrets") or {}).items():
-        scheme, _, source = str(reference).partition("://")
-        if scheme != "env":
-            raise BootError(ENVIRONMENT, f"secret {name}: {scheme}:// is not read here, use env://")
-        if source not in os.environ:
-            raise BootError(ENVIRONMENT, f"secret {name}: the variable {source} is not set")
-        given[name] = os.environ[source]
-    paths = [str(spec.code), os.environ.get("PYTHONPATH", "")]
-    fixed = {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "LAUNCH_RUN": str(spec.raw.get("run", "")),
-        "LAUNCH_ATTEMPT": str(spec.raw["attempt"]),
-    }
-    return {**os.environ, **given, **fixed}
+def _wrong(raw: Any, kinds: Mapping[str, Any], prefix: str = "") -> str:
+    """The first key whose value has not the type it should have; empty when there is none."""
+    if not isinstance(raw, dict):
+        return f"expected a mapping, got {raw!r}"
+    for key, kind in kinds.items():
+        value = raw.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{prefix}{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}"
+    return ""
 
 
 def _process(spec: Spec, state: str) -> None:
-    pid = os.getpid()
-    write_json(
-        spec.work / "process.json",
-        {"pid": pid, "pgid": os.getpgid(pid), "started": time.time(), "state": state,
-         "start_ticks": start_ticks(pid), "boot_id": boot_id()},
-    )  # fmt: skip
+    facts = {"pid": os.getpid(), "pgid": os.getpgrp(), "started": time.time(), "state": state}
+    write_json(spec.work / "process.json", facts)
 
 
-@contextlib.contextmanager
-def _signals(asked: list[str]) -> Iterator[None]:
-    def note(number: int, frame: object) -> None:
-        asked.append("signal")
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _listen() -> list[str]:
+    """The list to which SIGTERM and SIGINT add a word from now on."""
+    asked: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.append("signal"))
+    return asked
 
 
 def _die_with_parent() -> None:
     """Linux: when the parent is killed, so is this process; nobody would watch it any more."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _kill_descendants() -> None:
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def descendants(pid: int) -> list[int]:
-    """Pids of the processes below `pid`, also in other sessions (torchrun makes new ones)."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(path.parent.name))
-    found: list[int] = []
-    queue = list(children.get(pid, []))
-    while queue:
-        found.append(queue.pop())
-        queue += children.get(found[-1], [])
-    return found
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _now() -> str:

@@ -141,7 +141,8 @@ def make_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
 
 class Loop:
     """Trains `model` with `objective` on `stream` until the horizon, a pause or a signal.
-    `metrics` is None on ranks that do not write."""
+    `metrics` and `checkpoints` are None on ranks that do not write. `resume_from`: the checkpoint
+    whose weights `model` already has."""
 
     def __init__(
         self,
@@ -155,7 +156,8 @@ class Loop:
         validation: Optional[Rows],
         runtime: Runtime,
         metrics: Optional[Metrics],
-        checkpoints: Checkpoints,
+        checkpoints: Optional[Checkpoints],
+        resume_from: Optional[Path],
         write_model: Callable[[Path], None],
         stop_asked: Callable[[], bool],
         say: Callable[[str], None],
@@ -164,6 +166,7 @@ class Loop:
         self.model, self.objective, self.stream = model, objective, stream
         self.validation, self.runtime, self.metrics = validation, runtime, metrics
         self.checkpoints, self.write_model = checkpoints, write_model
+        self.resume_from = resume_from
         self.stop_asked, self.say = stop_asked, say
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard()
@@ -180,7 +183,8 @@ class Loop:
 
     def run(self) -> Outcome:
         """Train. Errors: `NonFiniteError`; `ConfigError` when one row does not fit in memory."""
-        self.resume()
+        if self.resume_from is not None:
+            self._resume(self.resume_from)
         with self._signals():
             stopped = self._reason_to_stop()
             while stopped == "":
@@ -198,11 +202,8 @@ class Loop:
         self._save()
         return Outcome(stopped, self.step, self.training_seconds, self.evaluation)
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one: exactly where it stopped."""
-        found = self.checkpoints.newest()
-        if found is None:
-            return
+    def _resume(self, found: Path) -> None:
+        """Go on exactly where the checkpoint was written."""
         state = load_state(found)
         self.optimizer.load_state_dict(state["optimizer"])
         self.stream.load_state_dict(state["stream"])
@@ -379,7 +380,7 @@ class Loop:
             return
         self._saved_at = self.step
         states = self.runtime.gather(rng_state())
-        if self.runtime.main:
+        if self.checkpoints is not None:
             loss = self.evaluation.get("val_loss") if self._evaluated_at == self.step else None
             saved = self.checkpoints.save(
                 self.step, self.write_model, self._state(states), val_loss=loss, best=best
@@ -391,7 +392,7 @@ class Loop:
     def _state(self, rng: list[Any]) -> dict[str, Any]:
         return {
             "step": self.step,
-            "tokens": self.tokens,
+            "tokens": self.tokens + float(self._window.tokens),
             "training_seconds": self.training_seconds,
             "best": self.best,
             "evaluation": dict(self.evaluation),

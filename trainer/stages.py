@@ -13,7 +13,7 @@ from typing import Any, Optional
 from trainer import models
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, resolve
-from trainer.config import ConfigError, Job, Model, StageConfig, missing_blocks, to_dict
+from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
 from trainer.data import read
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
@@ -104,7 +104,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         if reference is None:
             raise ConfigError(f"stage {config.id}: model: give `name`, or `architecture`")
         tokens = models.load_tokenizer(reference)
-        rows = _rows(context, tokens, limited=True)
+        rows = _rows(context, tokens)
         held_out = _held_out(context, tokens)
         stream = Stream(
             rows,
@@ -114,8 +114,10 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             world_size=runtime.world_size,
             seed=settings.seed,
         )
-        checkpoints = Checkpoints(context.folder / "checkpoints", settings.keep, warn=context.say)
-        model = models.load_model(_resumed(plan, checkpoints), tokens, runtime, settings.seed)
+        checkpoints, newest = _checkpoints(context)
+        if newest is not None:
+            plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
+        model = models.load_model(plan, tokens, runtime, settings.seed)
         objective = make_objective(context, tokens)
         horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
@@ -136,6 +138,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             runtime=runtime,
             metrics=context.metrics,
             checkpoints=checkpoints,
+            resume_from=newest,
             write_model=write_model,
             stop_asked=context.stop_asked,
             say=context.say,
@@ -206,7 +209,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
 }
 
 
-def _rows(context: Context, tokens: Any, limited: bool) -> Rows:
+def _rows(context: Context, tokens: Any) -> Rows:
     config = context.config
     assert config.train is not None
     limit = None
@@ -217,7 +220,7 @@ def _rows(context: Context, tokens: Any, limited: bool) -> Rows:
         tokens,
         sequence_length=config.data.sequence_length,
         packing=config.data.packing,
-        limit_rows=limit if limited else None,
+        limit_rows=limit,
     )
 
 
@@ -230,16 +233,19 @@ def _held_out(context: Context, tokens: Any) -> Optional[Rows]:
         tokens,
         sequence_length=data.sequence_length,
         packing=data.packing,
-        limit_rows=None,
     )
 
 
-def _resumed(plan: Model, checkpoints: Checkpoints) -> Model:
-    """The model to load: the newest checkpoint's when there is one."""
-    newest: Optional[Path] = checkpoints.newest()
-    if newest is None:
-        return plan
-    return replace(plan, name=str(newest), init="pretrained", architecture=None)
+def _checkpoints(context: Context) -> tuple[Optional[Checkpoints], Optional[Path]]:
+    """The stage's checkpoints, and the newest whole one: rank 0 looks and verifies, for all."""
+    settings, runtime = context.config.train, context.runtime
+    assert settings is not None
+    checkpoints = None
+    if runtime.main:
+        folder = context.folder / "checkpoints"
+        checkpoints = Checkpoints(folder, settings.keep, warn=context.say)
+    newest = runtime.gather(str(checkpoints.newest() or "") if checkpoints else "")[0]
+    return checkpoints, Path(newest) if newest else None
 
 
 def _horizon(context: Context, stream: Stream) -> Horizon:

@@ -1,23 +1,27 @@
 """Jobs on this machine: detached processes that outlive the terminal, started through boot from the
 unpacked bundle, exactly as a cloud would.
 
-A job's folder is `$LAUNCH_HOME/local/<job name>-a<attempt>/`; boot holds its lock and writes what
-happened (docs/contracts.md), so nothing is remembered here.
+A job's folder is `$LAUNCH_HOME/local/<job name>-a<attempt>/`; boot writes there what happened
+(docs/contracts.md), so nothing is remembered here. Two signs tell that a job lives: its lock, held
+without a gap from `create` to boot's last line, and `LAUNCH_WORK=<folder>` in the environment of
+boot and of everything below it, which no reused pid carries.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from launcher import hardware
 from launcher.backends.base import (
     Capabilities,
     Check,
@@ -43,6 +47,9 @@ if TYPE_CHECKING:
 
 PLACE = "this machine"
 KIND = "process"
+_MARK = "LAUNCH_WORK"
+#: Seconds between asking a job to leave, in `delete`, and killing it.
+_PATIENCE = 60.0
 _MEANING = {64: "configuration", 65: "data", 75: "ended before its last step", 78: "environment"}
 
 
@@ -67,11 +74,14 @@ class LocalBackend:
         """One free offer. `cpu:N` is N workers; other accelerators must be in this machine."""
         if spec.nodes > 1:
             raise BadRequest("hardware.nodes", "the local backend has one machine")
-        kind, _, count = spec.accelerator.partition(":")
-        if kind.lower() != "cpu":
-            found = [gpu for gpu in _gpus() if kind.lower().split("-")[0] in gpu.lower()]
-            if len(found) < int(count or 1):
-                have = ", ".join(_gpus()) or "no GPU"
+        try:
+            asked = hardware.parse(spec.accelerator)
+        except ValueError as error:
+            raise BadRequest("hardware.accelerator", str(error)) from error
+        if asked.kind.vendor != "cpu":
+            here = _gpus()
+            if sum(_is(asked.kind.name, gpu) for gpu in here) < asked.count:
+                have = ", ".join(here) or "no GPU"
                 raise NoCapacity(PLACE, f"it has {have}; the recipe asks for {spec.accelerator}")
         yield Offer(self.name, PLACE, spec.accelerator, usd_per_hour=0.0)
 
@@ -85,34 +95,29 @@ class LocalBackend:
         return Plan(offer, (intent,))
 
     def create(self, intent: Intent, env: Env) -> Ref:
-        """Start boot. Starting it twice is harmless: the second finds the lock or the result."""
+        """Start boot once: a job that lives, or has begun, is adopted. Errors: `BadRequest`."""
         spec = intent.request["boot"]
         work = Path(spec["work"])
-        ref = Ref(self.name, KIND, intent.name, intent.place, spec["run"], intent.billable,
-                  {"work": str(work)})  # fmt: skip
-        if _lives(work) or (work / "result.json").exists():
-            return ref
+        argv = intent.request["argv"]
         try:
             work.mkdir(parents=True, exist_ok=True)
-            boot.write_json(work / "boot.json", spec)
-            shutil.copyfile(Path(boot.__file__), work / "boot.py")
-            labels = intent.request["labels"]
-            marks = {key.upper().replace("-", "_"): str(value) for key, value in labels.items()}
-            with (work / "boot.out").open("ab") as out:
-                subprocess.Popen(
-                    intent.request["argv"], cwd=work, env={**env.environ, **marks},
-                    stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                )  # fmt: skip
+            lock = boot.take_lock(work)
+            if lock is not None:
+                try:
+                    if not (work / "process.json").exists():
+                        _start(argv, spec, intent.request["labels"], lock, env)
+                finally:
+                    os.close(lock)  # boot has its own
         except OSError as error:
-            what = f"cannot start {intent.request['argv'][0]} in {work}: {error.strerror}"
+            what = f"cannot start {argv[0]} in {work}: {error.filename}: {error.strerror}"
             raise BadRequest("hardware.local", what) from error
-        return ref
+        return _ref(intent.name, spec["run"], work)
 
     def observe(self, job: JobHandle, env: Env) -> Seen:
         if not job.refs:
             return Seen(Phase.LOST, why="no process was started")
         work = Path(job.refs[-1].data["work"])
-        alive = _lives(work) or bool(_processes(work))
+        alive = _lives(work)
         held = tuple((ref, Held.LIVE if alive else Held.GONE) for ref in job.refs)
         result = _read(work / "result.json")
         if result is not None:
@@ -120,140 +125,167 @@ class LocalBackend:
         process = _read(work / "process.json")
         if alive:
             running = process is not None and process.get("state") == "running"
-            return Seen(Phase.RUNNING if running else Phase.STARTING, held, raw="alive")
+            return Seen(Phase.RUNNING if running else Phase.STARTING, held)
         if process is not None:
             return Seen(Phase.LOST, held, "boot was killed before it could say how the job ended")
         said = _last_line(work / "boot.out")
         if said:
             return Seen(Phase.FAILED, held, f"boot could not start: {said}", boot.ENVIRONMENT)
-        return _not_yet(work, held, env)
+        return Seen(Phase.LOST, held, "boot was killed before the job began")
 
     def logs(self, job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
-        return read_parts(Path(job.root) / "logs", job, query)
+        return read_parts(boot.local_path(job.root) / "logs", job, query)
 
     def stop(self, job: JobHandle, env: Env, grace: float) -> None:
         """Hurry: boot also polls the marker, which the engine has written."""
         for ref in job.refs:
-            pid = _boot_pid(Path(ref.data["work"]))
-            if pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+            _ask(Path(ref.data["work"]))
 
     def delete(self, ref: Ref, env: Env) -> Held:
-        """First call: SIGTERM to boot, which lets the trainer save. Later calls, a minute on:
-        SIGKILL to all that is left."""
+        """Ask boot to leave, so that the trainer can save; a minute later, kill what is left."""
         work = Path(ref.data["work"])
-        asked = work / "deleting"
-        left = _processes(work)
-        if not left and not _lives(work):
+        if not _lives(work):
             return Held.GONE
+        asked = work / "deleting"
         now = env.clock.now()
-        if not asked.exists():
-            asked.write_text(str(now))
-            self._signal(left, signal.SIGTERM)
-        elif now - float(asked.read_text() or 0) > 60:
-            self._signal(left, signal.SIGKILL)
+        try:
+            since: Optional[float] = float(asked.read_text())
+        except (OSError, ValueError):
+            since = None
+        if since is None and _ask(work):
+            with contextlib.suppress(OSError):  # a full disk: then it is asked again
+                asked.write_text(str(now))
+        elif since is None or now - since > _PATIENCE:  # nobody listens, or long enough
+            for pid in _processes(work):
+                _signal(pid, signal.SIGKILL)
         return Held.DELETING
 
     def sweep(self, env: Env) -> Iterator[Ref]:
-        """Jobs under $LAUNCH_HOME/local with a process that lives."""
-        for work in sorted((env.home / "local").glob("*")):
-            spec = _read(work / "boot.json")
-            if spec is None or spec.get("owner") != env.owner:
-                continue
-            if _lives(work) or _processes(work):
-                yield Ref(self.name, KIND, work.name, PLACE, spec["run"], False,
-                          {"work": str(work)})  # fmt: skip
+        """The owner's jobs under $LAUNCH_HOME/local that live, also those whose folder is gone."""
+        home = (env.home / "local").absolute()
+        alive = {work: labels for labels in _marked().values() if (work := _within(home, labels))}
+        for work in sorted({*home.glob("*"), *alive}):
+            spec, labels = _read(work / "boot.json") or {}, alive.get(work, {})
+            owner = spec.get("owner", labels.get("LAUNCH_OWNER"))
+            run = spec.get("run", labels.get("LAUNCH_RUN"))
+            if owner == env.owner and run and (work in alive or _locked(work)):
+                yield _ref(work.name, run, work)
 
     def exec(self, job: JobHandle, worker: int, argv: Sequence[str], env: Env) -> int:
-        """Run a command in the job's folder and environment; its exit code."""
+        """Run a command in the trainer's folder and environment; its exit code."""
         if worker != 0:
             raise BadRequest("--worker", "a local job has one machine, worker 0")
-        spec = _read(Path(job.refs[-1].data["work"]) / "boot.json") or {}
-        folder = Path(job.refs[-1].data["work"])
-        return subprocess.run(
-            list(argv), cwd=folder, env={**env.environ, **spec.get("env", {})}, check=False
-        ).returncode
+        if not job.refs:
+            raise BadRequest(job.name, "was not started: there is nothing to run a command in")
+        work = Path(job.refs[-1].data["work"])
+        try:
+            spec = boot.Spec(str(work / "boot.json"))
+            given = boot.environment(spec, env.environ)
+            return subprocess.run(list(argv), cwd=spec.code, env=given, check=False).returncode
+        except boot.BootError as error:
+            raise BadRequest(job.name, str(error)) from error
+        except OSError as error:
+            raise BadRequest("command", f"{error.filename}: {error.strerror}") from error
 
-    def _signal(self, pids: list[int], number: int) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+
+def _start(
+    argv: Sequence[str], spec: Mapping[str, Any], labels: Mapping[str, str], lock: int, env: Env
+) -> None:
+    """Detach boot. It inherits the lock, so that there is no moment without one."""
+    work = Path(spec["work"])
+    boot.write_json(work / "boot.json", spec)
+    # An earlier boot that was killed here may have workers that still read it: replace it whole.
+    shutil.copyfile(boot.__file__, work / ".boot.py")
+    (work / ".boot.py").replace(work / "boot.py")
+    marks = {key.upper().replace("-", "_"): str(value) for key, value in labels.items()}
+    given = {**env.environ, **marks, _MARK: str(work), boot.LOCK_VARIABLE: str(lock)}
+    with (work / "boot.out").open("ab") as out:
+        subprocess.Popen(
+            argv, cwd=work, env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True, pass_fds=(lock,),
+        )  # fmt: skip
+
+
+def _ref(name: str, run: str, work: Path) -> Ref:
+    return Ref(LocalBackend.name, KIND, name, PLACE, run, False, {"work": str(work)})
 
 
 def _ended(result: Mapping[str, Any], work: Path, held: tuple[tuple[Ref, Held], ...]) -> Seen:
     """boot's result as a phase: success is exit 0 and every stage completed."""
     code, why = int(result["exit_code"]), str(result["why"])
     if code == boot.OK:
-        at = _unfinished(_read(work / "job.json") or {})
-        if at is None:
+        unfinished = _unfinished(_read(work / "job.json") or {})
+        if unfinished is None:
             return Seen(Phase.SUCCEEDED, held, exit_code=code)
-        return Seen(Phase.CANCELLED, held, at, code)
+        stage, meta = unfinished
+        at = f" at step {meta['global_step']}" if "global_step" in meta else ""
+        if meta.get("stopped") == "until":
+            return Seen(Phase.CANCELLED, held, f"{stage}: paused{at} (train.until)", code)
+        if why == boot.STOPPED or meta.get("stopped") == "stop":
+            return Seen(Phase.CANCELLED, held, f"{stage}: stopped{at}", code)
+        return Seen(Phase.FAILED, held, f"exit code 0, but {stage} is not completed{at}", code)
     if code == boot.AGAIN:
         return Seen(Phase.PREEMPTED, held, why, code)
     meaning = _MEANING.get(code)
     return Seen(Phase.FAILED, held, why + (f" ({meaning})" if meaning else ""), code)
 
 
-def _unfinished(job: Mapping[str, Any]) -> Optional[str]:
-    """Where the first stage that is not completed stands; None: all are."""
+def _unfinished(job: Mapping[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
+    """The first stage that is not completed, and its run_meta.json; None: all are."""
     for stage in job.get("stages", []):
-        meta = _read(Path(stage["output"]) / "run_meta.json") or {}
-        if meta.get("completed"):
-            continue
-        if meta.get("stopped") == "until":
-            return f"{stage['id']}: paused at step {meta.get('global_step')} (train.until)"
-        at = meta.get("global_step")
-        return f"{stage['id']}: stopped" + (f" at step {at}" if at is not None else "")
+        meta = _read(boot.local_path(stage["output"]) / "run_meta.json") or {}
+        if meta.get("completed") is not True:
+            return stage["id"], meta
     return None
 
 
-def _not_yet(work: Path, held: tuple[tuple[Ref, Held], ...], env: Env) -> Seen:
-    """Started, but it has not taken its lock yet; after half a minute it never will."""
-    try:
-        age = env.clock.now() - (work / "boot.json").stat().st_mtime
-    except OSError:
-        return Seen(Phase.LOST, held, "its folder is gone")
-    if age < 30:
-        return Seen(Phase.STARTING, tuple((ref, Held.CREATING) for ref, _ in held))
-    return Seen(Phase.LOST, held, "boot never started")
-
-
 def _lives(work: Path) -> bool:
-    """Whether boot holds its lock."""
+    return _locked(work) or bool(_processes(work))
+
+
+def _locked(work: Path) -> bool:
     try:
         with (work / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+            return boot.is_locked(lock.fileno())
+    except OSError:
         return False
-    except BlockingIOError:
+
+
+def _ask(work: Path) -> bool:
+    """SIGTERM to boot; False when it is not there, or not yet known by its pid."""
+    pid = (_read(work / "process.json") or {}).get("pid")
+    return pid in _processes(work) and _signal(int(pid), signal.SIGTERM)
+
+
+def _signal(pid: int, number: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
         return True
     return False
 
 
-def _boot_pid(work: Path) -> Optional[int]:
-    """boot's pid, if that process is still the one that wrote it."""
-    process = _read(work / "process.json")
-    if process is None or process.get("boot_id") != boot.boot_id():
-        return None
-    pid = int(process["pid"])
-    ticks = boot.start_ticks(pid)
-    return pid if ticks is not None and ticks == process.get("start_ticks") else None
-
-
 def _processes(work: Path) -> list[int]:
-    """boot, its descendants, and what carries this folder in its command line after boot died."""
-    pid = _boot_pid(work)
-    if pid is not None:
-        return [pid, *boot.descendants(pid)]
-    found = []
-    needle = str(work).encode() + b"/"
-    for path in Path("/proc").glob("[0-9]*"):
+    """Pids of everything that carries this folder's mark; not of zombies, which have nothing."""
+    return [pid for pid, labels in _marked().items() if labels[_MARK] == str(work)]
+
+
+def _marked() -> dict[int, dict[str, str]]:
+    """The LAUNCH_ variables of every process of a local job, by pid (Linux; elsewhere none)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it ended, or it is somebody else's
-            ours = b"LAUNCH_RUN=" in (path / "environ").read_bytes()
-            if ours and needle in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
+            raw = path.read_bytes()
+            if _MARK.encode() in raw:
+                pairs = (item.partition("=") for item in raw.decode(errors="replace").split("\0"))
+                labels = {key: value for key, _, value in pairs if key.startswith("LAUNCH_")}
+                if labels.get(_MARK):
+                    found[int(path.parent.name)] = labels
     return found
+
+
+def _within(folder: Path, labels: Mapping[str, str]) -> Optional[Path]:
+    work = Path(labels[_MARK])
+    return work if work.parent == folder else None
 
 
 def _python(env: Env) -> Check:
@@ -288,6 +320,14 @@ def _gpus() -> list[str]:
         return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     return [line.partition(": ")[2].partition(" (")[0] for line in lines if line.startswith("GPU")]
+
+
+def _is(kind: str, gpu: str) -> bool:
+    """Whether `A100-80GB` is `NVIDIA A100-SXM4-80GB`: the parts of one are words of the other, two
+    of which may be written as one (`RTX4090`). `L4` is no `L40S`."""
+    words = re.split("[^a-z0-9]+", gpu.lower())
+    words += [first + second for first, second in pairwise(words)]
+    return set(kind.lower().split("-")) - {"mega"} <= set(words)
 
 
 def _existing(path: Path) -> Path:

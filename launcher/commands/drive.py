@@ -28,8 +28,8 @@ def up(
     planned = api.plan(path, overrides, on)
     if not as_json:
         for line in planned.lines():
-            console.notice(line)
-        console.notice("")
+            if not line.startswith("artifacts:"):  # the run's own name is not known yet
+                console.notice(line)
     # An unknown price is not a price of nothing.
     if planned.usd_per_hour != 0 and not yes:
         refusal = f"{planned.recipe} costs money, and there is no terminal to ask on"
@@ -43,6 +43,8 @@ def up(
             f"{run.name} is live already, since {console.duration(started - run.created)}; "
             "attached to it (--new starts another)"
         )
+    else:
+        console.notice(f"started {run.name}")
     return _go_on(run, started, detach=detach, as_json=as_json)
 
 

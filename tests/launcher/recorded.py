@@ -1,4 +1,4 @@
-"""Runs that lie in a home as if they had happened: real journals, and the files a trainer leaves."""
+"""Runs that lie in a home as if they had happened: real journals, and what a trainer leaves."""
 
 from __future__ import annotations
 
@@ -66,13 +66,18 @@ class Recorder:
 
     def begin(self, attempt: int = 1) -> None:
         intent = {"kind": "process", "name": self.ref(attempt).name, "place": "here", "request": {}}
-        offer = {"capacity": "standard", "usd_per_hour": 0.0}
+        offer = {"place": "here", "capacity": "standard", "usd_per_hour": 0.0}
         self.journal.append("intent", job=0, attempt=attempt, intent=intent, offer=offer)
         self.journal.append("ref", job=0, attempt=attempt, ref=self.ref(attempt))
         self.phase("running", "live", attempt)
 
     def phase(
-        self, phase: str, held: str, attempt: int = 1, why: str = "", exit_code: Optional[int] = None
+        self,
+        phase: str,
+        held: str,
+        attempt: int = 1,
+        why: str = "",
+        exit_code: Optional[int] = None,
     ) -> None:
         self.journal.append(
             "phase", job=0, attempt=attempt, phase=phase, held=held, why=why, exit_code=exit_code
@@ -118,7 +123,12 @@ class Recorder:
             for step in range(10, steps + 1, 10)
         ]  # fmt: skip
         lines += [
-            {"kind": "eval", "global_step": step, "val_loss": loss[step] + 0.2, "time": START + step}
+            {
+                "kind": "eval",
+                "global_step": step,
+                "val_loss": loss[step] + 0.2,
+                "time": START + step,
+            }
             for step in range(25, steps + 1, 25)
         ]
         lines.append({"kind": "event", "global_step": 40, "event": "nan_skipped", "time": START})
