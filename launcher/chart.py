@@ -61,7 +61,7 @@ def figure(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> 
         f'<line class="guide" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" x1="-9" x2="-9"/></svg>',
         '<p class="legend">',
         *(f'<span class="{_classes(s)}"><i></i>{_escape(s.name)}</span>' for s in drawn),
-        '</p><p class="read" aria-live="polite"></p></figure>',
+        '</p><p class="read" aria-live="polite">Point at the chart to read it.</p></figure>',
     ]
     return "\n".join(parts)
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Optional
 
 from launcher import records
@@ -186,15 +187,25 @@ def run_lines(run: Run, now: float) -> list[str]:
 
 
 def stages(run: Run) -> list[str]:
-    """One line a stage."""
+    """One line a stage, with the newest numbers of each."""
     rows = []
     for stage in run.stages:
-        last = run.progress if run.progress.get("stage") == stage.id else {}
+        folder = Path(stage.folder)
+        mine = run.progress.get("stage") == stage.id
+        last = run.progress if mine else records.progress(folder)
         rows.append(
-            (stage.id, stage.stage, stage.phase.value, steps(last), figure(last.get("train_loss")),
-             stage.gate or "-")
-        )  # fmt: skip
-    return columns(("STAGE", "KIND", "PHASE", "STEP", "LOSS", "GATE"), rows, right=(3, 4))
+            (
+                stage.id,
+                stage.stage,
+                stage.phase.value,
+                steps(last),
+                figure(last.get("train_loss")),
+                figure(records.evaluation(folder).get("val_loss")),
+                stage.gate or "-",
+            )
+        )
+    headers = ("STAGE", "KIND", "PHASE", "STEP", "LOSS", "HELD-OUT", "GATE")
+    return columns(headers, rows, right=(3, 4, 5))
 
 
 def progress_line(run: Run) -> str:

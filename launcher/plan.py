@@ -61,14 +61,15 @@ class RunPlan:
         return {"v": JSON_VERSION, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """The plan for a reader, one line a fact."""
+        """The plan for a reader, one line a fact; a preview's ids read `<id>`."""
         count = sum(len(job.stages) for job in self.jobs)
         lines = [f"{self.recipe}: {_many(count, 'stage')} in {_many(len(self.jobs), 'job')}"]
         for job in self.jobs:
             lines += _job_lines(job)
         lines.append(f"artifacts: {self.root}")
         lines.append(_cost_line(self))
-        return lines + [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.notes]
+        return [x.replace(PREVIEW, "<id>").replace(f"-{PREVIEW[-6:]}", "-<id>") for x in lines]
 
 
 def jobs(recipe: Recipe) -> list[list[Stage]]:

@@ -98,26 +98,37 @@ def _comparison(stage: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _charts(lines: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Losses, learning rate and throughput; a stage keeps its colour in all of them."""
+    """Losses, objectives, learning rate and throughput; a stage keeps its colour in all of them."""
     trained = [stage for stage, found in lines.items() if records.series(found, "step", "lr")]
-    losses, rates, speeds = [], [], []
+    losses, objectives, rates, speeds = [], [], [], []
     for colour, stage in enumerate(trained):
         found = lines[stage]
-        training = records.series(found, "step", "train_loss")
+        objective = records.series(found, "step", "train_loss")
+        # Held-out loss is a cross-entropy: beside it only a cross-entropy can be compared.
+        training = records.series(found, "step", "ce_loss") or objective
         held_out = records.series(found, "eval", "val_loss")
         losses.append(chart.Series(f"{stage} training", training, colour))
         losses.append(chart.Series(f"{stage} held out", held_out, colour, bold=True))
+        if _differ(training, objective):
+            objectives.append(chart.Series(stage, objective, colour))
         rates.append(chart.Series(stage, records.series(found, "step", "lr"), colour))
         speed = records.series(found, "step", "tokens_per_sec")
         speeds.append(chart.Series(stage, speed, colour))
     shown = [
         chart.figure("Loss", "step", "nats per token", losses),
+        chart.figure("Training objective, where it is not the loss", "step", "value", objectives),
         chart.figure("Learning rate", "step", "learning rate", rates),
         chart.figure("Throughput", "step", "tokens per second", speeds),
     ]
     if not any(shown):
         return ['<p class="empty">No stage has recorded training steps.</p>']
     return shown
+
+
+def _differ(one: Sequence[chart.Point], other: Sequence[chart.Point]) -> bool:
+    """More than two ways of adding up the same loss do."""
+    pairs = zip(one, other)
+    return len(one) != len(other) or any(abs(a - b) > 1e-3 * abs(a) for (_, a), (_, b) in pairs)
 
 
 def _stages(run: Run) -> str:

@@ -35,14 +35,15 @@ class View:
         self._live.stop()
 
     def run(self, run: Run, now: float) -> None:
-        self._live.update(draw(run, now))
+        self._live.update(draw(run, now, self._live.console.width))
 
     def lines(self, lines: Sequence[str]) -> None:
         self._live.update(Text.from_ansi("\n".join(lines), no_wrap=True))
 
 
-def draw(run: Run, now: float) -> Group:
-    """One run: its phase, its stages with a bar for the one that trains, money and warnings."""
+def draw(run: Run, now: float, width: int = 80) -> Group:
+    """One run: its phase, its stages, the newest numbers of the one that trains, and its warnings;
+    a bar where `width` columns leave room for one."""
     ended = run.ended if run.ended is not None else now
     head = Text.assemble(
         (run.name, "bold"),
@@ -50,35 +51,39 @@ def draw(run: Run, now: float) -> Group:
         (run.phase.value, console.style(run.phase.value)),
         (f"  {console.duration(ended - run.created)}  spent {console.usd(run.spent_usd)}", "dim"),
     )
-    stages = Table.grid(padding=(0, 2))
-    for _ in range(6):
-        stages.add_column(no_wrap=True)
-    for stage in run.stages:
-        stages.add_row(*_cells(run, stage))
+    rows = [_cells(run, stage) for stage in run.stages]
+    used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))
+    table = Table.grid(padding=(0, 2))
+    for _ in range(5):
+        table.add_column(no_wrap=True)
+    for stage, cells in zip(run.stages, rows):
+        table.add_row(*cells, _bar(run, stage, min(24, width - used - 2)))
     notes = [Text(text, style="yellow") for text in run.warnings]
     if run.ended is None:
         notes.append(Text("Ctrl-C detaches; the run goes on", style="dim"))
-    return Group(head, stages, *notes)
+    return Group(head, table, *notes)
 
 
-def _cells(run: Run, stage: StageState) -> list[Text | ProgressBar]:
+def _cells(run: Run, stage: StageState) -> list[Text]:
     phase = Text(stage.phase.value, style=console.style(stage.phase.value))
+    if not _training(run, stage):
+        return [Text(stage.id), phase, Text(""), Text("")]
     last = run.progress
-    if last.get("stage") != stage.id or stage.phase.over:
-        return [Text(stage.id), phase, Text(""), Text(""), Text(""), Text("")]
-    step, horizon = records.number(last.get("global_step")), records.number(last.get("steps"))
-    bar: Text | ProgressBar = Text("")
-    if step is not None and horizon:
-        bar = ProgressBar(total=horizon, completed=step, width=24)
+    facts = [f"loss {console.figure(last.get('train_loss'))}"]
+    facts.append(f"{console.figure(last.get('tokens_per_sec'), 0)} tokens/s")
     eta = records.number(last.get("eta_seconds"))
-    return [
-        Text(stage.id, style="bold"),
-        phase,
-        bar,
-        Text(console.steps(last)),
-        Text(f"loss {console.figure(last.get('train_loss'))}"),
-        Text(
-            f"{console.figure(last.get('tokens_per_sec'), 0)} tokens/s"
-            + (f"  ETA {console.duration(eta)}" if eta is not None else "")
-        ),
-    ]
+    if eta is not None:
+        facts.append(f"ETA {console.duration(eta)}")
+    return [Text(stage.id, style="bold"), phase, Text(console.steps(last)), Text("  ".join(facts))]
+
+
+def _bar(run: Run, stage: StageState, width: int) -> Text | ProgressBar:
+    step = records.number(run.progress.get("global_step"))
+    horizon = records.number(run.progress.get("steps"))
+    if not _training(run, stage) or step is None or not horizon or width < 6:
+        return Text("")
+    return ProgressBar(total=horizon, completed=step, width=width)
+
+
+def _training(run: Run, stage: StageState) -> bool:
+    return run.progress.get("stage") == stage.id and not stage.phase.over

@@ -308,6 +308,27 @@ def test_recipes_are_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert shipped.find("some-thing") == package / "recipes" / "some_thing.yaml"
 
 
+def test_init_copies_what_a_recipe_builds_on_too(
+    launch: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "launcher"
+    (package / "recipes").mkdir(parents=True)
+    for name, text in {
+        "both": "extends: base.yaml  # shared\npipeline:\n  - {id: a, recipe: part.yaml}\n",
+        "base": "name: base\n# extends: unused.yaml\n",
+        "part": "name: part\n",
+        "unused": "name: unused\n",
+    }.items():
+        (package / "recipes" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(shipped, "_PACKAGE", package)
+
+    assert launch("init", "both", "mine/").code == 0
+
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "base.yaml", "both.yaml", "part.yaml",
+    ]  # fmt: skip
+
+
 def test_schema_plan_and_validate_speak_json(launch: Invoke) -> None:
     assert launch("schema").json["$schema"].startswith("https://json-schema.org/")
     assert launch("plan", "quickstart", "--json").json["v"] == 1

@@ -104,6 +104,15 @@ def test_one_run_in_full_names_stages_attempts_and_artifacts(tmp_path: Path) -> 
         assert fact in text, fact
 
 
+def test_every_stage_shows_its_own_newest_numbers(tmp_path: Path) -> None:
+    lines = console.stages(quickstart(tmp_path).run())
+
+    kd, ce, compare = (line.split() for line in lines[1:])
+    assert kd == ["kd", "kd", "succeeded", "100/100", "5.0294", "5.2294", "-"]
+    assert ce == ["ce", "pretrain", "succeeded", "100/100", "5.8846", "6.0846", "-"]
+    assert compare == ["compare", "evaluate", "succeeded", "-", "-", "-", "passed"]
+
+
 def test_an_error_is_its_lines_then_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     console.error(RecipeErrors(["a.yaml:1:2: unknown key", "a.yaml:3:4: not a number"]))
     console.error(UsageError("no run 'x'", "`launch status` lists them"))
@@ -182,7 +191,8 @@ def test_a_moment_is_utc_to_the_microsecond() -> None:
     assert console.moment(1_790_000_000.99999999) == "2026-09-21T14:13:21.000000Z"
 
 
-def test_the_live_view_shows_the_stage_that_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_view_shows_the_stage_that_trains(tmp_path: Path, width: int) -> None:
     from rich.console import Console
 
     from launcher.commands.live import draw
@@ -191,9 +201,12 @@ def test_the_live_view_shows_the_stage_that_trains(tmp_path: Path) -> None:
     made.begin()
     made.stage("kd", "running")
     made.train("kd", steps=100)
-    out = io.StringIO()
-    Console(file=out, width=120).print(draw(made.run(), made.clock.now()))
+    out, run = io.StringIO(), made.run()
+    run.warnings.clear()
+    Console(file=out, width=width).print(draw(run, made.clock.now(), width))
 
     text = out.getvalue()
     for fact in (made.name, "kd", "100/100", "loss 5.1245", "tokens/s", "ETA 0s", "spent $0"):
         assert fact in text, fact
+    assert "…" not in text
+    assert text.count("\n") == 4  # the run, two stages, how to leave: no line is wrapped

@@ -74,6 +74,24 @@ def test_it_draws_loss_learning_rate_and_throughput_of_every_stage(tmp_path: Pat
     assert [name for name, _ in charts["Throughput"]["series"]] == ["kd", "ce"]
 
 
+def test_an_objective_that_is_no_cross_entropy_gets_a_chart_of_its_own(tmp_path: Path) -> None:
+    made = Recorder(tmp_path, stages=(("kd", "kd"), ("ce", "pretrain")))
+    for stage, scale in (("kd", 0.5), ("ce", 1.0)):
+        made.metrics(stage, [
+            {"kind": "step", "global_step": n, "ce_loss": (6.0 - n) * (1 + 1e-6),
+             "train_loss": scale * (6.0 - n),
+             "lr": 0.1}
+            for n in range(4)
+        ])  # fmt: skip
+
+    charts = _written(made).charts()
+
+    losses = dict(charts["Loss"]["series"])
+    assert losses["kd training"] == losses["ce training"]
+    (objective,) = (found for title, found in charts.items() if "objective" in title)
+    assert objective["series"] == [["kd", [[n, 3.0 - n / 2] for n in range(4)]]]
+
+
 def test_it_tells_the_facts_the_gate_and_the_comparison(tmp_path: Path) -> None:
     made = quickstart(tmp_path)
     words = " ".join(_written(made).words)
