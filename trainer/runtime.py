@@ -75,6 +75,14 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.flags)
         return tuple(bool(value) for value in tensor.tolist())
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of any rank. All ranks must call it."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.flags)
+        return float(tensor)
+
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over all ranks, once per step; absent ones count as zero."""
         if self.world_size == 1:

@@ -35,7 +35,12 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
         student = _tiny(scratch / "model", kind, tokenizer, weights=False)
         notes.append(f"model {config.model.name or 'random'}: {_words(kind)}")
         changes["model"] = replace(
-            config.model, name=student, init="random", architecture=None, tokenizer=tokenizer
+            config.model,
+            name=student,
+            init="random",
+            architecture=None,
+            tokenizer=tokenizer,
+            attention="auto",  # what needs a GPU is not tried here
         )
         if config.kd is not None and not _made(config.kd.teacher, made):
             kind = _model_type(Model(name=config.kd.teacher))

@@ -34,9 +34,9 @@ class DistillOnline:
         hidden, teacher = hidden_states(model, batch), batch.extra["teacher"]
         result = dense_kl(
             hidden,
-            head_weight(model, hidden.dtype),
+            head_weight(model),
             teacher,
-            head_weight(self.teacher, teacher.dtype),
+            head_weight(self.teacher),
             batch.labels,
             temperature=self.config.temperature,
             ce_weight=share(self.config.alpha, norm["ce"]).to(hidden.device),
