@@ -16,7 +16,7 @@ import torch
 from tests.trainer import gradients
 from tests.trainer.chats import talk
 from tests.trainer.test_dry_run import trainer
-from trainer.config import Data, Hub, Job, Source, StageConfig
+from trainer.config import Data, Evaluate, Hub, Job, Source, StageConfig
 from trainer.data.chat import CHATML, view_of
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.loop import backward, normalisers, prepare
@@ -113,6 +113,21 @@ def test_the_stage_learns_answers_and_saves_the_template_with_the_model(
     checkpoint = Path(sft.output) / "checkpoints" / "step-20"
     assert load_tokenizer(str(checkpoint)).chat_template == CHATML
     assert any("train data" in line and "supervised" in line for line in outcome.lines)
+
+
+def test_evaluation_reads_the_same_conversations_with_the_template_of_each_model(
+    sft: StageConfig, run_stage: Callable[..., Any], tmp_path: Path
+) -> None:
+    trained = run_stage(sft)
+    compare = StageConfig(
+        id="compare",
+        stage="evaluate",
+        output=str(tmp_path / "compare"),
+        data=replace(sft.data, chat_template=None),
+        evaluate=Evaluate(models={"sft": sft.output}),
+    )
+    found = run_stage(compare).evaluation["sft.val_loss"]
+    assert found == pytest.approx(trained.evaluation["val_loss"], rel=1e-5)
 
 
 def test_bad_lines_are_counted_at_the_start_of_the_stage(
