@@ -258,7 +258,8 @@ def _resolved(node: Node) -> Node:
         every = dict.fromkeys((keys["evaluate"].get("models") or node).map, _model_path)
         keys["evaluate"] = _change(keys["evaluate"], {"models": lambda m: _change(m, every)})
     if "data" in keys:
-        keys["data"] = _change(keys["data"], {"train": _source_paths, "validation": _source_paths})
+        files = {"train": _source_paths, "validation": _source_paths, "chat_template": _template}
+        keys["data"] = _change(keys["data"], files)
     return replace(node, value=keys)
 
 
@@ -272,7 +273,16 @@ def _change(node: Node, changes: Mapping[str, Callable[[Node], Node]]) -> Node:
 def _source_paths(node: Node) -> Node:
     if not isinstance(node.value, list):
         return node
-    return replace(node, value=[_change(source, {"path": _data_path}) for source in node.value])
+    paths = {"path": _data_path, "manifest": _data_path, "hf": _hub_folder}
+    return replace(node, value=[_change(source, paths) for source in node.value])
+
+
+def _hub_folder(node: Node) -> Node:
+    return _change(node, {"name": _model_path})
+
+
+def _template(node: Node) -> Node:
+    return node if node.value == "chatml" else _data_path(node)
 
 
 def _data_path(node: Node) -> Node:

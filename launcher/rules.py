@@ -10,7 +10,7 @@ from typing import Any, Optional
 from launcher import backends, hardware
 from launcher.positions import Node, Problems
 from launcher.spec import Gate, Stage
-from trainer.config import KeyPath, Problem, Source, nearest, to_dict
+from trainer.config import KeyPath, Problem, nearest, to_dict
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
 #: What each backend can be asked for; backends that are not listed judge for themselves.
@@ -151,12 +151,16 @@ def _accelerator(stage: Stage) -> Iterator[str]:
 
 def _training(stage: Stage) -> Iterator[Problem]:
     model, train, data = stage.model, stage.train, stage.data
-    trains = stage.stage in ("tokenizer", "pretrain", "kd")
+    trains = stage.stage in ("tokenizer", "pretrain", "sft", "kd")
     if trains and not data.train:
         yield ("data", "train"), f"stage '{stage.stage}' needs at least one source"
     if stage.stage == "evaluate" and not data.validation:
         yield ("data", "validation"), "stage 'evaluate' needs at least one source"
-    if stage.stage in ("pretrain", "kd") and model and not (model.name or model.architecture):
+    if (
+        stage.stage in ("pretrain", "sft", "kd")
+        and model
+        and not (model.name or model.architecture)
+    ):
         yield ("model",), "needs a `name`, or `init: random` with an `architecture`"
     if train is not None and train.steps is not None and train.warmup >= max(1, train.steps):
         what = f"{train.warmup:g} steps of warm-up leave nothing of {train.steps} steps"
@@ -229,8 +233,8 @@ def _gate(
 
 
 def _local_data(stage: Stage) -> Iterator[Problem]:
-    for path, source in _sources(stage):
-        text = (source.path or "").removeprefix("file://")
+    for path, given in _data_files(stage):
+        text = given.removeprefix("file://")
         if not text or "://" in text or "${" in text or any(c in text for c in "*?["):
             continue
         try:
@@ -242,13 +246,17 @@ def _local_data(stage: Stage) -> Iterator[Problem]:
 
 
 def _cloud_data(stage: Stage) -> Iterator[Problem]:
-    for path, source in _sources(stage):
-        text = source.path or ""
+    for path, text in _data_files(stage):
         if text and "${stage:" not in text and not text.startswith("gs://"):
             yield path, "a Vertex AI job cannot read this machine's files; write gs://BUCKET/..."
 
 
-def _sources(stage: Stage) -> Iterator[tuple[KeyPath, Source]]:
+def _data_files(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
+    """(path of the key, what it says) of all that `data` reads from files."""
     for key in ("train", "validation"):
         for index, source in enumerate(getattr(stage.data, key)):
-            yield ("data", key, index, "path"), source
+            for name in ("path", "manifest"):
+                if (given := getattr(source, name)) is not None:
+                    yield ("data", key, index, name), given
+    if stage.data.chat_template not in (None, "chatml"):
+        yield ("data", "chat_template"), str(stage.data.chat_template)

@@ -23,9 +23,11 @@ from trainer.config import (
     Data,
     Distill,
     Evaluate,
+    Hub,
     Model,
     Source,
     Tokenizer,
+    ToolUse,
     Train,
 )
 
@@ -37,7 +39,9 @@ SECTIONS = {
     "model": Model,
     "model.architecture": Architecture,
     "data": Data,
+    "data.tool_use": ToolUse,
     "data.train and data.validation": Source,
+    "data.train.hf": Hub,
     "train": Train,
     "kd": Distill,
     "tokenizer": Tokenizer,

@@ -87,6 +87,14 @@ def _data(name: str, summary: Mapping[str, Any]) -> list[str]:
             f" {_many(source['documents'], 'document')}, {source['tokens']:,} tokens;"
             f" samples {', '.join(source['sample_ids'])}"
         )
+        if "truncated" in source:
+            lines.append(f"    {_many(source['truncated'], 'document')} cut at the end of a row")
+        if "unsupervised" in source:
+            count = _many(source["unsupervised"], "document")
+            lines.append(f"    {count} left out: nothing to learn before the end of a row")
+        if "skipped" in source:
+            lines.append(f"    {_many(source['skipped'], 'bad line')} skipped:")
+            lines += [f"      {what}" for what in source["skipped_lines"]]
     return lines
 
 

@@ -11,6 +11,8 @@ from typing import Any, Optional
 
 from trainer.checkpoint import resolve
 from trainer.config import Data, Evaluate, Model, Source, StageConfig, Train
+from trainer.data.manifest import expand
+from trainer.data.read import source_name
 from trainer.data.tokenizer import byte_tokenizer
 from trainer.models import load_tokenizer
 
@@ -22,7 +24,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
     the job's stages; those before this one have run, so references to them stay."""
     notes: list[str] = []
     scratch = Path(config.output) / "dry-run"
-    changes: dict[str, Any] = {"data": _data(config.data, notes)}
+    data = _data(config.data, config.stage, notes)
+    changes: dict[str, Any] = {"data": data}
     if config.tokenizer is not None:
         size = min(config.tokenizer.vocab_size, _VOCABULARY)
         notes.append(f"tokenizer: {size} tokens instead of {config.tokenizer.vocab_size}")
@@ -49,26 +52,46 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
             changes["kd"] = replace(config.kd, teacher=teacher)
     if config.evaluate is not None:
         changes["evaluate"] = _evaluate(config.evaluate, scratch, made, notes)
+    if data.chat_template is None and any(scratch.rglob("tokenizer")):
+        # Only where a tokenizer was replaced: what the recipe lacks, the dry run is to find out.
+        changes["data"] = replace(data, chat_template="chatml")
     return replace(config, **changes), list(dict.fromkeys(notes))
 
 
-def _data(data: Data, notes: list[str]) -> Data:
+def _data(data: Data, stage: str, notes: list[str]) -> Data:
     length = min(data.sequence_length, _LENGTH)
     if length != data.sequence_length:
         notes.append(f"data.sequence_length: {length} instead of {data.sequence_length}")
     return replace(
         data,
-        train=tuple(_source(source, "train", notes) for source in data.train),
-        validation=tuple(_source(source, "heldout", notes) for source in data.validation),
+        train=_sources(data.train, "train", stage, notes),
+        validation=_sources(data.validation, "heldout", stage, notes),
         sequence_length=length,
     )
 
 
-def _source(source: Source, split: Any, notes: list[str]) -> Source:
-    if source.path is None or "://" not in source.path or source.path.startswith("file://"):
+def _sources(
+    sources: tuple[Source, ...], split: Any, stage: str, notes: list[str]
+) -> tuple[Source, ...]:
+    """What is not on this machine is replaced, also where a manifest names it."""
+    found: list[Source] = []
+    for source in sources:
+        listed = (source,) if _remote(source.manifest) else expand((source,))
+        found += [_source(each, split, stage, notes) for each in listed]
+    return tuple(found)
+
+
+def _source(source: Source, split: Any, stage: str, notes: list[str]) -> Source:
+    if source.hf is None and not _remote(source.path) and not _remote(source.manifest):
         return source
-    notes.append(f"data {source.path}: not on this machine, Python's own reference instead")
-    return Source(builtin="python-reference", split=split)
+    chat = stage == "sft" or source.format in ("messages", "prompt")
+    name, words = source_name(source), "questions" if chat else "reference"
+    notes.append(f"data {name}: not on this machine, Python's own {words} instead")
+    return Source(builtin="python-questions" if chat else "python-reference", split=split)
+
+
+def _remote(uri: Optional[str]) -> bool:
+    return uri is not None and "://" in uri and not uri.startswith("file://")
 
 
 def _train(train: Train, notes: list[str]) -> Train:

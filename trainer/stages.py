@@ -14,7 +14,8 @@ from trainer import models
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
-from trainer.data import read
+from trainer.data import chat, read
+from trainer.data.shapes import Skipped, View
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import cross_entropy
@@ -91,9 +92,13 @@ def tokenizer(context: Context) -> Outcome:
     """Train a byte-level BPE tokenizer on `data.train`."""
     config, started = context.config, time.perf_counter()
     assert config.tokenizer is not None
-    documents = list(read.documents(config.data.train))
+    skipped = Skipped() if config.data.skip_bad else None
+    view = chat.view_of(config.data, config.stage, None)
+    documents = list(read.documents(config.data.train, view, skipped))
     if context.runtime.main:
         context.say(f"tokenizer: {len(documents)} documents")
+        if skipped is not None and skipped.count:
+            context.say(f"tokenizer: {skipped.count} bad lines skipped: {skipped.examples[0]}")
         train_tokenizer(
             [document.text for document in documents],
             config.tokenizer.vocab_size,
@@ -117,8 +122,9 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         if reference is None:
             raise ConfigError(f"stage {config.id}: model: give `name`, or `architecture`")
         tokens = models.load_tokenizer(reference)
-        rows = _rows(context, tokens)
-        held_out = _held_out(context, tokens)
+        view = chat.view_of(config.data, config.stage, tokens)
+        rows = _rows(context, tokens, view)
+        held_out = _held_out(context, tokens, view)
         stream = Stream(
             rows,
             micro_batch=settings.micro_batch,
@@ -179,6 +185,7 @@ def evaluate(context: Context) -> Outcome:
             tokens,
             sequence_length=config.data.sequence_length,
             packing=config.data.packing,
+            view=chat.view_of(config.data, config.stage, tokens),
         )
         attention = models.attention_implementation(config.model, context.runtime)
         model = models.load_frozen(reference, context.runtime, attention)
@@ -222,12 +229,13 @@ def _distill(context: Context, tokens: Any) -> Objective:
 STAGES: dict[str, Callable[[Context], Outcome]] = {
     "tokenizer": tokenizer,
     "pretrain": train(_next_token),
+    "sft": train(_next_token),
     "kd": train(_distill),
     "evaluate": evaluate,
 }
 
 
-def _rows(context: Context, tokens: Any) -> Rows:
+def _rows(context: Context, tokens: Any, view: View) -> Rows:
     config = context.config
     assert config.train is not None
     limit = None
@@ -239,10 +247,11 @@ def _rows(context: Context, tokens: Any) -> Rows:
         sequence_length=config.data.sequence_length,
         packing=config.data.packing,
         limit_rows=limit,
+        view=view,
     )
 
 
-def _held_out(context: Context, tokens: Any) -> Optional[Rows]:
+def _held_out(context: Context, tokens: Any, view: View) -> Optional[Rows]:
     data = context.config.data
     if not data.validation:
         return None
@@ -251,6 +260,7 @@ def _held_out(context: Context, tokens: Any) -> Optional[Rows]:
         tokens,
         sequence_length=data.sequence_length,
         packing=data.packing,
+        view=view,
     )
 
 

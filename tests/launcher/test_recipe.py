@@ -274,6 +274,23 @@ def test_relative_paths_start_at_the_file_they_are_written_in(at: Path) -> None:
     assert found == [f"--set data.train: data.train[2].path: no such file or folder: {at}/no"]
 
 
+def test_manifests_templates_and_folders_of_datasets_are_found_beside_the_recipe(at: Path) -> None:
+    for name in ("m.jsonl", "t.jinja"):
+        (at / name).write_text("{}")
+    text = SINGLE.replace("stage: pretrain", "stage: sft")
+    made = load(text, "data.train=[{manifest: m.jsonl}, {hf: {name: ./set}}, {hf: {name: a/b}}]")
+    first, second, third = made.stages[0].data.train
+    assert first.manifest == str(at / "m.jsonl")
+    assert second.hf and third.hf and (second.hf.name, third.hf.name) == (str(at / "set"), "a/b")
+    for template, wanted in (("chatml", "chatml"), ("t.jinja", str(at / "t.jinja"))):
+        assert load(text, f"data.chat_template={template}").stages[0].data.chat_template == wanted
+    found = problems(text, "data.train=[{manifest: no}]", "data.chat_template=none.jinja")
+    assert [line.split(": ", 1)[1] for line in found] == [
+        f"data.chat_template: no such file or folder: {at}/none.jinja",
+        f"data.train[0].manifest: no such file or folder: {at}/no",
+    ]
+
+
 # Pipelines.
 
 

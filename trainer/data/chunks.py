@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from trainer.config import ConfigError, Source
 from trainer.data import DataError
+from trainer.data.manifest import expand
 from trainer.data.read import Document, documents, require_sources, shards, source_name
+from trainer.data.shapes import Skipped, Span, View
 
 #: What is tokenised in one call: enough to keep all cores busy, little enough to stop early.
 _BATCH_DOCUMENTS = 256
@@ -19,16 +21,25 @@ _BATCH_CHARACTERS = 1_000_000
 _SAMPLE_IDS = 3
 
 
+Tokens = NDArray[np.int32]
+Learned = NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Chunk i is `tokens[starts[i] : starts[i] + lengths[i]]`. Its first `supervised[i]` tokens
     have a successor in their document: all of them where the document goes on after the chunk, all
-    but the last where it ends. `sources`: of each {name, shards, documents, tokens, sample_ids}."""
+    but the last where it ends. `learned` [tokens]: which tokens are to be predicted (None: all);
+    `targets[i]` of them are successors in chunk i, at least one. `sources`: of each {name, shards,
+    documents, tokens, sample_ids} and, where there are any, `truncated` and `unsupervised`
+    documents and `skipped` lines with `skipped_lines`, the first of them."""
 
-    tokens: NDArray[np.int32]
+    tokens: Tokens
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int64]
+    learned: Optional[Learned]
+    targets: NDArray[np.int64]
     end_of_text: int
     sources: list[dict[str, Any]]
 
@@ -41,6 +52,15 @@ class Chunks:
         return zip(*(column.tolist() for column in columns))
 
 
+@dataclass
+class _Read:
+    """Documents as tokens, each with what of it is learned (None: all)."""
+
+    tokens: list[Tokens]
+    learned: list[Optional[Learned]]
+    facts: list[dict[str, Any]]
+
+
 def read_chunks(
     sources: tuple[Source, ...],
     tokenizer: Any,
@@ -48,51 +68,98 @@ def read_chunks(
     sequence_length: int,
     limit: Optional[int] = None,
     worth: Callable[[int], int] = lambda tokens: 1,
+    view: Optional[View] = None,
 ) -> Chunks:
     """Every document of `sources`, tokenised (BOS where the tokenizer itself puts it, EOS after
     each) and cut into chunks of at most `sequence_length` tokens. A special token that is written
     out in a text is read as that token: text rendered from a chat template relies on it.
 
     `limit`: stop reading when the sum of `worth(tokens of a document)` reaches it, every source
-    giving an equal part, or more where others have less. Errors: `DataError`, also where nothing
-    is left to learn; `ConfigError` for a tokenizer without EOS."""
+    giving an equal part, or more where others have less. `view`: how records are seen. Errors:
+    `DataError`, also where nothing is left to learn; `ConfigError` for a tokenizer without EOS."""
     require_sources(sources)
-    encoder = _Encoder(tokenizer)
-    parts: list[NDArray[np.int32]] = []
-    facts: list[dict[str, Any]] = []
+    sources = expand(sources)
+    encoder = _Encoder(tokenizer, sequence_length)
+    read = _Read([], [], [])
     have = 0
     for index, source in enumerate(sources):
         quota = None if limit is None else have + -(-(limit - have) // (len(sources) - index))
-        ids: dict[str, None] = {}
-        before = len(parts)
-        for document, tokens in encoder(documents((source,))):
-            parts.append(tokens)
-            if len(ids) < _SAMPLE_IDS:
-                ids[document.id] = None
-            have += worth(len(tokens))
-            if quota is not None and have >= quota:
-                break
-        facts.append(
-            {
-                "name": source_name(source),
-                "shards": shards(source),
-                "documents": len(parts) - before,
-                "tokens": sum(map(len, parts[before:])),
-                "sample_ids": list(ids),
-            }
+        have = _read_source(source, encoder, view or View(), read, have, quota, worth)
+    sizes = np.array([len(part) for part in read.tokens], dtype=np.int64)
+    starts, lengths, supervised = _cut(sizes, sequence_length)
+    learned, targets = None, supervised
+    if any(part is not None for part in read.learned):
+        learned = np.concatenate(
+            [np.ones(n, bool) if part is None else part for n, part in zip(sizes, read.learned)]
         )
-    starts, lengths, supervised = _cut(np.array([len(p) for p in parts]), sequence_length)
+        before = np.concatenate([[0], np.cumsum(learned)])
+        targets = before[starts + 1 + supervised] - before[starts + 1]
+        used = targets > 0  # a chunk that only asks teaches nothing
+        starts, lengths, supervised = starts[used], lengths[used], supervised[used]
+        targets = targets[used]
     if not len(starts):
-        names = ", ".join(fact["name"] for fact in facts)
-        raise DataError(f"{names}: no token to learn: every document is a single token")
-    return Chunks(np.concatenate(parts), starts, lengths, supervised, encoder.eos, facts)
+        raise DataError(_nothing(read.facts, sequence_length))
+    tokens = np.concatenate(read.tokens)
+    end = encoder.eos
+    return Chunks(tokens, starts, lengths, supervised, learned, targets, end, read.facts)
+
+
+def _read_source(
+    source: Source,
+    encoder: _Encoder,
+    view: View,
+    read: _Read,
+    have: int,
+    quota: Optional[int],
+    worth: Callable[[int], int],
+) -> int:
+    """Add the documents of one source; `have` with what they are worth."""
+    skipped = Skipped() if view.skip_bad else None
+    ids: dict[str, None] = {}
+    before, unsupervised, truncated = len(read.tokens), 0, 0
+    for document, tokens, learned, whole in encoder(documents((source,), view, skipped)):
+        truncated += not whole
+        if learned is not None and not learned[1:].any():
+            unsupervised += 1
+            continue
+        read.tokens.append(tokens)
+        read.learned.append(learned)
+        if len(ids) < _SAMPLE_IDS:
+            ids[document.id] = None
+        have += worth(len(tokens))
+        if quota is not None and have >= quota:
+            break
+    facts: dict[str, Any] = {
+        "name": source_name(source),
+        "shards": shards(source),
+        "documents": len(read.tokens) - before,
+        "tokens": sum(map(len, read.tokens[before:])),
+        "sample_ids": list(ids),
+    }
+    counts = {"truncated": truncated, "unsupervised": unsupervised}
+    facts.update({name: count for name, count in counts.items() if count})
+    if skipped is not None and skipped.count:
+        facts.update(skipped=skipped.count, skipped_lines=skipped.examples)
+    read.facts.append(facts)
+    return have
+
+
+def _nothing(facts: list[dict[str, Any]], sequence_length: int) -> str:
+    names = ", ".join(fact["name"] for fact in facts)
+    unsupervised = sum(fact.get("unsupervised", 0) for fact in facts)
+    if unsupervised:
+        return (
+            f"{names}: no token to learn: in all {unsupervised} documents, the first"
+            f" {sequence_length} tokens hold nothing of an answer; raise data.sequence_length"
+        )
+    return f"{names}: no token to learn: every document is a single token"
 
 
 class _Encoder:
     """Documents to token ids, in batches."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, sequence_length: int) -> None:
+        self.tokenizer, self.sequence_length = tokenizer, sequence_length
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"tokenizer {tokenizer.name_or_path or ''}: has no end-of-text token, so documents"
@@ -103,22 +170,65 @@ class _Encoder:
         puts_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self.bos: Optional[int] = int(bos) if puts_bos else None
 
-    def __call__(self, found: Iterable[Document]) -> Iterator[tuple[Document, NDArray[np.int32]]]:
+    def __call__(
+        self, found: Iterable[Document]
+    ) -> Iterator[tuple[Document, Tokens, Optional[Learned], bool]]:
+        """Of each document its tokens, which are learned (None: all), and whether it is whole."""
         for batch in _batches(found):
+            offsets = any(document.spans is not None for document in batch)
+            if offsets and not self.tokenizer.is_fast:
+                raise ConfigError(
+                    f"tokenizer {self.tokenizer.name_or_path or ''}: cannot say which characters"
+                    " its tokens stand for, so answers cannot be told from questions; use one"
+                    " with a tokenizer.json"
+                )
             encoded = self.tokenizer(
                 [document.text for document in batch],
                 add_special_tokens=False,
                 return_attention_mask=False,
+                return_offsets_mapping=offsets,
                 verbose=False,
-            )["input_ids"]
-            for document, ids in zip(batch, encoded):
-                yield document, np.array(self._framed(ids), dtype=np.int32)
+            )
+            for index, (document, ids) in enumerate(zip(batch, encoded["input_ids"])):
+                learned = None
+                if document.spans is not None:
+                    learned = covered(encoded["offset_mapping"][index], document.spans)
+                yield self._framed(document, ids, learned)
 
-    def _framed(self, ids: list[int]) -> list[int]:
-        """BOS and EOS around a document, unless its own text already holds them there."""
-        if self.bos is not None and ids[:1] != [self.bos]:
-            ids = [self.bos, *ids]
-        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
+    def _framed(
+        self, document: Document, ids: list[int], learned: Optional[list[bool]]
+    ) -> tuple[Document, Tokens, Optional[Learned], bool]:
+        """BOS and EOS around a document, unless its own text already holds them there. An EOS is
+        always learned, whatever its id is used for besides."""
+        begin: list[int] = []
+        if document.bos and self.bos is not None and ids[:1] != [self.bos]:
+            begin = [self.bos]
+        end = [] if ids[-1:] == [self.eos] else [self.eos]
+        ids = [*begin, *ids, *end]
+        if learned is not None:
+            learned = [*(False for _ in begin), *learned, *(True for _ in end)]
+        # The last token of an exchange that is too long is still a target.
+        whole = document.cut or len(ids) <= self.sequence_length + 1
+        most = None if document.cut else self.sequence_length + 1
+        kept = None if learned is None else np.array(learned[:most], dtype=np.bool_)
+        return document, np.array(ids[:most], dtype=np.int32), kept, whole
+
+
+def covered(offsets: Iterable[tuple[int, int]], spans: Iterable[Span]) -> list[bool]:
+    """Which tokens, given as ascending [start, end) characters, hold a character of `spans`. A
+    token across a border counts, so that nothing of an answer goes unlearned. Tokenizers that trim
+    space off their offsets give a token of nothing but space an empty range: it then stands for
+    what follows the token before it."""
+    ascending = list(spans)
+    found: list[bool] = []
+    before = at = 0
+    for start, end in offsets:
+        low, high = (start, end) if end > start else (before, max(end, before + 1))
+        while at < len(ascending) and ascending[at][1] <= low:
+            at += 1
+        found.append(at < len(ascending) and ascending[at][0] < high)
+        before = max(before, end)
+    return found
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:

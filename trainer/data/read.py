@@ -1,4 +1,4 @@
-"""Documents of a source: files on this machine, or text that is part of CPython.
+"""Documents of a source: files on this machine, datasets of the hub, or text that CPython brings.
 
 What is kept of a source (`share`, `weight`) is decided by hashes of document ids, so every machine
 and every run keeps the same documents.
@@ -8,37 +8,76 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional, TypeVar
 from urllib.parse import unquote
 
-from trainer.config import Source
-from trainer.data import DataError
+from trainer.config import Hub, Source
+from trainer.data import DataError, hub
+from trainer.data.chat import plain
 from trainer.data.corpus import python_reference
+from trainer.data.manifest import expand
+from trainer.data.questions import python_questions
+from trainer.data.shapes import (
+    TEXTS,
+    Piece,
+    Skipped,
+    Span,
+    Value,
+    View,
+    parse,
+    shape_of,
+    value_of,
+)
+from trainer.data.tool_use import answered
 
 SUFFIXES = (".jsonl", ".txt")
 _SUFFIX_WORDS = "`.jsonl` (one JSON object per line) and `.txt` (one document per file) are read"
 
 
+_Result = TypeVar("_Result")
+
+
 @dataclass(frozen=True)
 class Document:
-    """`id` is stable: the path inside the source (and the line), or `topic/NN`. `source` is the
-    index of the source it comes from."""
+    """`id` is stable: the path inside the source (and the line), `topic/NN`, or the row's number;
+    further parts of a conversation that had to be split add `#2`, ... `source` is the index of the
+    source it comes from, a manifest counting as many. The rest is `shapes.Piece`'s."""
 
     id: str
     text: str
     source: int
+    spans: Optional[tuple[Span, ...]] = None
+    bos: bool = True
+    cut: bool = True
 
 
-def documents(sources: tuple[Source, ...]) -> Iterator[Document]:
-    """The documents of all sources, in order; blank ones are left out. Errors: `DataError`."""
+#: (id, where it stands for errors, how to get it).
+_Unread = tuple[str, str, Callable[[], dict[str, Any]]]
+
+
+class _Record(NamedTuple):
+    """`at` is what an error says, FILE:LINE; `name` the id."""
+
+    name: str
+    at: str
+    shape: str
+    value: Value
+
+
+def documents(
+    sources: tuple[Source, ...], view: Optional[View] = None, skipped: Optional[Skipped] = None
+) -> Iterator[Document]:
+    """The documents of all sources, in order; blank ones are left out. `view` None: plain text.
+    Lines that cannot be used are added to `skipped`, or are an error where that is None.
+    Errors: `DataError`."""
     require_sources(sources)
-    for index, source in enumerate(sources):
-        for name, text in _kept(source):
-            yield Document(name, text, index)
+    for index, source in enumerate(expand(sources)):
+        for name, piece in _kept(source, view or View(), skipped):
+            yield Document(name, piece.text, index, piece.spans, piece.bos, piece.cut)
 
 
 def require_sources(sources: tuple[Source, ...]) -> None:
@@ -48,14 +87,16 @@ def require_sources(sources: tuple[Source, ...]) -> None:
 
 
 def source_name(source: Source) -> str:
-    """What people call a source: its path, or `python-reference/SPLIT`."""
-    if source.path is not None:
-        return source.path
+    """What people call a source: its path, `hf:NAME:SPLIT`, or `python-reference/SPLIT`."""
+    if source.hf is not None:
+        return hub.hub_name(source.hf)
+    if source.path is not None or source.manifest is not None:
+        return str(source.path or source.manifest)
     return f"{source.builtin}/{source.split}" if source.split else str(source.builtin)
 
 
 def shards(source: Source) -> int:
-    """The number of files of a source (a built-in one has 1). Errors: `DataError`."""
+    """The number of files of a source (one that has no files counts as 1). Errors: `DataError`."""
     return 1 if source.path is None else len(_files(source.path))
 
 
@@ -65,19 +106,26 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _kept(source: Source) -> Iterator[tuple[str, str]]:
+def _kept(source: Source, view: View, skipped: Optional[Skipped]) -> Iterator[tuple[str, Piece]]:
     """Every document as often as `share` and `weight` say. The two hash different strings: one
     choice does not foretell the other."""
     read = kept = 0
-    for name, text in _all(source):
+    for record in _records(source, view, skipped):
         read += 1
-        if hash_fraction(name) >= source.share:
+        if hash_fraction(record.name) >= source.share:
             continue
         copies = int(source.weight)
-        copies += hash_fraction(f"weight/{name}") < source.weight - copies
-        kept += copies
+        copies += hash_fraction(f"weight/{record.name}") < source.weight - copies
+        pieces = (_attempt(_pieces, skipped, record, view) or []) if copies else []
+        kept += copies if pieces else 0
         for _ in range(copies):
-            yield name, text
+            for number, piece in enumerate(pieces, 1):
+                yield record.name + (f"#{number}" if number > 1 else ""), piece
+    if not kept and skipped is not None and skipped.examples:
+        raise DataError(
+            f"{source_name(source)}: nothing is left: {skipped.count} lines cannot be used;"
+            f" the first: {skipped.examples[0]}"
+        )
     if not read:
         raise DataError(f"{source_name(source)}: holds no text; a source needs a document")
     if not kept:
@@ -87,18 +135,49 @@ def _kept(source: Source) -> Iterator[tuple[str, str]]:
         )
 
 
-def _all(source: Source) -> Iterator[tuple[str, str]]:
-    if source.path is None:
-        yield from python_reference(source.split)
-        return
-    for name, path in _files(source.path):
-        found = _lines(name, path, source.field) if path.suffix == ".jsonl" else _whole(name, path)
-        yield from ((at, text) for at, text in found if text.strip())
+def _pieces(record: _Record, view: View) -> list[Piece]:
+    if isinstance(record.value, str):
+        if record.shape == "text":
+            return [Piece(record.value)]
+        fill = hash_fraction(f"tool_use/{record.name}") < view.tool_ratio
+        return [answered(record.value, record.at, fill)]
+    if view.renderer is None:
+        return [Piece(plain(record.value, record.at))]
+    if record.shape == "messages":
+        return view.renderer.conversation(record.value, record.at)
+    return view.renderer.answer(record.value, record.at)
+
+
+def _records(source: Source, view: View, skipped: Optional[Skipped]) -> Iterator[_Record]:
+    """The records of a source, blank texts left out."""
+    for record in _all(source, source.format or view.default, skipped):
+        if not isinstance(record.value, str) or record.value.strip():
+            yield record
+
+
+def _all(source: Source, shape: str, skipped: Optional[Skipped]) -> Iterator[_Record]:
+    if source.builtin == "python-reference":
+        for name, text in python_reference(source.split):
+            yield _Record(name, name, "text", text)
+    elif source.builtin is not None:
+        for name, exchange in python_questions(source.split):
+            yield _Record(name, name, "messages", exchange)
+    elif source.hf is not None:
+        yield from _shaped(_rows(source.hf), source, shape, skipped)
+    else:
+        for name, path in _files(str(source.path)):
+            if path.suffix == ".jsonl":
+                yield from _shaped(_lines(name, path, source.field), source, shape, skipped)
+            elif shape in (*TEXTS, "auto"):
+                text = _whole(path)
+                yield _Record(name, str(path), shape if shape in TEXTS else "text", text)
+            else:
+                raise DataError(f"{path}: a .txt file holds no `{shape}`; write them as .jsonl")
 
 
 def _files(given: str) -> list[tuple[str, Path]]:
     """(name inside the source, path) of every file, sorted by name."""
-    path = _local(given)
+    path = local_path(given)
     try:
         return _found(given, path)
     except OSError as error:
@@ -129,7 +208,8 @@ def _found(given: str, path: Path) -> list[tuple[str, Path]]:
     return _named(found, base)
 
 
-def _local(given: str) -> Path:
+def local_path(given: str) -> Path:
+    """A path of this machine, plain or as file:///PATH. Errors: `DataError`."""
     scheme, separator, rest = given.partition("://")
     if not separator:
         try:
@@ -162,59 +242,65 @@ def _fixed_part(pattern: Path) -> Path:
     return pattern
 
 
-def _whole(name: str, path: Path) -> Iterator[tuple[str, str]]:
+def _whole(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    yield name, _decode(content.removeprefix(b"\xef\xbb\xbf"), str(path))
+    return _decode(content.removeprefix(b"\xef\xbb\xbf"), str(path))
 
 
-def _lines(name: str, path: Path, key: str) -> Iterator[tuple[str, str]]:
-    """The field `key` of every line; lines are cut at b"\\n" only, as JSON Lines are."""
-    number = 0
+def _lines(name: str, path: Path, key: str) -> Iterator[_Unread]:
+    """Every line that is not blank; lines are cut at b"\\n" only, as JSON Lines are."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                at = f"{path}:{number}"
-                content = _decode(line, at).strip()
-                if content:
-                    yield f"{name}:{number}", _field(content, key, at)
+                if line.strip():
+                    at = f"{path}:{number}"
+                    yield f"{name}:{number}", at, partial(_object, line, key, at)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _field(content: str, key: str, at: str) -> str:
-    try:
-        record: Any = json.loads(content)
-    except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")
-        raise DataError(f"{at}: not JSON at column {error.colno}: {what}") from error
-    except (ValueError, RecursionError) as error:  # absurd numbers, absurd nesting
-        raise DataError(f"{at}: cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f'{at}: expected an object like {{"{key}": ...}}, got {_kind(record)}')
-    if key not in record:
-        has = ", ".join(f"'{name}'" for name in sorted(record)[:8]) or "none"
-        raise DataError(f"{at}: no key '{key}'; keys here: {has}; name one with `field`")
-    text = record[key]
-    if not isinstance(text, str):
-        raise DataError(f"{at}: '{key}' must be a string, got {_kind(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{at}: '{key}' holds half a character (a lone surrogate, U+"
-            f"{ord(text[error.start]):04X}) at {error.start}; repair or remove the line"
-        ) from error
-    return text
+def _rows(dataset: Hub) -> Iterator[_Unread]:
+    """Every row of a dataset of the hub, by its number from 0."""
+    for number, row in enumerate(hub.rows(dataset)):
+        yield str(number), f"{hub.hub_name(dataset)}: row {number}", partial(dict, row)
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+def _object(line: bytes, key: str, at: str) -> dict[str, Any]:
+    return parse(_decode(line, at).strip(), key, at)
+
+
+def _shaped(
+    unread: Iterable[_Unread], source: Source, shape: str, skipped: Optional[Skipped]
+) -> Iterator[_Record]:
+    """The records of one file; `auto` is settled by the first one that can be read."""
+    for name, at, load in unread:
+        record = _attempt(load, skipped)
+        if record is None:
+            continue
+        if shape == "auto":
+            shape = _attempt(shape_of, skipped, record, source.field, at) or "auto"
+        if shape != "auto":
+            value = _attempt(value_of, skipped, record, shape, source.field, at)
+            if value is not None:
+                yield _Record(name, at, shape, value)
+
+
+def _attempt(
+    make: Callable[..., _Result], skipped: Optional[Skipped], *arguments: Any
+) -> Optional[_Result]:
+    """What `make` gives, or None where its `DataError` was noted in `skipped`."""
+    try:
+        return make(*arguments)
+    except DataError as error:
+        if skipped is None:
+            raise
+        skipped.add(error)
+        return None
 
 
 def _decode(content: bytes, at: str) -> str:

@@ -22,6 +22,7 @@ from trainer.config import Source
 from trainer.data import DataError
 from trainer.data.chunks import Chunks, read_chunks
 from trainer.data.pack import Packing, one_per_row, pack
+from trainer.data.shapes import View
 
 #: Tokens that `Rows.digest` looks at, at most about so many.
 _HASHED = 1 << 20
@@ -69,15 +70,18 @@ class Rows:
                 ids[i, at : at + length] = self.chunks.tokens[start : start + length]
                 positions[i, at : at + length] = np.arange(length)
                 # The token after a chunk is known where the document goes on.
-                following = self.chunks.tokens[start + 1 : start + 1 + supervised]
-                targets[i, at : at + supervised] = following
+                following = slice(start + 1, start + 1 + supervised)
+                wanted = self.chunks.tokens[following]
+                if self.chunks.learned is not None:
+                    wanted = np.where(self.chunks.learned[following], wanted, IGNORE)
+                targets[i, at : at + supervised] = wanted
                 at += length
             positions[i, at:] = np.arange(width - at)
         return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets)))
 
     def _summary(self) -> dict[str, Any]:
-        """`sources`: {name, shards, documents, tokens, sample_ids} as read; the rest is about the
-        rows. `padding_share` of unpacked rows is that of one batch of all of them."""
+        """`sources`: {name, shards, documents, tokens, sample_ids, ...} as read; the rest is about
+        the rows. `padding_share` of unpacked rows is that of one batch of all of them."""
         used = self.packing.items
         lengths = self.chunks.lengths[used]
         tokens = int(lengths.sum())
@@ -87,7 +91,7 @@ class Rows:
             "sources": self.chunks.sources,
             "rows": len(self),
             "tokens": tokens,
-            "supervised_tokens": int(self.chunks.supervised[used].sum()),
+            "supervised_tokens": int(self.chunks.targets[used].sum()),
             "padding_share": 1 - tokens / (len(self) * width),
         }
 
@@ -99,11 +103,13 @@ def build_rows(
     sequence_length: int,
     packing: bool,
     limit_rows: Optional[int] = None,
+    view: Optional[View] = None,
 ) -> Rows:
     """Read, tokenise (BOS where the tokenizer puts it, EOS after every document) and lay out rows.
 
     A document longer than `sequence_length` becomes several chunks, each with positions from 0.
-    `limit_rows`: read only as much, from every source alike, as fills that many rows. Errors:
+    `limit_rows`: read only as much, from every source alike, as fills that many rows. `view`: how
+    records are seen (None: as plain text), which also says what of them is learned. Errors:
     `DataError`, also where no token has a successor to learn; `ConfigError` without an EOS."""
 
     def worth(tokens: int) -> int:
@@ -114,7 +120,7 @@ def build_rows(
     if limit_rows is not None:
         limit = limit_rows * (sequence_length if packing else 1)
     chunks = read_chunks(
-        sources, tokenizer, sequence_length=sequence_length, limit=limit, worth=worth
+        sources, tokenizer, sequence_length=sequence_length, limit=limit, worth=worth, view=view
     )
     layout = pack(chunks.lengths, sequence_length) if packing else one_per_row(len(chunks))
     if limit_rows is not None:

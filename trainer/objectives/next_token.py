@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: pretraining."""
+"""Next-token cross-entropy: pretraining, and fine-tuning on the answers of exchanges."""
 
 from __future__ import annotations
 
