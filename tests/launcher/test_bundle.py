@@ -76,7 +76,8 @@ def test_it_holds_every_module_of_the_trainer_and_nothing_else(tmp_path: Path) -
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = tar.getmembers()
     assert all(
-        (m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) == (0, 0, 0, "", "", 0o644) and m.isfile()
+        (m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) == (0, 0, 0, "", "", 0o644)
+        and m.isfile()
         for m in members
     )
     wanted = {f"trainer/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
