@@ -95,6 +95,21 @@ def is_adapter(folder: str | Path) -> bool:
     return (at / CONFIG).is_file() and not (at / "config.json").is_file()
 
 
+def fetch(reference: str) -> str:
+    """The folder of an adapter: that of a model reference, or the Hub's files in the local cache.
+    Errors: `ConfigError` when it is in neither place."""
+    name = resolve(reference)
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot fetch the adapter '{reference}': {line}") from error
+
+
 def base_of(folder: str | Path) -> str:
     """The model that an adapter folder names. Errors: `ConfigError` when it names none."""
     path = Path(folder) / CONFIG

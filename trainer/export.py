@@ -126,8 +126,10 @@ def _upload(folder: Path, name: str, private: bool) -> None:
 
     api = HfApi()
     try:
-        api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export")
+        # Without the owner, a refusal of `create_repo` would be told as a name that cannot be read.
+        whole = name if "/" in name else f"{api.whoami()['name']}/{name}"
+        api.create_repo(whole, private=private, exist_ok=True)
+        api.upload_folder(repo_id=whole, folder_path=folder, commit_message="Export")
     except (OSError, ValueError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the Hub did not take {name}: {line}") from error

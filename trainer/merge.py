@@ -39,7 +39,7 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     Returns `max_difference` (in memory, fp32), `max_difference_saved` and `adapter_effect` (base
     against adapter), as shares of the largest logit. Errors: `ConfigError` when the references are
     no adapter and no full-precision base; `CheckpointError` when the logits differ."""
-    source = resolve(config.adapter)
+    source = adapters.fetch(config.adapter)
     if not adapters.is_adapter(source):
         raise ConfigError(
             f"merge.adapter: '{config.adapter}' is not an adapter: no {adapters.CONFIG} in {source}"
@@ -47,7 +47,7 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     base = config.base or adapters.base_of(source)
     refuse_quantised(base)
     dtype = stored_dtype(base) if config.precision == "auto" else _DTYPES[config.precision]
-    tokens = load_tokenizer(config.adapter if has_tokenizer(config.adapter) else base)
+    tokens = load_tokenizer(source if has_tokenizer(source) else base)
     prompts = encode_prompts(tokens, config.prompts)
     plain = load_pretrained(base, torch.float32, "sdpa").eval()
     without = logits(plain, prompts)

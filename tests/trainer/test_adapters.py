@@ -146,6 +146,18 @@ def test_a_reference_to_an_adapter_is_the_base_with_it(
     assert "kd_loss" in json.dumps(run_stage(student).lines)
 
 
+def test_activation_checkpointing_changes_nothing(
+    lora: StageConfig, run_stage: Run, tmp_path: Path
+) -> None:
+    assert lora.model is not None
+    thrifty = replace(lora, model=replace(lora.model, gradient_checkpointing=True))
+    run_stage(lora)
+    run_stage(in_folder(thrifty, tmp_path / "thrifty"))
+    ours = load_file(last(lora) / adapters.WEIGHTS)
+    theirs = load_file(Path(resolve(str(tmp_path / "thrifty"))) / adapters.WEIGHTS)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
 def test_bf16_keeps_what_learns_in_fp32(lora: StageConfig, run_stage: Run) -> None:
     assert lora.model is not None
     outcome = run_stage(replace(lora, model=replace(lora.model, precision="bf16")))
