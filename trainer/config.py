@@ -391,13 +391,7 @@ def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if origin in (Union, types.UnionType):
         if raw is None:
             return None if type(None) in arguments else _wrong(raw, "a value", at, problems)
-        *others, last = (a for a in arguments if a is not type(None))
-        for option in others:
-            tried: list[Problem] = []
-            value = build(option, raw, at, tried)
-            if not tried:
-                return value
-        return build(last, raw, at, problems)
+        return _build_one_of([a for a in arguments if a is not type(None)], raw, at, problems)
     if origin is Literal:
         if raw not in arguments or isinstance(raw, bool):
             problems.append(
@@ -421,6 +415,26 @@ def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if kind is float and not math.isfinite(raw):
         return _wrong(raw, "a finite number", at, problems)
     return raw
+
+
+def _build_one_of(options: list[Any], raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
+    """The first of `options` that takes `raw`; the problems of the last when none does."""
+    *others, last = options
+    words = ""
+    for option in others:
+        tried: list[Problem] = []
+        value = build(option, raw, at, tried)
+        if not tried:
+            return value
+        if typing.get_origin(option) is Literal:
+            words += "".join(f"{word}, or " for word in typing.get_args(option))
+    found: list[Problem] = []
+    value = build(last, raw, at, found)
+    told = "expected "
+    problems.extend(
+        (path, what.replace(told, told + words, 1) if path == at else what) for path, what in found
+    )
+    return value
 
 
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
