@@ -16,7 +16,7 @@ from launcher.spec import NAME
 from trainer.config import NEEDS, STAGES, nearest
 
 #: Blocks of a stage; in a pipeline they may be written once, at the top.
-BLOCKS = ("model", "data", "train", "kd", "tokenizer", "evaluate")
+BLOCKS = ("model", "data", "train", "kd", "tokenizer", "evaluate", "merge", "export")
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
@@ -251,12 +251,19 @@ def _resolved(node: Node) -> Node:
     keys = dict(node.map)
     if "gate" in keys and isinstance(keys["gate"].value, dict):
         keys["gate"] = replace(keys["gate"], value=[keys["gate"]])
-    for block, names in (("model", ("name", "tokenizer")), ("kd", ("teacher",))):
+    for block, names in (
+        ("model", ("name", "tokenizer")),
+        ("kd", ("teacher",)),
+        ("merge", ("adapter", "base")),
+        ("export", ("model",)),
+    ):
         if block in keys:
             keys[block] = _change(keys[block], {name: _model_path for name in names})
     if "evaluate" in keys:
         every = dict.fromkeys((keys["evaluate"].get("models") or node).map, _model_path)
         keys["evaluate"] = _change(keys["evaluate"], {"models": lambda m: _change(m, every)})
+    if "export" in keys:
+        keys["export"] = _change(keys["export"], {"to": _export_path})
     if "data" in keys:
         files = {"train": _source_paths, "validation": _source_paths, "chat_template": _template}
         keys["data"] = _change(keys["data"], files)
@@ -290,6 +297,11 @@ def _data_path(node: Node) -> Node:
     if not isinstance(text, str) or not text or "://" in text or "${stage:" in text:
         return node
     return replace(node, value=absolute(text, node.at))
+
+
+def _export_path(node: Node) -> Node:
+    hub = isinstance(node.value, str) and node.value.startswith("hub:")
+    return node if hub else _data_path(node)
 
 
 def _model_path(node: Node) -> Node:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from launcher import drafts
 from launcher.spec import NAME, Budget, Gate, Hardware, Retry
-from trainer.config import STAGES, Data, Distill, Evaluate, Model, Tokenizer, Train
+from trainer.config import STAGES, Data, Distill, Evaluate, Export, Merge, Model, Tokenizer, Train
 
 _BLOCKS = {
     "model": Model,
@@ -19,6 +19,8 @@ _BLOCKS = {
     "kd": Distill,
     "tokenizer": Tokenizer,
     "evaluate": Evaluate,
+    "merge": Merge,
+    "export": Export,
     "hardware": Hardware,
     "budget": Budget,
     "retry": Retry,

@@ -14,6 +14,8 @@ from trainer.config import (
     Data,
     Distill,
     Evaluate,
+    Export,
+    Merge,
     Model,
     StageName,
     Strict,
@@ -128,6 +130,8 @@ class Stage(Strict):
     kd: Optional[Distill] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
+    merge: Optional[Merge] = None
+    export: Optional[Export] = None
     hardware: Hardware = field(default_factory=Hardware)
     needs: tuple[str, ...] = ()
     gate: tuple[Gate, ...] = ()

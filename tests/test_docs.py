@@ -19,11 +19,14 @@ from launcher.errors import Exit
 from launcher.spec import Budget, Gate, Hardware, Local, Retry, Vertex
 from trainer.config import (
     NEEDS,
+    Adapter,
     Architecture,
     Data,
     Distill,
     Evaluate,
+    Export,
     Hub,
+    Merge,
     Model,
     Source,
     Tokenizer,
@@ -38,6 +41,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SECTIONS = {
     "model": Model,
     "model.architecture": Architecture,
+    "model.adapter": Adapter,
     "data": Data,
     "data.tool_use": ToolUse,
     "data.train and data.validation": Source,
@@ -46,6 +50,8 @@ SECTIONS = {
     "kd": Distill,
     "tokenizer": Tokenizer,
     "evaluate": Evaluate,
+    "merge": Merge,
+    "export": Export,
     "hardware": Hardware,
     "hardware.local": Local,
     "hardware.vertex": Vertex,

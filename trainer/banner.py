@@ -16,7 +16,7 @@ from trainer.loop import Horizon
 from trainer.models import flash_attention_status, parameter_count
 from trainer.runtime import Runtime
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn")
 
 
 def banner(

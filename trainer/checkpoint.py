@@ -232,6 +232,8 @@ def resolve(reference: str, warn: Warn | None = None) -> str:
         folder, which = _local(suffix.group(1)), suffix.group(2)
         if not folder.is_dir():
             raise CheckpointError(f"{reference}: there is no folder {folder}")
+        if (folder / "config.json").exists() and (folder / "run_meta.json").exists():
+            return str(folder)  # stages merge and export: one model, the best and the last
         if not _is_stage(folder):
             raise CheckpointError(f"{reference}: {folder} is not the output folder of a stage")
     if not _is_stage(folder):

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal, Optional, Union
 
 SCHEMA = 1
 #: Stages this trainer can run; `stages.py` holds one row for each.
-STAGES = ("tokenizer", "pretrain", "sft", "kd", "evaluate")
-StageName = Literal["tokenizer", "pretrain", "sft", "kd", "evaluate"]
+STAGES = ("tokenizer", "pretrain", "sft", "kd", "evaluate", "merge", "export")
+StageName = Literal["tokenizer", "pretrain", "sft", "kd", "evaluate", "merge", "export"]
 
 
 class ConfigError(ValueError):
@@ -79,6 +79,28 @@ class Architecture(Strict):
 
 
 @dataclass(frozen=True)
+class Adapter(Strict):
+    """Low-rank adapters beside frozen weights: W x + alpha / rank * B A x, with A [rank, in] and
+    B [out, rank] trained (Hu et al. 2021, arXiv 2106.09685). `targets`: names of linear layers, as
+    the ends of their dotted names; `auto` is every projection of attention and MLP."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0  # on the input of A
+    targets: Union[Literal["auto"], tuple[str, ...]] = "auto"
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            rank=(self.rank >= 1, "must be at least 1"),
+            alpha=(self.alpha > 0, "must be greater than 0"),
+            dropout=(0 <= self.dropout < 1, "must be in [0, 1)"),
+            targets=(len(self.targets) > 0, "must name at least one layer, or be `auto`"),
+        )
+
+
+@dataclass(frozen=True)
 class Model(Strict):
     """The model that is trained. `name`: hub name, local folder, or a stage's output folder
     (`FOLDER`, `FOLDER@best`, `FOLDER@last`); not needed when `architecture` is given."""
@@ -90,6 +112,8 @@ class Model(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
+    adapter: Optional[Adapter] = None
+    freeze: tuple[str, ...] = ()  # patterns (`*`, `?`, `[...]`) on names of parameters
 
     def __post_init__(self) -> None:
         require(
@@ -98,6 +122,8 @@ class Model(Strict):
                           "needs `init: random` (a pretrained model brings its own architecture)"),
             tokenizer=(self.architecture is None or self.tokenizer is not None,
                        "must be named when `architecture` is given: it sets the vocabulary"),
+            adapter=(self.adapter is None or self.init == "pretrained",
+                     "needs `init: pretrained`: its checkpoints hold nothing of the base model"),
         )  # fmt: skip
 
 
@@ -267,6 +293,38 @@ class Evaluate(Strict):
 
 
 @dataclass(frozen=True)
+class Merge(Strict):
+    """An adapter to be added into the weights of its base model, in fp32. `base`: the model to take
+    instead of the one that the adapter names. `prompts`: texts on which logits are compared."""
+
+    adapter: str
+    base: Optional[str] = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the result; auto: as the base's
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self, prompts=(all(self.prompts), "must not be empty texts"))
+
+
+@dataclass(frozen=True)
+class Export(Strict):
+    """A model to be written as a plain Hugging Face folder: to `to` (default: the stage's own
+    folder), or to the Hub with `to: hub:NAME`."""
+
+    model: str
+    to: Optional[str] = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as it is
+    private: bool = True  # a new repository on the Hub
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            to=(self.to is None or (self.to not in ("", "hub:") and "://" not in self.to),
+                "must be a folder, or hub:NAME"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class StageConfig(Strict):
     """One stage as the trainer runs it. Paths are resolved; `output` is this stage's folder."""
 
@@ -279,6 +337,8 @@ class StageConfig(Strict):
     kd: Optional[Distill] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
+    merge: Optional[Merge] = None
+    export: Optional[Export] = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +363,8 @@ NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "sft": (frozenset({"model", "data", "train"}), frozenset()),
     "kd": (frozenset({"model", "data", "train", "kd"}), frozenset()),
     "evaluate": (frozenset({"evaluate", "data"}), frozenset()),
+    "merge": (frozenset({"merge"}), frozenset()),
+    "export": (frozenset({"export"}), frozenset()),
 }
 
 
@@ -362,7 +424,7 @@ def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if origin in (Union, types.UnionType):
         if raw is None:
             return None if type(None) in arguments else _wrong(raw, "a value", at, problems)
-        return build(next(a for a in arguments if a is not type(None)), raw, at, problems)
+        return _build_one_of([a for a in arguments if a is not type(None)], raw, at, problems)
     if origin is Literal:
         if raw not in arguments or isinstance(raw, bool):
             problems.append(
@@ -386,6 +448,26 @@ def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if kind is float and not math.isfinite(raw):
         return _wrong(raw, "a finite number", at, problems)
     return raw
+
+
+def _build_one_of(options: list[Any], raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
+    """The first of `options` that takes `raw`; the problems of the last when none does."""
+    *others, last = options
+    words = ""
+    for option in others:
+        tried: list[Problem] = []
+        value = build(option, raw, at, tried)
+        if not tried:
+            return value
+        if typing.get_origin(option) is Literal:
+            words += "".join(f"{word}, or " for word in typing.get_args(option))
+    found: list[Problem] = []
+    value = build(last, raw, at, found)
+    told = "expected "
+    problems.extend(
+        (path, what.replace(told, told + words, 1) if path == at else what) for path, what in found
+    )
+    return value
 
 
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}

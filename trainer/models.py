@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
+from trainer import adapters
 from trainer.batch import Batch
 from trainer.checkpoint import resolve
 from trainer.config import Architecture, ConfigError, Model
+from trainer.freeze import freeze
 from trainer.runtime import Runtime
 
 #: `architecture.family` -> Hugging Face configuration class.
@@ -62,8 +65,17 @@ def load_tokenizer(reference: str) -> Any:
         raise ConfigError(f"no tokenizer at '{reference}': {_first_line(error)}") from error
 
 
-def load_model(config: Model, tokenizer: Any, runtime: Runtime, seed: int) -> nn.Module:
-    """The model to be trained: fp32 parameters on the runtime's device, in training mode.
+def load_model(
+    config: Model,
+    tokenizer: Any,
+    runtime: Runtime,
+    seed: int,
+    *,
+    adapter_from: Optional[Path] = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> nn.Module:
+    """The model to be trained, on the runtime's device, in training mode: what learns is fp32, the
+    base of an adapter has the runtime's dtype. `adapter_from`: a checkpoint of the adapter.
     Errors: `ConfigError` for a model that is not there or that the losses cannot serve."""
     torch.manual_seed(seed)
     attention = attention_implementation(config, runtime)
@@ -74,11 +86,18 @@ def load_model(config: Model, tokenizer: Any, runtime: Runtime, seed: int) -> nn
     elif config.init == "random":
         model = _from_config(_load_configuration(config.name), attention)
     else:
-        model = load_pretrained(config.name, torch.float32, attention)
+        _refuse_adapter(config.name)
+        dtype = torch.float32 if config.adapter is None else runtime.dtype
+        model = load_pretrained(config.name, dtype, attention)
     _check(model, tokenizer, config.name or "model.architecture")
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.adapter is not None:
+        assert config.name is not None
+        model = adapters.attach(model, config.adapter, config.name, adapter_from)
+    for line in freeze(model, config.freeze):
+        say(line)
     model.to(runtime.device).train()
     runtime.broadcast([*model.parameters(), *model.buffers()])
     return model
@@ -92,10 +111,16 @@ def load_frozen(reference: str, runtime: Runtime, attention: str) -> nn.Module:
 
 
 def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
-    """A causal language model at a model reference, on the CPU."""
+    """A causal language model at a model reference, on the CPU; an adapter comes on its base."""
     from transformers import AutoModelForCausalLM
 
     name = resolve(reference)
+    if adapters.is_adapter(name):
+        try:
+            base = load_pretrained(adapters.base_of(name), dtype, attention)
+        except ConfigError as error:
+            raise ConfigError(f"the base model of the adapter '{reference}': {error}") from error
+        return adapters.load(base, name)
     try:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention
@@ -146,6 +171,15 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
 def parameter_count(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _refuse_adapter(reference: str) -> None:
+    folder = resolve(reference)
+    if adapters.is_adapter(folder):
+        raise ConfigError(
+            f"model.name: '{reference}' is an adapter of '{adapters.base_of(folder)}': merge it"
+            " first (stage merge), or name the base and train a new adapter"
+        )
 
 
 def _configuration(architecture: Architecture, tokenizer: Any) -> Any:

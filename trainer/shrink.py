@@ -5,18 +5,34 @@ Nothing is downloaded: what is not on this disk is replaced, and every replaceme
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from trainer.checkpoint import resolve
-from trainer.config import Data, Evaluate, Model, Source, StageConfig, Train
+from trainer.config import (
+    Adapter,
+    Data,
+    Evaluate,
+    Export,
+    Merge,
+    Model,
+    Source,
+    StageConfig,
+    Train,
+)
 from trainer.data.manifest import expand
 from trainer.data.read import source_name
 from trainer.data.tokenizer import byte_tokenizer
 from trainer.models import load_tokenizer
 
 _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
+
+#: A part of a pattern such as `model.layers.1[0-9].*` that counts layers.
+_LAYER_NUMBER = re.compile(r"(?<=\.)[\d\[][^.]*(?=\.|$)")
 
 
 def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]:
@@ -35,14 +51,17 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
     if config.model is not None and config.train is not None:
         tokenizer = _tokenizer(config.model.tokenizer or config.model.name, scratch, made, notes)
         kind = _model_type(config.model)
-        student = _tiny(scratch / "model", kind, tokenizer, weights=False)
+        adapted = config.model.adapter is not None
+        student = _tiny(scratch / "model", kind, tokenizer, weights=adapted)
         notes.append(f"model {config.model.name or 'random'}: {_words(kind)}")
         changes["model"] = replace(
             config.model,
             name=student,
-            init="random",
+            init="pretrained" if adapted else "random",
             architecture=None,
             tokenizer=tokenizer,
+            # A tiny model has no layer 17: patterns that count layers mean its first.
+            freeze=tuple(_LAYER_NUMBER.sub("0", pattern) for pattern in config.model.freeze),
             attention="auto",  # what needs a GPU is not tried here
         )
         if config.kd is not None and not _made(config.kd.teacher, made):
@@ -55,6 +74,10 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
     if data.chat_template is None and any(scratch.rglob("tokenizer")):
         # Only where a tokenizer was replaced: what the recipe lacks, the dry run is to find out.
         changes["data"] = replace(data, chat_template="chatml")
+    if config.merge is not None:
+        changes["merge"] = _merge(config.merge, scratch, made, notes)
+    if config.export is not None:
+        changes["export"] = _export(config.export, scratch, made, notes)
     return replace(config, **changes), list(dict.fromkeys(notes))
 
 
@@ -123,6 +146,35 @@ def _evaluate(evaluate: Evaluate, scratch: Path, made: set[str], notes: list[str
             reference = _tiny(scratch / label / "model", kind, tokenizer, weights=True)
         models[label] = reference
     return Evaluate(models=models)
+
+
+def _merge(merge: Merge, scratch: Path, made: set[str], notes: list[str]) -> Merge:
+    """The adapter of an earlier stage names the base that it had there."""
+    if _made(merge.adapter, made):
+        return replace(merge, base=None)
+    from trainer import adapters
+    from trainer.models import load_pretrained
+
+    tokenizer = _tokenizer(None, scratch, made, notes)
+    kind = _model_type(Model(name=merge.base)) if merge.base else "llama"
+    base = _tiny(scratch / "base", kind, tokenizer, weights=True)
+    model = adapters.attach(load_pretrained(base, torch.float32, "sdpa"), Adapter(rank=2), base)
+    folder = scratch / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters.save(model, folder)
+    notes.append(f"adapter {merge.adapter}: a random one on {_words(kind)}")
+    return replace(merge, adapter=str(folder), base=None)
+
+
+def _export(export: Export, scratch: Path, made: set[str], notes: list[str]) -> Export:
+    if export.to is not None:
+        notes.append(f"export: to a scratch folder instead of {export.to}")
+    if _made(export.model, made):
+        return replace(export, to=None)
+    tokenizer = _tokenizer(export.model, scratch, made, notes)
+    kind = _model_type(Model(name=export.model))
+    notes.append(f"model {export.model}: {_words(kind)}")
+    return replace(export, to=None, model=_tiny(scratch / "model", kind, tokenizer, weights=True))
 
 
 def _tokenizer(reference: Optional[str], scratch: Path, made: set[str], notes: list[str]) -> str:

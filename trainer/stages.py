@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from trainer import models
+from trainer import adapters, models
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
@@ -19,7 +19,10 @@ from trainer.data.shapes import Skipped, View
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import cross_entropy
+from trainer.export import export_model
+from trainer.freeze import frozen_mask
 from trainer.loop import Horizon, Loop, Outcome
+from trainer.merge import merge_adapter
 from trainer.metrics import Metrics, plain
 from trainer.objective import Objective
 from trainer.objectives.distill import DistillOnline
@@ -134,16 +137,22 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             seed=settings.seed,
         )
         checkpoints, newest = _checkpoints(context)
-        if newest is not None:
+        if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
-        model = models.load_model(plan, tokens, runtime, settings.seed)
+        model = models.load_model(
+            plan, tokens, runtime, settings.seed, adapter_from=newest, say=context.say
+        )
         objective = make_objective(context, tokens)
         horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
             context.say(line)
+        _say_what_learns(context, model)
 
         def write_model(folder: Path) -> None:
-            model.save_pretrained(folder)
+            if plan.adapter is not None:
+                adapters.save(model, folder)
+            else:
+                model.save_pretrained(folder)
             tokens.save_pretrained(folder)
 
         outcome = Loop(
@@ -201,6 +210,24 @@ def evaluate(context: Context) -> Outcome:
     return Outcome(None, 0, time.perf_counter() - started, results)
 
 
+def merge(context: Context) -> Outcome:
+    """Add an adapter into its base model; rank 0 works, on the CPU."""
+    config, started = context.config.merge, time.perf_counter()
+    assert config is not None
+    facts = merge_adapter(config, context.folder, context.say) if context.runtime.main else {}
+    context.runtime.barrier()
+    return Outcome(None, 0, time.perf_counter() - started, facts)
+
+
+def export(context: Context) -> Outcome:
+    """Write a model as a plain folder, or to the Hub; rank 0 works, on the CPU."""
+    config, started = context.config.export, time.perf_counter()
+    assert config is not None
+    facts = export_model(config, context.folder, context.say) if context.runtime.main else {}
+    context.runtime.barrier()
+    return Outcome(None, 0, time.perf_counter() - started, facts)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Atomically; numbers that are not finite become strings, which no gate takes for numbers."""
     text = json.dumps(plain(value), indent=1, sort_keys=True, allow_nan=False)
@@ -232,7 +259,21 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "sft": train(_next_token),
     "kd": train(_distill),
     "evaluate": evaluate,
+    "merge": merge,
+    "export": export,
 }
+
+
+def _say_what_learns(context: Context, model: Any) -> None:
+    mask = frozen_mask(model)
+    if context.runtime.main:
+        write_json(context.folder / "frozen_mask.json", mask)
+    if mask["frozen"]["parameters"]:
+        learns = mask["trainable"]
+        context.say(
+            f"trainable: {learns['parameters']:,} of {mask['parameters']:,} parameters"
+            f" ({learns['share']:.2%}) in {learns['tensors']} tensors; frozen_mask.json lists them"
+        )
 
 
 def _rows(context: Context, tokens: Any, view: View) -> Rows:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from launcher.bundle import Bundle
 
 from launcher import engine, home, start
 from launcher.backends.base import Backend, Env
+from launcher.bundle import Bundle
 from launcher.clock import Clock, ManualClock
 from launcher.journal import Fold, Journal
 from launcher.recipe import Loaded

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launcher.bundle import Bundle
 
 from launcher import api, home, start
 from launcher.backends.base import Held, Phase
+from launcher.bundle import Bundle
 from launcher.clock import ManualClock
 from launcher.errors import Exit, Leaked, RecipeErrors, UsageError
 from launcher.recipe import Loaded, load

@@ -1,0 +1,66 @@
+"""Adapters, freezing, merge and export as recipes say them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.schema import json_schema
+from tests.launcher.test_recipe import SINGLE, at, load, problems
+
+assert at  # a fixture: tests name it
+
+ADAPTED = SINGLE.replace("{name: org/model}", "{name: org/model, adapter: {rank: 8}}")
+EXPORT = "launch: 1\nname: one\nstage: export\nexport: {model: ./m, to: %s}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("auto", "auto"), ("[q_proj, v_proj]", ("q_proj", "v_proj"))]
+)
+def test_targets_are_a_word_or_a_list(at: Path, written: str, read: object) -> None:
+    (stage,) = load(ADAPTED.replace("rank: 8", f"rank: 8, targets: {written}")).stages
+    assert stage.model is not None and stage.model.adapter is not None
+    assert (stage.model.adapter.rank, stage.model.adapter.alpha) == (8, 32.0)
+    assert stage.model.adapter.targets == read
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("rank: 8", "rank: 0", "model.adapter.rank: must be at least 1"),
+        ("rank: 8", "targets: all", "model.adapter.targets: expected auto, or a list, got 'all'"),
+        ("rank: 8", "targets: []", "model.adapter.targets: must name at least one layer"),
+        ("rank: 8", "type: dora", "'dora' is not allowed; did you mean 'lora'"),
+        ("name: org/model", "init: random, name: a/b", "model.adapter: needs `init: pretrained`"),
+        ("adapter: {rank: 8}", "freeze: lm_head", "model.freeze: expected a list, got 'lm_head'"),
+    ],
+)
+def test_wrong_adapters_are_told_where_they_are(at: Path, old: str, new: str, what: str) -> None:
+    (problem,) = problems(ADAPTED.replace(old, new))
+    assert problem.startswith("r.yaml:4:") and what in problem
+
+
+def test_an_export_goes_to_a_folder_beside_its_recipe_or_to_the_hub(at: Path) -> None:
+    (stage,) = load(EXPORT % "out").stages
+    assert stage.export is not None
+    assert (stage.export.model, stage.export.to) == (str(at / "m"), str(at / "out"))
+    (stage,) = load(EXPORT % "hub:me/model").stages
+    assert stage.export is not None and stage.export.to == "hub:me/model"
+    (problem,) = problems(EXPORT % "gs://bucket/x")
+    assert "export.to: must be a folder, or hub:NAME" in problem
+
+
+def test_a_merge_may_say_its_base_as_a_path(at: Path) -> None:
+    text = "launch: 1\nname: one\nstage: merge\nmerge: {adapter: a/lora, base: ./base}\n"
+    (stage,) = load(text).stages
+    assert stage.merge is not None
+    assert (stage.merge.adapter, stage.merge.base) == ("a/lora", str(at / "base"))
+    (problem,) = problems(text.replace("adapter: a/lora, ", ""))
+    assert "merge: missing key `adapter`" in problem
+
+
+def test_the_schema_takes_both_forms_of_targets() -> None:
+    targets = json_schema()["$defs"]["Adapter"]["properties"]["targets"]
+    kinds = {option.get("type") for option in targets["anyOf"]}
+    assert {"string", "array"} <= kinds

@@ -1,0 +1,210 @@
+"""Low-rank adapters through PEFT: attached to a model, written, and read in PEFT's own format.
+
+A checkpoint of an adapter holds `adapter_config.json`, which names the base model, and
+`adapter_model.safetensors`; nothing of the base. PEFT is imported on use.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from trainer.checkpoint import CheckpointError, resolve
+from trainer.config import Adapter, ConfigError, nearest
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+#: Ends of names of linear layers inside the blocks that are no projections: routers of experts.
+_ROUTERS = ("router", "gate", "shared_expert_gate")
+
+
+def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None) -> Any:
+    """`model`, frozen, with adapters at `adapter.targets`; the wrapper serves what the model does.
+    `base`: the model reference, which checkpoints name. `saved`: a checkpoint to take the weights
+    from. Errors: `ConfigError` for targets that are not there; RuntimeError when what PEFT made
+    trainable is not what the shapes say."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = target_layers(model, adapter)
+    whole = adapter.alpha == int(adapter.alpha)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=int(adapter.alpha) if whole else adapter.alpha,
+        lora_dropout=adapter.dropout,
+        # Ends of names, as people write them; `_check_count` notices when they match elsewhere too.
+        target_modules=sorted(_ends(layers) if adapter.targets == "auto" else adapter.targets),
+        base_model_name_or_path=resolve(base),
+    )
+    expected = expected_count(layers, adapter.rank)
+    with _without_warnings():
+        wrapped = get_peft_model(model, config)
+    found = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    if found != expected:
+        raise RuntimeError(
+            f"the adapter has {found:,} trainable parameters, its shapes say {expected:,}"
+        )
+    if saved is not None:
+        _restore(wrapped, saved)
+    return wrapped
+
+
+def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """Names of the layers to be adapted -> (inputs, outputs). `auto`: the linear layers inside the
+    model's blocks, so never embeddings or the head. Errors: `ConfigError`."""
+    head = model.get_output_embeddings()
+    linear = {name: _shape(m) for name, m in model.named_modules() if _is_linear(m)}
+    outside = {name for name, module in model.named_modules() if module is head}
+    blocks = _blocks(model)
+    inside = {
+        name: shape
+        for name, shape in linear.items()
+        if name.startswith(blocks) and name.rpartition(".")[2] not in _ROUTERS
+    }
+    if adapter.targets == "auto":
+        _no_fused_experts(model)
+        if not inside:
+            raise ConfigError("model.adapter.targets: found no linear layers; name them")
+        return inside
+    found: dict[str, tuple[int, int]] = {}
+    for target in adapter.targets:
+        hits = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if outside & set(hits):
+            raise ConfigError(f"model.adapter.targets: '{target}' is the output head; leave it out")
+        if not hits:
+            near = nearest(target, _ends(inside))
+            raise ConfigError(f"model.adapter.targets: no linear layer '{target}'; {near}")
+        found.update({name: linear[name] for name in hits})
+    return found
+
+
+def expected_count(layers: dict[str, tuple[int, int]], rank: int) -> int:
+    """Parameters of the adapters: A [rank, in] and B [out, rank] for every layer."""
+    return sum(rank * (inputs + outputs) for inputs, outputs in layers.values())
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a local folder holds an adapter and not a model."""
+    at = Path(folder)
+    return (at / CONFIG).is_file() and not (at / "config.json").is_file()
+
+
+def fetch(reference: str) -> str:
+    """The folder of an adapter: that of a model reference, or the Hub's files in the local cache.
+    Errors: `ConfigError` when it is in neither place."""
+    name = resolve(reference)
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot fetch the adapter '{reference}': {line}") from error
+
+
+def base_of(folder: str | Path) -> str:
+    """The model that an adapter folder names. Errors: `ConfigError` when it names none."""
+    path = Path(folder) / CONFIG
+    try:
+        base = json.loads(path.read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: names no base model")
+    return base
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the adapter of `model` as PEFT would."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    # Told not to save embeddings: otherwise PEFT asks the Hub whether their size has changed.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    (folder / CONFIG).write_text(text + "\n")
+
+
+def load(base: Any, folder: str | Path) -> Any:
+    """`base` with the adapter of `folder`, to be read. Errors: `ConfigError` where they differ."""
+    from peft import PeftModel
+
+    try:
+        with _without_warnings():
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot load the adapter '{folder}': {line}") from error
+
+
+def _restore(model: Any, saved: Path) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = load_file(saved / WEIGHTS)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    ours = {name: tuple(value.shape) for name, value in own.items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    if ours != theirs:
+        name = min(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+        raise CheckpointError(
+            f"{saved}: its adapter is not that of model.adapter ({name} is {theirs.get(name)}"
+            f" there, {ours.get(name)} here); resume with the settings it was started with"
+        )
+    set_peft_model_state_dict(model, state)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2 and its kin keep linear layers as `Conv1D`, with the weight the other way round.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return int(module.weight.shape[0]), int(module.weight.shape[1])
+
+
+def _blocks(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names of what lies in the model's repeated blocks."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ) or ("\0",)
+
+
+def _no_fused_experts(model: nn.Module) -> None:
+    """Experts that are one parameter [experts, in, out] are no linear layers: `auto` would pass
+    over most of the model without a word."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name:
+            raise ConfigError(
+                f"model.adapter.targets: `auto` cannot adapt {name}, experts in one tensor; name"
+                " the layers to adapt, such as [q_proj, k_proj, v_proj, o_proj]"
+            )
+
+
+def _ends(layers: dict[str, tuple[int, int]]) -> set[str]:
+    return {name.rpartition(".")[2] for name in layers}
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """PEFT calls what this Transformers has renamed, and says aloud how it reads a Conv1D."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
