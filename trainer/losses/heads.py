@@ -31,6 +31,11 @@ class Head:
     def __init__(self, weight: Tensor, dtype: torch.dtype, chunk_rows: int) -> None:
         self.weight, self.dtype, self.chunk_rows = weight, dtype, chunk_rows
 
+    @property
+    def factors(self) -> torch.dtype:
+        """The dtype of the factors of the products of `backward`."""
+        return self.dtype
+
     @functools.cached_property
     def buffer(self) -> Tensor:
         return self.weight.new_empty((self.chunk_rows, len(self.weight)), dtype=self.dtype)
@@ -86,6 +91,10 @@ class UpcastHead(Head):
 class MixedHead(Head):
     """bf16 factors and fp32 results in one product (CUDA). With factors of two dtypes both become
     bf16, as under autocast."""
+
+    @property
+    def factors(self) -> torch.dtype:
+        return torch.bfloat16
 
     def operand(self, hidden: Tensor, counts: Tensor) -> Tensor:
         return hidden.to(torch.bfloat16).masked_fill(~counts, 0)
