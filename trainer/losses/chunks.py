@@ -1,4 +1,4 @@
-"""Which rows of a loss are computed, in what chunks, and the gradients that are summed over them."""
+"""Which rows of a loss are computed, in what chunks, and the gradients summed over them."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ class Gradients:
         if self.hidden is not None and dh is not None:
             self.hidden[at] = dh.to(self.hidden.dtype)
 
-    def release(
-        self, scale: Optional[Tensor] = None
-    ) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    def release(self, scale: Optional[Tensor] = None) -> tuple[Optional[Tensor], Optional[Tensor]]:
         """The gradients, times `scale`, in the dtypes of the inputs. They are scaled in place and
         handed over, to spare a copy of the head's, so this works once."""
         hidden, weight = (

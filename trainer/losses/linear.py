@@ -27,6 +27,7 @@ from trainer.losses.chunks import Gradients, Plan, spend
 from trainer.losses.heads import head_for
 from trainer.losses.rows import rows_for
 
+
 class SparseTarget(NamedTuple):
     loss: Tensor  # 0-dim, differentiable
     logprobs: Tensor  # [N, K]

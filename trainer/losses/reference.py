@@ -29,8 +29,8 @@ def sparse_target(
     loss, lse = -(w * logprobs).sum(), torch.logsumexp(logits, dim=-1).detach()
     if ghost is None:
         return SparseTarget(loss, logprobs.detach(), lse)
-    named = logprobs.exp().masked_fill(ids < 0, 0).sum(dim=1)
-    rest = torch.log(1 - named)
+    named = torch.zeros_like(logits).scatter_add_(1, ids.clamp_min(0), (ids >= 0).to(logits)) > 0
+    rest = logits.softmax(dim=-1).masked_fill(named, 0).sum(dim=1).log()
     return SparseTarget(loss - (ghost * rest).sum(), logprobs.detach(), lse, rest.detach())
 
 
