@@ -234,5 +234,17 @@ def test_distillation_takes_less_than_a_third_of_the_textbook_memory() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)["rows"][0]
-    assert row["textbook"]["peak_mib"] > 1000  # at least four times 2048 x 32768 numbers
+    assert row["ways"]["textbook"]["peak_mib"] > 1000  # at least four times 2048 x 32768 numbers
     assert row["memory_ratio"] < 1 / 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_the_benchmark_runs_in_a_tiny_form() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/losses.py", "--tiny", "--device", "cpu"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for title in ("distillation", "cross-entropy"):
+        assert f"{title}" in done.stdout
+    assert done.stdout.count("of the time and 1/") == 2
