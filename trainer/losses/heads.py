@@ -143,4 +143,4 @@ def _mixed_accumulation(device: torch.device) -> bool:
         torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
         return False
-    return torch.allclose(total, expected, rtol=1e-3, atol=1e-3)
+    return bool(torch.allclose(total, expected, rtol=1e-3, atol=1e-3))

@@ -1,6 +1,6 @@
-"""The head of a language model and its loss as one operation, in chunks of rows.
+"""The head of a language model and its loss as one operation, over chunks of rows.
 
-None of them holds the [N, V] logits of a batch: a chunk of rows is projected, its gradient
+No operation here holds the [N, V] logits of a batch: a chunk of rows is projected, its gradient
 with respect to the logits is written over them, and two products add it to the gradients of the
 hidden states and of the head, all in the forward pass. The backward pass only multiplies those by
 the gradient of the loss. So a call costs three products with the head and a few buffers of
