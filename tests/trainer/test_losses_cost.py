@@ -191,7 +191,7 @@ def test_a_cpu_drops_masked_rows_before_the_head(op) -> None:
 
 
 def test_chunks_are_as_large_as_the_buffer_allows_and_no_larger_than_the_batch() -> None:
-    for n, v, expected in ((3000, 32, 3000), (40, 2**20, 16), (600, 2**15, 512)):
+    for n, v, expected in ((3000, 32, 3000), (40, 2**20, 32), (1100, 2**15, 1024)):
         hidden, weight, ids = torch.zeros(n, 1), torch.zeros(v, 1), torch.zeros(n, 1).long()
         with Operations() as operations:
             sparse_target(hidden, weight, ids, torch.ones(n, 1))

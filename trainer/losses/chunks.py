@@ -10,9 +10,9 @@ from torch import Tensor
 
 from trainer.losses.heads import Head
 
-#: Bytes of one fp32 buffer of logits. A CPU gains nothing from more; an accelerator reads the whole
+#: Bytes of one fp32 buffer of logits. A CPU gains little from more; an accelerator reads the whole
 #: head and its gradient for every chunk, so that few rows leave it waiting for memory.
-CPU_BUFFER = 64 * 2**20
+CPU_BUFFER = 128 * 2**20
 DEVICE_BUFFER = 512 * 2**20
 
 
