@@ -1,12 +1,19 @@
-"""Time and peak memory of the chunked losses against the textbook ones (all logits at once), fp32,
-forward and backward, on this CPU.
+"""Time and peak memory of the chunked losses, forward and backward, against their peers.
 
-    python benchmarks/losses.py [--tokens 4096 --vocab 65536 --student 512 --teacher 1024]
+    python benchmarks/losses.py           a CPU: against the textbook (all logits at once), fp32
+    python benchmarks/losses.py           with CUDA: bf16, against the textbook and Liger
+    python benchmarks/losses.py --tiny    in seconds: that it runs, not how fast
 
-Every measurement is a process of its own; textbook and chunked take turns, and the medians are
+On a CPU every measurement is a process of its own; the ways take turns, and the medians are
 compared. Memory is the highest resident set (VmHWM) less what was resident before the call, so it
-includes the gradients. `--check` exits 1 when distillation is slower than the textbook, or takes
-more than a sixth of its memory: a budget for the default shape.
+includes the gradients. With CUDA everything happens in this process: the ways take turns 20 times
+after three warm-ups, time is measured by events and memory is the allocator's peak less what was
+allocated before the call. Liger's chunked distillation loss runs with beta = 0 and compiled; where
+it cannot be imported that is said, and nothing is compared with it.
+
+`--check` exits 1 over a limit: on a CPU distillation slower than the textbook or above a sixth of
+its memory; with CUDA 0.7 of Liger's time or a third of its memory at student 2,048. The goals in
+the table are tighter on a CPU, and hold for its default shapes.
 """
 
 from __future__ import annotations
@@ -22,42 +29,78 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-WAYS = ("textbook", "chunked")
 TITLES = {"kd": "distillation (KL + CE, T = 2)", "ce": "cross-entropy"}
-TIME_BUDGET, MEMORY_BUDGET = 1.0, 1 / 6
+NAMES = ("tokens", "vocab", "student", "teacher")
+#: Shapes in the order of NAMES.
+CPU_SHAPES = [(4096, 65536, 256, 256), (4096, 65536, 1024, 1024)]
+CUDA_SHAPES = [(8192, 128256, 2048, 4096), (8192, 128256, 4096, 4096)]
+TINY = (64, 2048, 16, 16)
+#: Distillation on a CPU: student size -> goals of time and memory against the textbook.
+GOALS = {256: (0.75, 1 / 8), 1024: (0.95, 1 / 6)}
+CPU_LIMITS, CUDA_LIMITS = (1.0, 1 / 6), (0.7, 1 / 3)
+WARMUPS = 3
+
+Shape = tuple[int, ...]
+Row = dict[str, Any]
+Samples = dict[str, list[dict[str, float]]]
 
 
 def main() -> int:
     options = parse_options()
+    sys.path.insert(0, str(REPOSITORY))
     if options.measure:
-        print(json.dumps(measure(options.ops[0], options.measure, options)))
+        op, way, *sizes = options.measure
+        print(json.dumps(measure(op, way, tuple(map(int, sizes)))))
         return 0
-    rows = [compare(op, options) for op in options.ops]
+    on_cuda = options.device == "cuda" or (options.device == "auto" and has_cuda())
+    shapes = shapes_of(options, CUDA_SHAPES if on_cuda else CPU_SHAPES)
+    absent = [] if not on_cuda or liger() is not None else ["liger"]
+    compare = compare_on_cuda if on_cuda else compare_on_cpu
+    rows = [
+        compare(op, shape, options.rounds or (20 if on_cuda else 3))
+        for shape in shapes
+        for op in options.ops
+    ]
     if options.json:
-        print(json.dumps({"v": 1, "shape": shape_of(options), "rows": rows}))
+        print(json.dumps({"v": 2, "device": device_name(on_cuda), "absent": absent, "rows": rows}))
     else:
-        print_table(rows, options)
-    return 1 if options.check and not within_budget(rows) else 0
+        print_table(rows, device_name(on_cuda), absent)
+    return 1 if options.check and not within_limits(rows, on_cuda) else 0
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    for name, default, what in (
-        ("tokens", 4096, "rows of hidden states"),
-        ("vocab", 65536, "entries of both vocabularies"),
-        ("student", 512, "hidden size of the student"),
-        ("teacher", 1024, "hidden size of the teacher"),
-        ("rounds", 3, "measurements of each"),
+    for name, what in (
+        ("tokens", "rows of hidden states"),
+        ("vocab", "entries of both vocabularies"),
+        ("student", "hidden size of the student"),
+        ("teacher", "hidden size of the teacher"),
+        ("rounds", "measurements of each"),
     ):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=what)
-    parser.add_argument("--ops", nargs="+", choices=("kd", "ce"), default=["kd", "ce"])
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=what)
+    parser.add_argument("--ops", nargs="+", choices=tuple(TITLES), default=list(TITLES))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--tiny", action="store_true", help="one small shape, one round")
     parser.add_argument("--json", action="store_true", help="print facts, not a table")
-    parser.add_argument("--check", action="store_true", help="exit 1 over the budget of kd")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="exit 1 over a limit of distillation")
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.check and "kd" not in options.ops:
         parser.error("--check needs kd among --ops")
+    if options.check and options.tiny:
+        parser.error("--check needs a real shape: --tiny is too small to be fast")
+    if options.device == "cuda" and not has_cuda():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    if options.tiny:
+        options.rounds = options.rounds or 1
     return options
+
+
+def shapes_of(options: argparse.Namespace, defaults: list[Shape]) -> list[Shape]:
+    given = [getattr(options, name) for name in NAMES]
+    if any(given):
+        return [tuple(mine or default for mine, default in zip(given, defaults[0]))]
+    return [TINY] if options.tiny else defaults
 
 
 def positive(text: str) -> int:
@@ -66,31 +109,39 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def compare(op: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: the medians of both ways over `rounds` turns, and their ratios."""
-    samples: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(options.rounds):
-        for way in WAYS:
-            samples[way].append(in_process(op, way, options))
-    losses = [sample["loss"] for way in WAYS for sample in samples[way]]
-    if max(losses) - min(losses) > 1e-4 * abs(losses[0]):
-        raise SystemExit(f"{op}: textbook and chunked do not compute the same loss: {losses}")
-    row: dict[str, Any] = {"op": op}
-    for way in WAYS:
-        row[way] = {
-            key: statistics.median(sample[key] for sample in samples[way])
-            for key in ("seconds", "peak_mib")
-        }
-        row[way]["all_seconds"] = [round(sample["seconds"], 3) for sample in samples[way]]
-    for ratio, key in (("time_ratio", "seconds"), ("memory_ratio", "peak_mib")):
-        row[ratio] = row["chunked"][key] / row["textbook"][key]
-    return row
+def has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
-def in_process(op: str, way: str, options: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", way, "--ops", op]
-    for name, value in shape_of(options).items():
-        command += [f"--{name}", str(value)]
+def device_name(on_cuda: bool) -> str:
+    import torch
+
+    if on_cuda:
+        return f"{torch.cuda.get_device_name()}, bf16, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, fp32, torch {torch.__version__}"
+
+
+def liger() -> Any:
+    """Liger's loss as a class, or None."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearJSDLoss
+
+
+def compare_on_cpu(op: str, shape: Shape, rounds: int) -> Row:
+    samples: Samples = {"textbook": [], "chunked": []}
+    for _ in range(rounds):
+        for way, taken in samples.items():
+            taken.append(in_process(op, way, shape))
+    return row_of(op, shape, samples, against="textbook", tolerance=1e-4)
+
+
+def in_process(op: str, way: str, shape: Shape) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", op, way, *map(str, shape)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{op} {way}: exit code {done.returncode}\n{done.stderr}")
@@ -98,52 +149,17 @@ def in_process(op: str, way: str, options: argparse.Namespace) -> dict[str, floa
     return result
 
 
-def shape_of(options: argparse.Namespace) -> dict[str, int]:
-    return {name: getattr(options, name) for name in ("tokens", "vocab", "student", "teacher")}
-
-
-def measure(op: str, way: str, options: argparse.Namespace) -> dict[str, float]:
+def measure(op: str, way: str, shape: Shape) -> dict[str, float]:
     """Seconds, peak MiB and loss of one forward and backward pass, in this process."""
-    sys.path.insert(0, str(REPOSITORY))
-    loss = loss_of(op, way)
-    loss(tokens=16, vocab=64, student=16, teacher=16)().backward()  # starts the thread pool
-    compute = loss(**shape_of(options))
+    computation(op, way, (16, 64, 16, 16), "cpu")()  # starts the thread pool
+    compute = computation(op, way, shape, "cpu")
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts again from here
     start = time.perf_counter()
     value = compute()
-    value.backward()
     seconds = time.perf_counter() - start
-    return {
-        "seconds": seconds,
-        "peak_mib": (resident("VmHWM") - before) / 1024,
-        "loss": float(value),
-    }
-
-
-def loss_of(op: str, way: str) -> Callable[..., Callable[[], Any]]:
-    """A function of the shape that makes the inputs and returns the computation."""
-    import torch
-
-    from trainer.losses import linear, reference
-
-    def prepare(tokens: int, vocab: int, student: int, teacher: int) -> Callable[[], Any]:
-        torch.manual_seed(0)
-        hidden = torch.randn(tokens, student, requires_grad=True)
-        head = (torch.randn(vocab, student) / student**0.5).requires_grad_()
-        labels = torch.randint(vocab, (tokens,))
-        if op == "ce":
-            if way == "textbook":
-                return lambda: reference.cross_entropy(hidden, head, labels)
-            ids, w = labels.unsqueeze(1), torch.ones(tokens, 1)
-            return lambda: linear.sparse_target(hidden, head, ids, w).loss
-        teacher_hidden = torch.randn(tokens, teacher)
-        teacher_head = torch.randn(vocab, teacher) / teacher**0.5
-        dense_kl = linear.dense_kl if way == "chunked" else reference.dense_kl
-        inputs = hidden, head, teacher_hidden, teacher_head, labels
-        return lambda: dense_kl(*inputs, temperature=2.0, ce_weight=0.5, kl_weight=0.5).loss
-
-    return prepare
+    peak = (resident("VmHWM") - before) / 1024
+    return {"seconds": seconds, "peak_mib": peak, "loss": float(value)}
 
 
 def resident(field: str) -> int:
@@ -156,27 +172,133 @@ def resident(field: str) -> int:
     )
 
 
-def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    shape = ", ".join(f"{name} {value}" for name, value in shape_of(options).items())
-    print(f"{shape}; fp32, median of {options.rounds}\n")
-    header = ("", "textbook", "chunked", "time", "textbook", "chunked", "memory")
-    print("{:<30} {:>10} {:>10} {:>6} {:>12} {:>12} {:>7}".format(*header))
-    for row in rows:
-        old, new = row["textbook"], row["chunked"]
-        print(
-            f"{TITLES[row['op']]:<30} {old['seconds']:>8.2f} s {new['seconds']:>8.2f} s "
-            f"{row['time_ratio']:>6.2f} {old['peak_mib']:>8.0f} MiB {new['peak_mib']:>8.0f} MiB "
-            f"{'1/' + format(1 / row['memory_ratio'], '.1f'):>7}"
+def compare_on_cuda(op: str, shape: Shape, rounds: int) -> Row:
+    ways = ["textbook", "chunked"]
+    if op == "kd" and liger() is not None:
+        ways.append("liger")
+    samples: Samples = {way: [] for way in ways}
+    computations = {way: computation(op, way, shape, "cuda") for way in ways}
+    for turn in range(WARMUPS + rounds):
+        for way, compute in computations.items():
+            sample = measure_on_cuda(compute)
+            if turn >= WARMUPS:
+                samples[way].append(sample)
+    # The textbook's logits and sums are bf16 here, which is good for two digits.
+    against = "liger" if "liger" in ways else "textbook"
+    return row_of(op, shape, samples, against, tolerance=2e-2)
+
+
+def measure_on_cuda(compute: Callable[[], Any]) -> dict[str, float]:
+    import torch
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    value = compute()
+    end.record()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    seconds = start.elapsed_time(end) / 1000
+    return {"seconds": seconds, "peak_mib": peak, "loss": float(value)}
+
+
+def computation(op: str, way: str, shape: Shape, device: str) -> Callable[[], Any]:
+    """Makes random inputs; returns what computes their loss, and gradients that it drops again."""
+    import torch
+
+    from trainer.losses import linear, reference
+
+    tokens, vocab, student, teacher = shape
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"device": device}
+    kind["dtype"] = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(tokens, student, **kind).requires_grad_()
+    head = (torch.randn(vocab, student, **kind) / student**0.5).requires_grad_()
+    labels = torch.randint(vocab, (tokens,), device=device)
+
+    def both_ways(loss: Callable[[], Any]) -> Callable[[], Any]:
+        def compute() -> Any:
+            value = loss()
+            value.backward()
+            hidden.grad = head.grad = None
+            return value.detach()
+
+        return compute
+
+    if op == "ce":
+        if way == "textbook":
+            return both_ways(lambda: reference.cross_entropy(hidden, head, labels))
+        ids, w = labels.unsqueeze(1), torch.ones(tokens, 1, device=device)
+        return both_ways(lambda: linear.sparse_target(hidden, head, ids, w).loss)
+    teacher_hidden = torch.randn(tokens, teacher, **kind)
+    teacher_head = torch.randn(vocab, teacher, **kind) / teacher**0.5
+    if way == "liger":  # a mean over tokens
+        module = liger()(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0, temperature=2.0)
+        return both_ways(
+            lambda: module(hidden, head, teacher_hidden, teacher_head, labels, None, None) * tokens
         )
+    dense_kl = linear.dense_kl if way == "chunked" else reference.dense_kl
+    inputs = hidden, head, teacher_hidden, teacher_head, labels
+    return both_ways(lambda: dense_kl(*inputs, temperature=2.0, ce_weight=0.5, kl_weight=0.5).loss)
 
 
-def within_budget(rows: list[dict[str, Any]]) -> bool:
-    row = next(row for row in rows if row["op"] == "kd")
-    problems = [
-        f"{name} ratio of distillation is {row[name + '_ratio']:.3f}; the budget is {budget:.3f}"
-        for name, budget in (("time", TIME_BUDGET), ("memory", MEMORY_BUDGET))
-        if row[name + "_ratio"] > budget
-    ]
+def row_of(op: str, shape: Shape, samples: Samples, against: str, tolerance: float) -> Row:
+    """Medians of each way, and the ratios of the chunked one to `against`. The losses of chunked
+    and textbook may differ by `tolerance`; Liger's has a scale of its own."""
+    row: Row = {"op": op, "shape": dict(zip(NAMES, shape)), "against": against, "ways": {}}
+    for way, taken in samples.items():
+        row["ways"][way] = {
+            key: statistics.median(sample[key] for sample in taken)
+            for key in ("seconds", "peak_mib", "loss")
+        }
+        row["ways"][way]["all_seconds"] = [round(sample["seconds"], 4) for sample in taken]
+    chunked, textbook = row["ways"]["chunked"], row["ways"]["textbook"]
+    if abs(chunked["loss"] - textbook["loss"]) > tolerance * abs(textbook["loss"]):
+        raise SystemExit(f"{op}: textbook and chunked do not compute the same loss: {row['ways']}")
+    for ratio, key in (("time_ratio", "seconds"), ("memory_ratio", "peak_mib")):
+        row[ratio] = chunked[key] / row["ways"][against][key]
+    if op == "kd" and shape in CPU_SHAPES:
+        row["goals"] = GOALS[shape[2]]
+    return row
+
+
+def print_table(rows: list[Row], device: str, absent: list[str]) -> None:
+    print(device)
+    for name in absent:
+        print(f"{name}: cannot be imported, so there is no comparison with it")
+    for row in rows:
+        shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+        print(f"\n{TITLES[row['op']]}: {shape}; median of {count_of(row)}")
+        for way, facts in row["ways"].items():
+            line = f"  {way:<9} {facts['seconds'] * 1e3:>9.1f} ms {facts['peak_mib']:>8.0f} MiB"
+            print(f"{line}   loss {facts['loss']:.6g}")
+        time_ratio, memory_ratio = row["time_ratio"], row["memory_ratio"]
+        verdict = f"  {time_ratio:.2f} of the time and 1/{1 / memory_ratio:.1f} of the memory"
+        goals = row.get("goals")
+        aim = f"; the goal is {goals[0]} and 1/{1 / goals[1]:.0f}" if goals else ""
+        print(f"{verdict} of {row['against']}{aim}")
+
+
+def count_of(row: Row) -> int:
+    return len(row["ways"]["chunked"]["all_seconds"])
+
+
+def within_limits(rows: list[Row], on_cuda: bool) -> bool:
+    problems = []
+    for row in rows:
+        # With CUDA the limits are Liger's, at a student smaller than its teacher.
+        smaller = row["shape"]["student"] < row["shape"]["teacher"]
+        if row["op"] != "kd" or (on_cuda and not (smaller and row["against"] == "liger")):
+            continue
+        limits = CUDA_LIMITS if on_cuda else CPU_LIMITS
+        problems += [
+            f"distillation, student {row['shape']['student']}: {name} ratio "
+            f"{row[f'{name}_ratio']:.3f}; the limit is {limit:.3f}"
+            for name, limit in zip(("time", "memory"), limits)
+            if row[f"{name}_ratio"] > limit
+        ]
     for problem in problems:
         print(problem, file=sys.stderr)
     return not problems

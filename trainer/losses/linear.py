@@ -1,10 +1,11 @@
 """The head of a language model and its loss as one operation, over chunks of rows.
 
-Neither operation holds the [N, V] logits of a batch: a chunk of rows is projected, its gradient
+No operation here holds the [N, V] logits of a batch: a chunk of rows is projected, its gradient
 with respect to the logits is written over them, and two products add it to the gradients of the
 hidden states and of the head, all in the forward pass. The backward pass only multiplies those by
 the gradient of the loss. So a call costs three products with the head and a few buffers of
-`chunk_rows` x V, and can be differentiated once.
+`chunk_rows` x V, and can be differentiated once. `token_logprobs`, whose gradient the caller
+chooses only after seeing them, computes the logits again in the backward pass: a fourth product.
 
 Logits are fp32 (float64 for float64 inputs) whatever the inputs are: logits rounded to bf16 change
 the gradient by several percent. Nothing here waits for the device, except that on a CPU, where
@@ -15,7 +16,6 @@ computed with weight zero, unless the caller names the rows that count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional, Union
 
@@ -23,18 +23,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.heads import Head, head_for
-
-#: Bytes of one fp32 buffer of logits. A CPU gains nothing from more; an accelerator reads the whole
-#: head and its gradient for every chunk, so that few rows leave it waiting for memory.
-CPU_BUFFER = 64 * 2**20
-DEVICE_BUFFER = 512 * 2**20
+from trainer.losses.chunks import Gradients, Plan, spend
+from trainer.losses.heads import head_for
+from trainer.losses.rows import rows_for
 
 
 class SparseTarget(NamedTuple):
     loss: Tensor  # 0-dim, differentiable
     logprobs: Tensor  # [N, K]
     lse: Tensor  # [N]
+    ghost: Optional[Tensor] = None  # [N]
 
 
 class DenseKL(NamedTuple):
@@ -50,11 +48,13 @@ def sparse_target(
     ids: Tensor,
     w: Tensor,
     *,
+    ghost: Optional[Tensor] = None,
     temperature: float = 1.0,
     chunk_rows: Optional[int] = None,
     rows: Optional[Tensor] = None,
 ) -> SparseTarget:
-    """Cross-entropy with a sparse target: loss = sum over n, k of w[n, k] * -logprobs[n, k].
+    """Cross-entropy with a sparse target: loss = sum over n, k of w[n, k] * -logprobs[n, k],
+    with `ghost` plus the sum over n of ghost[n] * -ghost_logprobs[n].
 
     `logprobs[n, k]` is log softmax(z_n / temperature) at `ids[n, k]`, with z = hidden @ weight.T,
     and `lse[n]` (nats) is the logsumexp of z_n / temperature; both are detached, fp32 or float64.
@@ -64,6 +64,11 @@ def sparse_target(
     hidden [N, H] and weight [V, H]: floating point; the loss is differentiable in both, once.
     ids [N, K]: long, below V; a negative id is an entry that does not count (its logprob is 0).
     w [N, K]: any sign; fold coefficients and norms in here, as tensors, without leaving the device.
+    ghost [N]: the weight of one more entry, all tokens that are not among the row's ids, whose
+    probability is 1 - sum_k softmax_k. For a target that is a teacher's top k this is 1 - sum_k w:
+    without it the student is asked to give the k tokens all of its probability. `ghost` of the
+    result is that entry's log-probability [N], detached (-inf where no token is left). The ids of a
+    row must then be distinct.
     rows [M]: the distinct rows that count. Without it these are the rows with a weight other than
     zero. Every other row gets logprobs and lse 0 and gradient 0, whatever its hidden state holds.
     chunk_rows: rows of logits held at once. Raises ValueError for shapes that do not fit."""
@@ -75,14 +80,52 @@ def sparse_target(
         )
     _check_ids("sparse_target", ids, weight)
     w = w.detach().to(_accumulator(hidden, weight)).masked_fill(ids < 0, 0)
-    counts = (w != 0).any(dim=1) if rows is None else torch.ones_like(ids[:, 0], dtype=torch.bool)
-    plan = _Plan(counts, rows, weight, chunk_rows)
+    counts = (w != 0).any(dim=1)
+    if ghost is not None:
+        _check_ghost(ghost, ids)
+        ghost = ghost.detach().to(w.dtype)
+        counts = counts | (ghost != 0)
+    if rows is not None:
+        counts = torch.ones_like(counts)
+    plan = Plan(counts, rows, weight, chunk_rows)
     with _no_autocast(hidden.device):
         return SparseTarget(
             *_SparseTarget.apply(
-                hidden, weight, ids, w, float(temperature), plan, torch.is_grad_enabled()
+                hidden, weight, ids, w, ghost, float(temperature), plan, torch.is_grad_enabled()
             )
         )
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: Optional[int] = None,
+    rows: Optional[Tensor] = None,
+) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature) at `ids` [N], differentiable in hidden [N, H]
+    and weight [V, H]: for objectives whose weights depend on the log-probabilities themselves (DPO,
+    IPO, GRPO). Returns [N] (nats; fp32 or float64), 0 where ids are negative: those rows do not
+    count, and get no gradient whatever they hold. `rows` [M]: distinct indices that contain all
+    rows that count.
+
+    The backward pass computes the logits again, from the hidden states and the head that autograd
+    keeps anyway, instead of storing the gradients of all N log-probabilities. It may run more than
+    once; on a CPU it leaves out rows whose gradient is zero. Where the weights are known before,
+    `sparse_target` spares a product. Raises ValueError for shapes that do not fit."""
+    _check_head("token_logprobs", hidden, weight, temperature, chunk_rows)
+    if ids.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_logprobs: ids {list(ids.shape)} must be [N] with N = {len(hidden)}, the rows "
+            "of hidden"
+        )
+    _check_ids("token_logprobs", ids, weight)
+    logprobs: Tensor = _TokenLogprobs.apply(
+        hidden, weight, ids, float(temperature), chunk_rows, rows
+    )
+    return logprobs
 
 
 def dense_kl(
@@ -95,6 +138,7 @@ def dense_kl(
     temperature: float,
     ce_weight: Union[float, Tensor],
     kl_weight: Union[float, Tensor],
+    beta: float = 0.0,
     chunk_rows: Optional[int] = None,
     diagnostics: bool = False,
     rows: Optional[Tensor] = None,
@@ -102,10 +146,16 @@ def dense_kl(
     """Knowledge distillation from a teacher's last hidden state (Hinton et al. 2015, arXiv
     1503.02531): loss = ce_weight * ce + kl_weight * kl, summed over the rows that count.
 
-    ce = sum of -log softmax(z)[label]; kl = T^2 * sum of KL(softmax(z_teacher / T) ||
-    softmax(z / T)), so that its gradient keeps its size when T changes; l2 (with `diagnostics`,
-    else None) = sum over rows of the mean over the vocabulary of (z - z_teacher)^2. All three are
-    detached, in nats, fp32 or float64.
+    ce = sum of -log softmax(z)[label]; kl = T^2 * sum of D(p, q), with p = softmax(z_teacher / T)
+    and q = softmax(z / T): the T^2 keeps the size of the gradient when T changes. l2 (with
+    `diagnostics`, else None) = sum over rows of the mean over the vocabulary of (z - z_teacher)^2.
+    All three are detached, in nats, fp32 or float64.
+
+    D by `beta` (Agarwal et al. 2023, arXiv 2306.13649): 0: KL(p || q), the forward one; 1:
+    KL(q || p), the reverse one; between: the generalised Jensen-Shannon divergence
+    beta * KL(p || m) + (1 - beta) * KL(q || m) with m = beta * p + (1 - beta) * q. Towards its ends
+    that one becomes beta * KL(p || q) and (1 - beta) * KL(q || p), and so zero: beta = 0 and
+    beta = 1 are their own definitions, not its limits.
 
     hidden [N, H], weight [V, H]: the student; the loss is differentiable in both, once.
     teacher_hidden [N, Ht], teacher_weight [Vt, Ht]: never get a gradient.
@@ -118,13 +168,15 @@ def dense_kl(
     to a round size then teaches nothing wrong. Raises ValueError for shapes that do not fit."""
     _check_head("dense_kl", hidden, weight, temperature, chunk_rows)
     _check_head("dense_kl: teacher", teacher_hidden, teacher_weight, temperature, chunk_rows)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"dense_kl: beta is {beta}; it must be in [0, 1]")
     if labels.shape != hidden.shape[:1] or len(teacher_hidden) != len(hidden):
         raise ValueError(
             f"dense_kl: labels {list(labels.shape)} must be [N] and teacher_hidden "
             f"{list(teacher_hidden.shape)} [N, Ht] with N = {len(hidden)}, the rows of hidden"
         )
     _check_ids("dense_kl", labels, weight)
-    plan = _Plan(labels >= 0, rows, weight, chunk_rows)
+    plan = Plan(labels >= 0, rows, weight, chunk_rows)
     with _no_autocast(hidden.device):
         return DenseKL(
             *_DenseKL.apply(
@@ -134,6 +186,7 @@ def dense_kl(
                 teacher_weight.detach(),
                 labels,
                 float(temperature),
+                float(beta),
                 ce_weight.detach() if isinstance(ce_weight, Tensor) else ce_weight,
                 kl_weight.detach() if isinstance(kl_weight, Tensor) else kl_weight,
                 diagnostics,
@@ -151,39 +204,95 @@ class _SparseTarget(torch.autograd.Function):  # type: ignore[misc]
         weight: Tensor,
         ids: Tensor,
         w: Tensor,
+        ghost: Optional[Tensor],
         temperature: float,
-        plan: _Plan,
+        plan: Plan,
         recording: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        head = head_for(hidden, weight, w.dtype, plan.chunk_rows)
-        gradients = _Gradients(ctx, hidden, weight, w.dtype, recording)
-        logprobs = torch.zeros_like(w)
-        lse = w.new_zeros(len(hidden))
-        for at in plan.chunks():
-            counts = plan.counts[at].unsqueeze(1)
-            h = head.operand(hidden[at], counts)
-            z = head.logits(h)
-            if temperature != 1:
-                z.mul_(1 / temperature)
-            top = z.amax(dim=1, keepdim=True)
-            picked = ids[at].clamp_min(0)
-            logprob = z.sub_(top).gather(1, picked)
-            total = z.exp_().sum(dim=1, keepdim=True)
-            logprob.sub_(total.log()).masked_fill_((ids[at] < 0) | ~counts, 0)
-            logprobs[at] = logprob
-            lse[at] = (top + total.log()).masked_fill_(~counts, 0).squeeze(1)
-            if gradients.wanted:
-                target = w[at] / temperature
-                z.mul_(target.sum(dim=1, keepdim=True) / total).scatter_add_(1, picked, -target)
-                gradients.add(at, head, z, h)
+    ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
+        gradients = Gradients(hidden, weight, w.dtype, _wanted(ctx, recording))
+        result = _sparse_rows(hidden, weight, ids, w, ghost, temperature, plan, gradients)
         ctx.gradients = gradients
-        ctx.mark_non_differentiable(logprobs, lse)
-        return -(w * logprobs).sum(), logprobs, lse
+        ctx.mark_non_differentiable(*(tensor for tensor in result if tensor is not None))
+        logprobs, lse, ghost_logprobs = result
+        loss = -(w * logprobs).sum()
+        if ghost is not None and ghost_logprobs is not None:
+            # Without weight it adds nothing, though no token may be left and its logarithm -inf.
+            loss = loss - (ghost * ghost_logprobs).masked_fill_(ghost == 0, 0).sum()
+        return loss, logprobs, lse, ghost_logprobs
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Optional[Tensor], ...]:
-        return (*_Gradients.spend(ctx, scale), *[None] * 5)
+        return (*spend(ctx, scale), *[None] * 6)
+
+
+class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        temperature: float,
+        chunk_rows: Optional[int],
+        rows: Optional[Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, ids, rows)
+        ctx.options = temperature, chunk_rows
+        dtype = _accumulator(hidden, weight)
+        plan = Plan(ids >= 0, rows, weight, chunk_rows)
+        w = torch.zeros_like(ids, dtype=dtype).unsqueeze(1)
+        nothing = Gradients(hidden, weight, dtype, (False, False))
+        with _no_autocast(hidden.device):
+            result = _sparse_rows(
+                hidden, weight, ids.unsqueeze(1), w, None, temperature, plan, nothing
+            )
+        return result[0].squeeze(1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        hidden, weight, ids, rows = ctx.saved_tensors
+        temperature, chunk_rows = ctx.options
+        w = -gradient.masked_fill(ids < 0, 0)  # of the sum of w * -logprob
+        plan = Plan((ids >= 0) & (w != 0), rows, weight, chunk_rows)
+        gradients = Gradients(hidden, weight, w.dtype, _wanted(ctx, True))
+        with _no_autocast(hidden.device):
+            _sparse_rows(
+                hidden, weight, ids.unsqueeze(1), w.unsqueeze(1), None, temperature, plan, gradients
+            )
+        return (*gradients.release(), *[None] * 4)
+
+
+def _sparse_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    ghost: Optional[Tensor],
+    temperature: float,
+    plan: Plan,
+    gradients: Gradients,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """logprobs [N, K], lse [N] and the ghost's logprobs [N], chunk by chunk; fills `gradients`."""
+    head = head_for(hidden, weight, w.dtype, plan.chunk_rows)
+    operations = rows_for(hidden.device, w.dtype)
+    logprobs, lse = torch.zeros_like(w), w.new_zeros(len(hidden))
+    ghost_logprobs = None if ghost is None else torch.zeros_like(lse)
+    for at in plan.chunks():
+        ignored = ~plan.counts[at]
+        h = head.operand(hidden[at], ~ignored.unsqueeze(1))
+        of_ghost = None if ghost is None else ghost[at]
+        found = operations.sparse(
+            head.logits(h), ids[at], w[at], of_ghost, temperature, gradients.wanted, head.factors
+        )
+        logprobs[at] = found.logprobs.masked_fill_((ids[at] < 0) | ignored.unsqueeze(1), 0)
+        lse[at] = found.lse.masked_fill_(ignored, 0)
+        if ghost_logprobs is not None and found.ghost is not None:
+            ghost_logprobs[at] = found.ghost.masked_fill_(ignored, 0)
+        if found.dz is not None:
+            gradients.add(at, head, found.dz, h)
+    return logprobs, lse, ghost_logprobs
 
 
 class _DenseKL(torch.autograd.Function):  # type: ignore[misc]
@@ -196,44 +305,42 @@ class _DenseKL(torch.autograd.Function):  # type: ignore[misc]
         teacher_weight: Tensor,
         labels: Tensor,
         temperature: float,
+        beta: float,
         ce_weight: Union[float, Tensor],
         kl_weight: Union[float, Tensor],
         diagnostics: bool,
-        plan: _Plan,
+        plan: Plan,
         recording: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
         dtype = _accumulator(hidden, weight, teacher_hidden, teacher_weight)
         student = head_for(hidden, weight, dtype, plan.chunk_rows)
         teacher = head_for(teacher_hidden, teacher_weight, dtype, plan.chunk_rows)
-        gradients = _Gradients(ctx, hidden, weight, dtype, recording)
+        operations = rows_for(hidden.device, dtype)
+        gradients = Gradients(hidden, weight, dtype, _wanted(ctx, recording))
         common = min(len(weight), len(teacher_weight))
-        scratch = hidden.new_empty((plan.chunk_rows, common), dtype=dtype)
         ce, kl, l2 = hidden.new_zeros((3, len(hidden)), dtype=dtype)
         for at in plan.chunks():
             counts = plan.counts[at].unsqueeze(1)
+            ignored, counted = ~plan.counts[at], counts.to(dtype)
             h = student.operand(hidden[at], counts)
-            z = student.logits(h)
-            z_teacher = teacher.logits(teacher.operand(teacher_hidden[at], counts))[:, :common]
-            buffer = scratch[: len(z)]
-            if diagnostics:  # rows that do not count are zero in both, and add nothing
-                difference = torch.sub(z[:, :common], z_teacher, out=buffer)
-                l2[at] = difference.mul_(difference).mean(dim=1)
-            z.sub_(z.amax(dim=1, keepdim=True))
-            rows_kl, p, p_total, q, q_total = _divergence(
-                z[:, :common], z_teacher, buffer, temperature
-            )
-            kl[at] = rows_kl.masked_fill_(~counts, 0).squeeze(1)
-            label = labels[at].clamp_min(0).unsqueeze(1)
-            gold = z.gather(1, label)
-            total = z.exp_().sum(dim=1, keepdim=True)
-            ce[at] = (total.log() - gold).masked_fill_(~counts, 0).squeeze(1)
-            if gradients.wanted:
+            found = operations.dense(
+                student.logits(h),
+                teacher.logits(teacher.operand(teacher_hidden[at], counts))[:, :common],
+                labels[at].clamp_min(0),
+                counted * ce_weight,
                 # T^2 of the loss, and 1 / T of the logits inside the softmax, leave T.
-                counted = counts.to(dtype)
-                pull, push = counted * ce_weight, counted * (kl_weight * temperature)
-                z.mul_(pull / total).scatter_add_(1, label, -pull)
-                z[:, :common].addcmul_(q, push / q_total).addcmul_(p, -push / p_total)
-                gradients.add(at, student, z, h)
+                counted * (kl_weight * temperature),
+                temperature=temperature,
+                beta=beta,
+                diagnostics=diagnostics,
+                wanted=gradients.wanted,
+                dtype=student.factors,
+            )
+            ce[at], kl[at] = found.ce.masked_fill_(ignored, 0), found.kl.masked_fill_(ignored, 0)
+            if found.l2 is not None:  # rows that do not count are zero in both, and add nothing
+                l2[at] = found.l2
+            if found.dz is not None:
+                gradients.add(at, student, found.dz, h)
         ctx.gradients = gradients
         sums = ce.sum(), kl.sum() * temperature**2, l2.sum()
         ctx.mark_non_differentiable(*sums)
@@ -243,84 +350,14 @@ class _DenseKL(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Optional[Tensor], ...]:
-        return (*_Gradients.spend(ctx, scale), *[None] * 9)
+        return (*spend(ctx, scale), *[None] * 10)
 
 
-def _divergence(
-    z: Tensor, z_teacher: Tensor, buffer: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """KL(teacher || student) of rows [n, 1] at `temperature`, without T^2, then for the teacher and
-    for the student exp((z - max) / T) [n, V] and its sum [n, 1]. The teacher's exponentials lie in
-    `buffer`, the student's over `z_teacher`; `z` is only read."""
-    # Its own maximum: where the vocabulary is cut, the student's largest logit may be gone.
-    shift = z.amax(dim=1, keepdim=True)
-    log_p = z_teacher.sub_(z_teacher.amax(dim=1, keepdim=True)).mul_(1 / temperature)
-    p = torch.exp(log_p, out=buffer)
-    p_total = p.sum(dim=1, keepdim=True)
-    gap = log_p.add_(z, alpha=-1 / temperature).add_(shift / temperature)
-    cross = gap.mul_(p).sum(dim=1, keepdim=True)
-    q = torch.sub(z, shift, out=z_teacher).mul_(1 / temperature).exp_()
-    q_total = q.sum(dim=1, keepdim=True)
-    return cross / p_total + q_total.log() - p_total.log(), p, p_total, q, q_total
-
-
-class _Plan:
-    """Which rows are computed, and how many at a time. `counts` [N]: which rows have a weight."""
-
-    def __init__(
-        self, counts: Tensor, rows: Optional[Tensor], weight: Tensor, chunk_rows: Optional[int]
-    ) -> None:
-        on_cpu = counts.device.type == "cpu"
-        if rows is None and on_cpu and not bool(counts.all()):
-            rows = counts.nonzero().squeeze(1)
-        self.counts, self.rows = counts, rows
-        self.size = len(counts) if rows is None else len(rows)
-        budget = CPU_BUFFER if on_cpu else DEVICE_BUFFER
-        chunk_rows = chunk_rows or max(16, budget // (4 * len(weight)))
-        self.chunk_rows = min(chunk_rows, max(self.size, 1))
-
-    def chunks(self) -> Iterator[Union[slice, Tensor]]:
-        """What selects the rows of one chunk from a tensor [N, ...]."""
-        for start in range(0, self.size, self.chunk_rows):
-            at = slice(start, start + self.chunk_rows)
-            yield at if self.rows is None else self.rows[at]
-
-
-class _Gradients:
-    """The gradients of hidden states and head as they are summed in the forward pass."""
-
-    def __init__(
-        self, ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype, recording: bool
-    ) -> None:
-        # Without `recording` (no_grad) needs_input_grad still tells of the inputs alone.
-        wants_hidden, wants_weight = (recording and needed for needed in ctx.needs_input_grad[:2])
-        self.wanted = wants_hidden or wants_weight
-        self.dtypes = hidden.dtype, weight.dtype
-        # float16 has no room for gradients that the loss scale has not yet multiplied.
-        narrow = hidden.dtype if hidden.dtype != torch.float16 else dtype
-        self.hidden = torch.zeros_like(hidden, dtype=narrow) if wants_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
-
-    def add(self, at: Union[slice, Tensor], head: Head, dz: Tensor, h: Tensor) -> None:
-        dh = head.backward(dz, h, self.hidden is not None, self.weight)
-        if self.hidden is not None and dh is not None:
-            self.hidden[at] = dh.to(self.hidden.dtype)
-
-    @staticmethod
-    def spend(ctx: Any, scale: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        """The gradients times `scale`, in the dtypes of the inputs. They are scaled in place and
-        handed over, to spare a copy of the head's, so this works once."""
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError(
-                "this loss can be differentiated once: its gradients were computed with it and "
-                "handed over by the first backward; compute the loss again"
-            )
-        hidden, weight = (
-            None if gradient is None else gradient.mul_(scale).to(dtype)
-            for gradient, dtype in zip((gradients.hidden, gradients.weight), gradients.dtypes)
-        )
-        return hidden, weight
+def _wanted(ctx: Any, recording: bool) -> tuple[bool, bool]:
+    """Whether hidden states and head need a gradient. Without `recording` (no_grad)
+    needs_input_grad still tells of the inputs alone."""
+    hidden, weight = ctx.needs_input_grad[:2]
+    return recording and hidden, recording and weight
 
 
 def _accumulator(*tensors: Tensor) -> torch.dtype:
@@ -356,3 +393,17 @@ def _check_ids(name: str, ids: Tensor, weight: Tensor) -> None:
             f"{name}: token id {int(ids.max())} is outside the vocabulary of {len(weight)} "
             "entries; do tokenizer and model belong together?"
         )
+
+
+def _check_ghost(ghost: Tensor, ids: Tensor) -> None:
+    if ghost.shape != ids.shape[:1]:
+        raise ValueError(
+            f"sparse_target: ghost {list(ghost.shape)} must be [N] with N = {len(ids)}, the rows "
+            "of ids"
+        )
+    if ids.device.type == "cpu" and ids.shape[1] > 1:
+        ordered = ids.sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError(
+                "sparse_target: a row names a token id twice; with ghost its ids must be distinct"
+            )

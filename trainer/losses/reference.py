@@ -3,7 +3,8 @@ the inputs. For tests (in float64) and benchmarks; the arguments mean what they 
 
 from __future__ import annotations
 
-from typing import Union
+import math
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,31 @@ from trainer.losses.linear import DenseKL, SparseTarget
 
 
 def sparse_target(
-    hidden: Tensor, weight: Tensor, ids: Tensor, w: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    w: Tensor,
+    *,
+    ghost: Optional[Tensor] = None,
+    temperature: float = 1.0,
 ) -> SparseTarget:
     """sum of w * -log softmax(hidden @ weight.T / T)[ids]; see `linear.sparse_target`."""
     logits = F.linear(hidden, weight) / temperature
     logprobs = F.log_softmax(logits, dim=-1).gather(1, ids.clamp_min(0)).masked_fill(ids < 0, 0)
-    loss = -(w * logprobs).sum()
-    return SparseTarget(loss, logprobs.detach(), torch.logsumexp(logits, dim=-1).detach())
+    loss, lse = -(w * logprobs).sum(), torch.logsumexp(logits, dim=-1).detach()
+    if ghost is None:
+        return SparseTarget(loss, logprobs.detach(), lse)
+    named = torch.zeros_like(logits).scatter_add_(1, ids.clamp_min(0), (ids >= 0).to(logits)) > 0
+    rest = logits.softmax(dim=-1).masked_fill(named, 0).sum(dim=1).log()
+    return SparseTarget(loss - (ghost * rest).sum(), logprobs.detach(), lse, rest.detach())
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """log softmax(hidden @ weight.T / T) at ids [N]; see `linear.token_logprobs`."""
+    logprobs = F.log_softmax(F.linear(hidden, weight) / temperature, dim=-1)
+    return logprobs.gather(1, ids.clamp_min(0).unsqueeze(1)).squeeze(1).masked_fill(ids < 0, 0)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -38,9 +57,10 @@ def dense_kl(
     temperature: float,
     ce_weight: Union[float, Tensor],
     kl_weight: Union[float, Tensor],
+    beta: float = 0.0,
     diagnostics: bool = False,
 ) -> DenseKL:
-    """ce_weight * CE + kl_weight * T^2 * KL(teacher || student); see `linear.dense_kl`."""
+    """ce_weight * CE + kl_weight * T^2 * D(teacher, student); see `linear.dense_kl`."""
     logits = F.linear(hidden, weight)
     with torch.no_grad():
         teacher_logits = F.linear(teacher_hidden, teacher_weight)
@@ -49,7 +69,7 @@ def dense_kl(
     ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     log_q = F.log_softmax(logits[:, :common] / temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits[:, :common] / temperature, dim=-1)
-    per_row = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+    per_row = _divergence(log_p, log_q, beta)
     kl = temperature**2 * (per_row * counts).sum()
     loss = ce_weight * ce + kl_weight * kl
     if not diagnostics:
@@ -57,3 +77,17 @@ def dense_kl(
     with torch.no_grad():
         distance = (logits[:, :common] - teacher_logits[:, :common]).square().mean(dim=-1)
     return DenseKL(loss, ce.detach(), kl.detach(), (distance * counts).sum())
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    if beta == 0:
+        return _kl(log_p, log_q)
+    if beta == 1:
+        return _kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of each row."""
+    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(dim=-1)
