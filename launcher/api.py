@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -42,8 +43,11 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
     from launcher.plan import make
+    from launcher.start import commit_of
 
-    return make(validate(path, overrides, on).recipe, env())
+    loaded = validate(path, overrides, on)
+    made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
+    return replace(made, notes=(*made.notes, *loaded.notes()))
 
 
 def up(
@@ -54,16 +58,20 @@ def up(
     new: bool = False,
 ) -> Run:
     """Start a run, in a driver process of its own, and return it. A live run of the same recipe,
-    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`."""
+    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`.
+    Errors: those of the plan too, before anything is created: no place, a backend that only plans.
+    """
     from launcher import bundle, driver, start, view
+    from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
     packed = bundle.build(here.home)
     with home.up_lock(here.home):
-        wanted = None if new else start.fingerprint(loaded, packed, here.owner)
+        wanted = None if new else start.fingerprint(loaded, packed, here)
         same = next(view.live_like(here, wanted), None) if wanted else None
         if same is not None:
             return attach(same)
+        refuse(make(loaded.recipe, here, packed))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
     return status(run_id)
@@ -204,12 +212,15 @@ def teardown(run: Which) -> Run:
 def teardown_all() -> list[Run]:
     """`teardown` of every live run, then of whatever else on this machine's backends carries our
     label. Errors: `Leaked` with all that is left; everything has been tried by then."""
+    from launcher import backends
+
     here = env()
     done: list[Run] = []
     leaks: list[Leaked] = []
     names = {"local"}
     for run in list_runs(0):
-        names |= {job.backend for job in run.jobs}
+        # Without one readable record nobody knows where the run was: look everywhere.
+        names |= {job.backend for job in run.jobs} or {*backends.names()}
         try:
             done.append(teardown(run.id))
         except Leaked as leak:

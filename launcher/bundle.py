@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Optional
 
 from launcher.errors import LaunchError
-from launcher.home import Unwritable
+from launcher.home import Unwritable, unwritable
 from trainer.store import StoreError, atomic_write
 
 #: Largest archive, compressed: it is carried in job requests' companions and read at every start.
@@ -48,8 +48,10 @@ def build(home: Path, package: Optional[Path] = None) -> Bundle:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, packed)
-    except (OSError, StoreError) as error:
+    except StoreError as error:
         raise Unwritable(f"cannot write the bundle: {error}") from error
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
     return bundle
 
 

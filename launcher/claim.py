@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,7 +19,7 @@ from launcher.bundle import build as build_bundle
 from launcher.errors import JournalDamaged
 from launcher.fold import Fold, duration, spent
 from launcher.journal import Journal, held_elsewhere
-from launcher.plan import job_spec, jobs
+from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Hardware, Recipe, Stage, seconds
 from trainer.config import Problem, build, dotted
@@ -105,17 +104,19 @@ class Claim:
         return JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
 
     def spec(self, job: JobState, offer: Offer) -> JobSpec:
-        """The job as the backend sees it; its own deadline is what the budget has left, so that
-        the budget holds without a driver."""
+        """The job as the backend sees it, `${deadline}` still open."""
         run = self.run
         spec = job_spec(
             self.recipe, run.id, run.name, job.index, run.root, self.env.home, self._bundle(),
             run.owner, self.env, self.fold.created.get("commit"),
         )  # fmt: skip
+        return placed(spec, self.recipe.budget, offer)
+
+    def deadline(self, offer: Offer) -> Optional[int]:
+        """What `${deadline}` takes: the whole seconds that the budget has left, so that it holds
+        without a driver; None: no limit."""
         left = self.budget_left(offer.usd_per_hour)
-        if left is None:
-            return spec
-        return replace(spec, hours=left / 3600, boot={**spec.boot, "deadline_seconds": left})
+        return None if left is None else max(1, int(left))
 
     def offer(self, job: JobState, attempt: Attempt) -> Offer:
         """Where an attempt was placed, as its first intent recorded it."""
@@ -177,7 +178,7 @@ class Claim:
         return f"the budget is spent ({', '.join(filter(None, parts))})"
 
     def _bundle(self) -> Bundle:
-        raw = self.fold.created["bundle"]
+        raw = self.fold.bundle
         if Path(raw["path"]).exists():
             return Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
         fresh = build_bundle(self.env.home)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from launcher.errors import Exit, LaunchError
+from launcher.errors import Exit, LaunchError, UsageError
 
 
 class _Commands(TyperGroup):
@@ -23,6 +23,12 @@ class _Commands(TyperGroup):
             rows = [(name, self.commands[name].get_short_help_str(limit=90)) for name in names]
             with formatter.section(title):
                 formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A word of another tool, or a recipe where its verb was forgotten, gets the right verb."""
+        if args and args[0] not in self.commands and (hint := _meant(args[0])):
+            raise UsageError(f"no command '{args[0]}'; did you mean `{hint}`?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """A reader that went away (`launch logs RUN | head`) is no error."""
@@ -43,6 +49,16 @@ _SECTIONS = {
     ),
     "Recipes": ("plan", "validate", "init", "recipes", "schema"),
     "This machine": ("doctor",),
+}  # fmt: skip
+
+#: Verbs of other tools -> ours.
+_OTHER_WORDS = {
+    "run": "launch up RECIPE", "start": "launch up RECIPE", "train": "launch up RECIPE",
+    "launch": "launch up RECIPE", "cancel": "launch stop RUN", "kill": "launch teardown RUN",
+    "down": "launch teardown RUN", "delete": "launch teardown RUN", "rm": "launch teardown RUN",
+    "ps": "launch status", "list": "launch status", "ls": "launch status",
+    "queue": "launch status", "log": "launch logs RUN", "new": "launch init NAME",
+    "check": "launch validate RECIPE",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -322,11 +338,12 @@ def init(
         str, typer.Argument(metavar="NAME", help="A shipped recipe.", autocompletion=_recipe_names)
     ],
     path: Annotated[Optional[str], typer.Argument(metavar="PATH", help="Where to.")] = None,
+    as_json: JsonOption = False,
 ) -> int:
     """Copy a shipped recipe, to change it."""
     from launcher.commands import recipes
 
-    return recipes.init(name, path)
+    return recipes.init(name, path, as_json=as_json)
 
 
 @app.command("recipes")
@@ -366,54 +383,72 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return int(outcome or 0)
     except LaunchError as error:
-        from launcher import console
-
-        console.error(error)
-        return int(error.code)
+        return _fail(error, int(error.code), arguments)
     except (KeyboardInterrupt, typer.Abort):
         return int(Exit.INTERRUPTED)
     except (_ReaderGone, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.OK)
     except Exception as error:
-        return _explain(error)
+        return _explain(error, arguments)
 
 
 def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, arguments: Sequence[str]) -> int:
     """A usage error of the parser, a refusal of the operating system, or a bug of ours."""
-    from launcher import console
-
     if hasattr(error, "format_message"):
-        return _usage(error)
+        return _usage(error, arguments)
     if os.environ.get("LAUNCH_DEBUG"):
         raise error
     if isinstance(error, OSError) and error.strerror:
         at = f"{error.filename}: " if error.filename else ""
-        console.error(LaunchError(f"{at}{error.strerror}"))
-        return int(Exit.ACCESS)
+        return _fail(LaunchError(f"{at}{error.strerror}"), int(Exit.ACCESS), arguments)
     first = (str(error).splitlines() or [""])[0]
-    console.error(
-        LaunchError(
-            f"internal error: {type(error).__name__}: {first} (LAUNCH_DEBUG=1 shows the traceback)"
-        )
-    )
-    return int(Exit.BUG)
+    told = f"internal error: {type(error).__name__}: {first} (LAUNCH_DEBUG=1 shows the traceback)"
+    return _fail(LaunchError(told), int(Exit.BUG), arguments)
 
 
-def _usage(error: Any) -> int:
+def _usage(error: Any, arguments: Sequence[str]) -> int:
     """The parser's message in one line, with the nearest name, and where to read more."""
-    from launcher import console
-    from launcher.errors import UsageError
-
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "launch"
-    console.error(UsageError(message, f"`{path} --help` lists what it takes"))
-    return int(Exit.USAGE)
+    command = _command(arguments)
+    if path == "launch" and command is not None:  # e.g. an option without its value
+        path = f"launch {command.name}"
+    told = UsageError(message, f"`{path} --help` lists what it takes")
+    return _fail(told, int(Exit.USAGE), arguments)
+
+
+def _fail(error: LaunchError, code: int, arguments: Sequence[str]) -> int:
+    """The message on stderr; for a reader of JSON also a document on stdout."""
+    from launcher import console
+
+    command = _command(arguments)
+    options = [option for p in command.params for option in p.opts] if command else []
+    if "--json" in arguments and "--json" in options:
+        console.failure(error, code)
+    console.error(error)
+    return code
+
+
+def _command(arguments: Sequence[str]) -> Any:
+    """The command that the arguments begin with, None when there is none of that name."""
+    group: Any = typer.main.get_command(app)
+    return group.commands.get(next((word for word in arguments if word[:1] != "-"), ""))
+
+
+def _meant(word: str) -> str:
+    """What somebody who types `launch WORD` wants; "" when nothing comes to mind."""
+    from launcher import shipped
+
+    if word in _OTHER_WORDS:
+        return _OTHER_WORDS[word]
+    recipe = word.replace("_", "-") in shipped.names() or word.endswith((".yaml", ".yml"))
+    return f"launch up {word}" if recipe else ""
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from launcher.run import JSON_VERSION
 
 if TYPE_CHECKING:
     from launcher.backends.base import Check
-    from launcher.run import Run, StageState
+    from launcher.run import Driver, Run, StageState
 
 _CODES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", "bold": "1"}
 _PHASE = {
@@ -61,6 +61,12 @@ def error(problem: LaunchError) -> None:
         notice(paint("error: ", "red", sys.stderr) + line)
     for line in problem.hint.splitlines():
         notice("  " + line)
+
+
+def failure(problem: LaunchError, code: int) -> None:
+    """`error` for a program: one line of JSON on stdout."""
+    facts = {"message": str(problem), "hint": problem.hint, "exit_code": code}
+    say(json.dumps({"v": JSON_VERSION, "error": facts}))
 
 
 def colour(stream: IO[str]) -> bool:
@@ -182,8 +188,15 @@ def run_lines(run: Run, now: float) -> list[str]:
         lines += ["", *("  " + line for line in columns(headers, rows))]
     lines += ["", f"  artifacts  {run.root}"]
     if run.driver and run.ended is None:
-        lines.append(f"  driver     {run.driver.host}, process {run.driver.pid}")
+        lines.append(f"  driver     {_driver(run.driver)}")
     return lines
+
+
+def _driver(who: Driver) -> str:
+    if who.alive is False:
+        return f"none; process {who.pid} on {who.host} has died"
+    unknown = " (another host: whether it lives is not known here)" if who.alive is None else ""
+    return f"{who.host}, process {who.pid}{unknown}"
 
 
 def stages(run: Run) -> list[str]:

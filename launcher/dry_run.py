@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,10 @@ _QUIET = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def dry_run(path: Union[str, Path], overrides: Iterable[str] = (), on: Optional[str] = None) -> int:
-    """Run every stage of a recipe with tiny random models; its lines go to stdout. Returns 0.
+    """Run every stage of a recipe with tiny random models; its lines go to stdout, and one
+    that says how it ended. Returns 0.
     Errors: those of the recipe; `Denied` without the trainer's packages; `JobFailed`."""
-    from launcher import recipe
+    from launcher import console, recipe
     from launcher.plan import stage_configs
 
     loaded = recipe.load(path, overrides, on)
@@ -37,6 +39,7 @@ def dry_run(path: Union[str, Path], overrides: Iterable[str] = (), on: Optional[
         raise Denied(
             f"a dry run needs {', '.join(missing)}", "install them: pip install 'launch-llm[train]'"
         )
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="launch-dry-run-") as folder:
         stages = stage_configs(loaded.recipe, loaded.recipe.stages, folder)
         job = Job(run="dry-run", stages=stages, dry_run=True)
@@ -51,4 +54,9 @@ def dry_run(path: Union[str, Path], overrides: Iterable[str] = (), on: Optional[
         raise UsageError("the dry run refused the recipe: the lines above say why")
     if code != 0:
         raise JobFailed(f"the dry run failed with exit code {code}: the lines above say why")
+    count = len(stages)
+    console.say(
+        f"dry run of {loaded.recipe.name} passed: {count} stage{'' if count == 1 else 's'} in "
+        f"{time.monotonic() - begun:.0f} s; nothing was provisioned"
+    )
     return 0

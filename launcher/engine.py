@@ -218,6 +218,7 @@ class Engine:
         backend = self.claim.backend(job.backend)
         for template in backend.plan(self.claim.spec(job, offer), offer).intents:
             refs = job.attempts[number - 1].refs if number <= len(job.attempts) else []
+            holes["deadline"] = self.claim.deadline(offer)
             holes.update({f"ref:{ref.kind}": ref.name for ref in refs})
             holes.update({f"ref:{ref.name}": ref.name for ref in refs})
             request = {"name": template.name, "place": template.place, "request": template.request}

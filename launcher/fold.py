@@ -10,6 +10,8 @@ from launcher.errors import JournalDamaged
 from launcher.run import Attempt, Driver, JobState, Run, StageState
 
 Record = dict[str, Any]
+#: What comes of reading a record that is whole JSON and yet not what its kind holds.
+_INCOMPLETE = (KeyError, TypeError, ValueError, StopIteration, IndexError, AttributeError)
 
 
 def fold(records: Iterable[Record]) -> Run:
@@ -23,6 +25,7 @@ class Fold:
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.created: Record = {}
+        self.bundle: Record = {}
         self.recipe: Record = {}  # in force: of `created`, or of the newest `resumed`
         self.open: dict[tuple[int, int], dict[str, Record]] = {}  # intents without a ref
         self.intents: dict[tuple[int, int], list[Record]] = {}
@@ -40,7 +43,18 @@ class Fold:
         return self._run
 
     def apply(self, record: Record) -> None:
-        """Take one more record in. Kinds that this version does not know are passed over."""
+        """Take one more record in. Kinds that this version does not know are passed over. Errors:
+        `JournalDamaged` for one that lacks what its kind has; this fold is then of no more use."""
+        try:
+            self._take(record)
+        except _INCOMPLETE as error:
+            raise JournalDamaged(
+                f"record {record.get('seq')} of the journal, '{record.get('kind')}', cannot be "
+                f"used: {type(error).__name__}: {error}",
+                "`launch teardown --all` still finds what this run holds",
+            ) from error
+
+    def _take(self, record: Record) -> None:
         if record["kind"] == "created":
             self._on_created(record)
             return
@@ -63,6 +77,7 @@ class Fold:
 
     def _on_created(self, record: Record) -> None:
         self.created, self.recipe = record, record["recipe"]
+        self.bundle = {key: record["bundle"][key] for key in ("path", "sha256", "bytes")}
         run = Run(
             id=record["id"],
             name=record["name"],
@@ -192,7 +207,8 @@ def duration(attempt: Attempt, now: float) -> float:
 
 
 def run_of(raw: dict[str, Any]) -> Run:
-    """A `Run` from its JSON (`summary.json`). Errors: KeyError, TypeError, ValueError."""
+    """A `Run` from its JSON (`summary.json`). Errors: KeyError, TypeError, ValueError,
+    AttributeError."""
     raw = {key: value for key, value in raw.items() if key != "v"}
     raw["stages"] = [StageState(**{**s, "phase": Phase(s["phase"])}) for s in raw["stages"]]
     raw["jobs"] = [JobState(**{**j, "attempts": _attempts(j["attempts"])}) for j in raw["jobs"]]

@@ -122,6 +122,17 @@ def machine(accelerator: Accelerator, cloud: str) -> Optional[str]:
     return MACHINES.get(cloud, {}).get((accelerator.kind.name, accelerator.count))
 
 
+def held_by(machine: str, cloud: str) -> tuple[tuple[str, int], ...]:
+    """The (accelerator, count) that the table knows this machine type to carry; of a size that it
+    does not list, those of the other sizes of the family, with count 0 (unknown). Empty: nothing is
+    known about it."""
+    known = MACHINES.get(cloud, {})
+    exact = tuple(held for held, name in known.items() if name == machine)
+    family = machine.rpartition("-")[0]
+    relatives = [kind for (kind, _), name in known.items() if name.rpartition("-")[0] == family]
+    return exact or tuple((kind, 0) for kind in dict.fromkeys(relatives))
+
+
 def counts(kind: Kind, cloud: str) -> tuple[int, ...]:
     """How many of `kind` one machine of `cloud` can hold."""
     return tuple(count for name, count in MACHINES.get(cloud, {}) if name == kind.name)

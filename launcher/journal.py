@@ -23,8 +23,16 @@ from launcher.fold import Fold as Fold
 from launcher.fold import Record
 from launcher.fold import fold as fold
 from launcher.home import unwritable, write
+from launcher.run import Run
 
 VERSION = 1
+#: What every record has, whatever its kind.
+_ENVELOPE: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "epoch": int,
+    "time": (int, float),
+    "driver": dict,
+}
 
 
 class Journal:
@@ -71,15 +79,17 @@ class Journal:
     def read(self, heal: bool = False) -> list[Record]:
         """All records, in order. With `heal` (drivers only) damaged or missing ones are replaced
         by their whole copy, and a last record damaged in both places is set aside: the engine asks
-        the backends again. Each repair leaves a line in `warnings`.
+        the backends again. Each repair leaves a line in `warnings`. A record that does not fold is
+        damaged, however whole its JSON.
 
         Errors: `JournalDamaged` for a record that has no whole copy, with both paths.
         """
         self.warnings = []
         listed = sorted(_numbers(self.first) | _numbers(self.copy))
-        records: list[Record] = []
+        reading = _Reading()
+        records = reading.records
         for number in listed:
-            record = self._one(number, heal) if number == len(records) + 1 else None
+            record = self._one(number, heal, reading) if number == len(records) + 1 else None
             if record is None and number == listed[-1] and number == len(records) + 1 > 1:
                 self._set_aside(number, heal)
                 break
@@ -90,26 +100,32 @@ class Journal:
                     "put a whole copy of it in one of the two folders; "
                     "`launch teardown --all` still finds what this run holds",
                 )
-            records.append(record)
         self.seq = len(records)
         self.epoch = records[-1]["epoch"] if records else 0
         return records
+
+    def beginning(self) -> Optional[Run]:
+        """The run as its first record tells of it, whatever became of the others; None: not even
+        that one can be read."""
+        reading = _Reading()
+        record = self._one(1, False, reading)
+        return fold([record]) if record is not None and record["kind"] == "created" else None
 
     def _lost_to(self, winner: Optional[Record]) -> HeldElsewhere:
         who = {**winner["driver"], "since": winner["time"]} if winner else None
         return held_elsewhere(who, self.name)
 
-    def _one(self, number: int, heal: bool) -> Optional[Record]:
-        """The record `number` from whichever place has it whole; None: from neither."""
+    def _one(self, number: int, heal: bool, reading: _Reading) -> Optional[Record]:
+        """Read the record `number` from whichever place has it whole; None: from neither."""
         first, copy = self.first / _name(number), self.copy / _name(number)
         for source, other in ((first, copy), (copy, first)):
             record = _parse(source, number)
-            if record is None:
+            if record is None or not reading.take(record):
                 continue
             if source is copy:
                 state = "damaged" if first.exists() else "missing"
                 self.warnings.append(f"{first} is {state}: read from {copy}")
-            if heal and _parse(other, number) is None:
+            if heal and _parse(other, number) != record:
                 write(other, source.read_text())
             return record
         return None
@@ -123,6 +139,25 @@ class Journal:
             for file in (self.first / _name(number), self.copy / _name(number)):
                 with suppress(FileNotFoundError):
                     file.replace(file.with_suffix(f".{secrets.token_hex(3)}.damaged"))
+
+
+class _Reading:
+    """The records read so far, and the run that they make."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self._fold = Fold(())
+
+    def take(self, record: Record) -> bool:
+        """Add the next record; False: it makes no sense after those before it."""
+        if (self.records or [record])[0]["kind"] == "created":  # else `fold` says what is missing
+            try:
+                self._fold.apply(record)
+            except JournalDamaged:
+                self._fold = Fold(self.records)
+                return False
+        self.records.append(record)
+        return True
 
 
 def held_elsewhere(who: Optional[Mapping[str, Any]], name: str) -> HeldElsewhere:
@@ -149,16 +184,17 @@ def _numbers(folder: Path) -> set[int]:
 
 
 def _parse(file: Path, number: int) -> Optional[Record]:
-    """The record in `file`, or None when it is absent, cut, or not that record."""
+    """The record in `file`, or None when it is absent, cut, incomplete, or not that record."""
     try:
         record = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(record, dict) or record.get("seq") != number or "kind" not in record:
+    if not isinstance(record, dict) or record.get("seq") != number:
         return None
-    if record.get("v", 0) > VERSION:
+    if isinstance(record.get("v"), int) and record["v"] > VERSION:
         raise UsageError(f"{file}: written by a newer version of launch", "upgrade launch-llm")
-    return record
+    whole = all(isinstance(record.get(key), kind) for key, kind in _ENVELOPE.items())
+    return record if whole and {"host", "pid"} <= record["driver"].keys() else None
 
 
 def _create_once(file: Path, text: str) -> bool:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import backends, hardware
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
-from launcher.errors import Signal
+from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.rules import STAGE_REFERENCE
 from launcher.run import JSON_VERSION
-from launcher.spec import Budget, Recipe, Stage, Vertex
+from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex
 from trainer.config import Job, StageConfig, to_dict
 
 if TYPE_CHECKING:
@@ -46,8 +46,23 @@ class JobPlan:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a run cannot start: a job has no place. The words and the exit code of an error."""
+
+    message: str
+    hint: str
+    exit_code: int
+
+    def error(self) -> LaunchError:
+        error = LaunchError(self.message, self.hint)
+        error.code = Exit(self.exit_code)
+        return error
+
+
+@dataclass(frozen=True)
 class RunPlan:
-    """`usd_total`: the most that the run can cost within its budget, None: unknown."""
+    """`usd_total`: the most that the run can cost within its budget, None: unknown. `refusal`: what
+    `up` answers instead of creating anything."""
 
     recipe: str
     root: str
@@ -56,6 +71,7 @@ class RunPlan:
     usd_per_hour: Optional[float]
     usd_total: Optional[float]
     notes: tuple[str, ...]
+    refusal: Optional[Refusal] = None
 
     def to_json(self) -> dict[str, Any]:
         return {"v": JSON_VERSION, **asdict(self)}
@@ -69,6 +85,8 @@ class RunPlan:
         lines.append(f"artifacts: {self.root}")
         lines.append(_cost_line(self))
         lines += [f"note: {note}" for note in self.notes]
+        if self.refusal is not None:
+            lines.append(f"cannot start: {self.refusal.message}")
         return [x.replace(PREVIEW, "<id>").replace(f"-{PREVIEW[-6:]}", "-<id>") for x in lines]
 
 
@@ -105,18 +123,15 @@ def job_spec(
     bundle: Bundle, owner: str, env: Env, commit: Optional[str] = None,
 ) -> JobSpec:  # fmt: skip
     """Job `index` of `recipe` as a backend takes it. The boot specification (docs/contracts.md)
-    holds `${attempt}`, and references to secrets, never their values."""
+    holds `${attempt}` and `${deadline}`, and references to secrets, never their values."""
     stages = jobs(recipe)[index]
     asked = stages[0].hardware
-    project = next((env.environ[v] for v in _PROJECT_VARIABLES if env.environ.get(v)), None)
+    project = cloud_project(asked, env)
     if asked.backend == "vertex":
-        vertex = asked.vertex or Vertex()
-        project = vertex.project or project
-        asked = replace(asked, vertex=replace(vertex, project=project))
+        asked = replace(asked, vertex=replace(asked.vertex or Vertex(), project=project))
     name = f"{run_name}-j{index}"
     local = asked.backend == "local"
     work = str(home / "local" / name) if local else f"/tmp/launch/{name}"
-    hours = recipe.budget.hours
     job = Job(
         run=run_id,
         stages=stage_configs(recipe, stages, root),
@@ -140,19 +155,35 @@ def job_spec(
         "nodes": asked.nodes,
         "env": dict(recipe.env),
         "secrets": dict(recipe.secrets),
-        "deadline_seconds": None if hours is None else hours * 3600,
+        "deadline_seconds": "${deadline}",
         "grace_seconds": 600,
     }
     labels = {"launch-run": run_id, "launch-owner": owner}
-    return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets, hours)
+    return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
+
+
+def placed(spec: JobSpec, budget: Budget, offer: Offer) -> JobSpec:
+    """`spec` with the most hours that the budget allows at this offer; the same for a preview and
+    for every attempt there, while `${deadline}` is what is left when a request is recorded."""
+    limits = [] if budget.hours is None else [budget.hours]
+    if budget.usd is not None and offer.usd_per_hour:
+        limits.append(budget.usd / offer.usd_per_hour)
+    return replace(spec, hours=min(limits, default=None))
+
+
+def cloud_project(asked: Hardware, env: Env) -> Optional[str]:
+    """The cloud project of a job: the recipe's, else that of the environment."""
+    named = asked.vertex.project if asked.backend == "vertex" and asked.vertex else None
+    return named or next((env.environ[v] for v in _PROJECT_VARIABLES if env.environ.get(v)), None)
 
 
 _HOLE = re.compile(r"\$\{([a-z]+(?::[^{}]+)?)\}")
 
 
 def fill(request: Any, holes: Mapping[str, Any]) -> Any:
-    """`request` with `${attempt}`, `${resume}`, `${offer}`, `${ref:NAME}` from `holes`. A string
-    that is one hole takes the value with its type; names not in `holes` stay as they are."""
+    """`request` with `${attempt}`, `${resume}`, `${deadline}`, `${ref:NAME}` from `holes`. A string
+    that is one hole takes the value with its type; a longer one around a hole that is None is
+    None; names not in `holes` stay as they are."""
     if isinstance(request, Mapping):
         return {key: fill(value, holes) for key, value in request.items()}
     if isinstance(request, (list, tuple)):
@@ -162,6 +193,8 @@ def fill(request: Any, holes: Mapping[str, Any]) -> Any:
     whole = _HOLE.fullmatch(request)
     if whole and whole[1] in holes:
         return holes[whole[1]]
+    if any(holes.get(name, "") is None for name in _HOLE.findall(request)):
+        return None
     return _HOLE.sub(lambda m: str(holes[m[1]]) if m[1] in holes else m[0], request)
 
 
@@ -172,10 +205,14 @@ def affordable(offers: Iterable[Offer], budget: Budget) -> list[Offer]:
 
 
 def make(
-    recipe: Recipe, env: Env, bundle: Optional[Bundle] = None, run_id: str = PREVIEW
+    recipe: Recipe,
+    env: Env,
+    bundle: Optional[Bundle] = None,
+    run_id: str = PREVIEW,
+    commit: Optional[str] = None,
 ) -> RunPlan:
-    """The plan of a run that starts now. Reads offers of the backends; creates nothing but the
-    trainer's bundle under $LAUNCH_HOME, when none is given."""
+    """The plan of a run that starts now, from the git commit `commit`. Reads offers of the
+    backends; creates nothing but the trainer's bundle under $LAUNCH_HOME, when none is given."""
     if bundle is None:
         from launcher.bundle import build
 
@@ -183,10 +220,13 @@ def make(
     run_name = f"{recipe.name}-{run_id[-6:]}"
     root = artifact_root(recipe, run_id, run_name, env.home)
     notes: list[str] = []
+    refusals: list[Refusal] = []
     planned = []
     for index, stages in enumerate(jobs(recipe)):
-        spec = job_spec(recipe, run_id, run_name, index, root, env.home, bundle, env.owner, env)
-        planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes))
+        spec = job_spec(
+            recipe, run_id, run_name, index, root, env.home, bundle, env.owner, env, commit
+        )
+        planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes, refusals))
     rates = [job.usd_per_hour for job in planned]
     rate = None if None in rates else max(r for r in rates if r is not None)
     total = _total(rate, recipe.budget)
@@ -194,32 +234,56 @@ def make(
         notes.append("a price is unknown, so the budget in USD cannot be checked in advance")
     return RunPlan(
         recipe.name, root, tuple(planned), recipe.budget.hours, rate, total,
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys(notes)), next(iter(refusals), None),
     )  # fmt: skip
 
 
+def refuse(plan: RunPlan) -> None:
+    """Errors: what keeps a run of this plan from starting; nothing was created then."""
+    for job in plan.jobs:
+        if not backends.load(job.backend).can.create:
+            raise UsageError(
+                f"backend '{job.backend}' only plans in this version: nothing was started",
+                "`launch up RECIPE --dry-run` tries the recipe here, `launch plan RECIPE` shows "
+                "what would be sent",
+            )
+    if plan.refusal is not None:
+        raise plan.refusal.error()
+
+
 def _plan_job(
-    index: int, stages: list[Stage], spec: JobSpec, budget: Budget, env: Env, notes: list[str]
-) -> JobPlan:
+    index: int, stages: list[Stage], spec: JobSpec, budget: Budget, env: Env,
+    notes: list[str], refusals: list[Refusal],
+) -> JobPlan:  # fmt: skip
     backend = backends.load(spec.hardware.backend)
     intents: tuple[Intent, ...] = ()
     offers: list[Offer] = []
     try:
         found = list(backend.offers(spec.hardware, env))
         offers = affordable(found, budget)
-        if found and not offers:
+        if not found:
+            raise NoCapacity(
+                spec.hardware.backend, f"it has no offer for {spec.hardware.accelerator}"
+            )
+        if not offers:
             cheapest = min(o.usd_per_hour for o in found if o.usd_per_hour is not None)
-            notes.append(f"job {index}: the cheapest offer is {cheapest:.2f} USD an hour, "
-                         f"budget.usd_per_hour is {budget.usd_per_hour:g}")  # fmt: skip
+            what = (f"job {index}: the cheapest offer is {cheapest:.2f} USD an hour, "
+                    f"budget.usd_per_hour is {budget.usd_per_hour:g}")  # fmt: skip
+            refusals.append(Refusal(what, "raise budget.usd_per_hour", int(Exit.BUDGET)))
         if offers:
-            intents = tuple(backend.plan(spec, offers[0]).intents)
+            intents = tuple(backend.plan(placed(spec, budget, offers[0]), offers[0]).intents)
     except Signal as signal:
-        notes.append(f"job {index}: {signal}" + (f" ({signal.hint})" if signal.hint else ""))
+        if signal.again is Again.HERE:  # the driver asks once more
+            notes.append(f"job {index}: {signal}" + (f" ({signal.hint})" if signal.hint else ""))
+        else:
+            refusals.append(Refusal(f"job {index}: {signal}", signal.hint, int(signal.code)))
     if isinstance(backend, CanWarn):
         notes.extend(backend.warnings(spec.hardware, env))
-    asked = spec.hardware
+    asked, accelerator = spec.hardware, str(hardware.parse(spec.hardware.accelerator))
+    if accelerator.lower() != asked.accelerator.strip().lower():
+        notes.append(f"job {index}: hardware.accelerator {asked.accelerator} means {accelerator}")
     return JobPlan(
-        index, spec.name, asked.backend, asked.accelerator, asked.nodes,
+        index, spec.name, asked.backend, accelerator, asked.nodes,
         tuple(stage.id for stage in stages), tuple(offers), intents,
         offers[0].usd_per_hour if offers else None,
     )  # fmt: skip

@@ -62,10 +62,15 @@ class Node:
 
 
 def parse(
-    text: str, start: Position, environ: Mapping[str, str], problems: Problems
+    text: str,
+    start: Position,
+    environ: Mapping[str, str],
+    problems: Problems,
+    defaults: Optional[dict[str, str]] = None,
 ) -> Optional[Node]:
     """The tree of one YAML document, variables expanded; None when there is none to work with.
-    `start` gives `where` and `folder`; with `line` 0 every node has that same position."""
+    `start` gives `where` and `folder`; with `line` 0 every node has that same position. Defaults
+    that stood in for a variable are added to `defaults`."""
     loader = _Loader(text) if _readable(text, start, problems) else None
     if loader is None:
         return None
@@ -83,7 +88,7 @@ def parse(
         return None
     if root is None:
         return Node(None, _at(start, None))
-    return _Reader(start, environ, problems).node(root, ())
+    return _Reader(start, environ, problems, {} if defaults is None else defaults).node(root, ())
 
 
 def plain(node: Node) -> Any:
@@ -163,8 +168,15 @@ for _name, (_pattern, _first) in _CORE.items():
 class _Reader:
     """Turns PyYAML's nodes into ours, and collects what is wrong with them."""
 
-    def __init__(self, start: Position, environ: Mapping[str, str], problems: Problems) -> None:
+    def __init__(
+        self,
+        start: Position,
+        environ: Mapping[str, str],
+        problems: Problems,
+        defaults: dict[str, str],
+    ) -> None:
         self.start, self.environ, self.problems = start, environ, problems
+        self.defaults = defaults
         self.count = 0
 
     def node(self, raw: yaml.Node, parents: tuple[int, ...]) -> Node:
@@ -205,7 +217,7 @@ class _Reader:
     def _scalar(self, raw: yaml.Node, at: Position) -> Node:
         text, tag = str(raw.value), str(raw.tag)
         if tag == _STRING and "$" in text:
-            text = expand(text, self.environ, at, self.problems)
+            text = expand(text, self.environ, at, self.problems, self.defaults)
             if (
                 getattr(raw, "style", None) is None
             ):  # unquoted: what comes out is read like any other plain scalar
@@ -226,9 +238,16 @@ class _Reader:
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(:-[^}]*)?\}|(stage:[^}]*\})|)")
 
 
-def expand(text: str, environ: Mapping[str, str], at: Position, problems: Problems) -> str:
+def expand(
+    text: str,
+    environ: Mapping[str, str],
+    at: Position,
+    problems: Problems,
+    defaults: dict[str, str],
+) -> str:
     """`text` with `${VAR}` and `${VAR:-default}` filled from `environ`; `$${` is a literal `${`,
-    `${stage:ID}` stays. An undefined variable is a problem at `at`."""
+    `${stage:ID}` stays. An undefined variable is a problem at `at`; a default that was taken is
+    added to `defaults`."""
 
     def fill(match: re.Match[str]) -> str:
         name, default, stage = match.groups()
@@ -243,7 +262,7 @@ def expand(text: str, environ: Mapping[str, str], at: Position, problems: Proble
             return match[0]
         value = environ.get(name)
         if default is not None and not value:  # as in a shell, :- also stands in for an empty value
-            value = default[2:]
+            value = defaults[name] = default[2:]
         if value is None:
             problems.append(
                 (at, f"${{{name}}} is not set; set {name} or write ${{{name}:-default}}")

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from launcher import home, records
 from launcher.errors import UsageError
-from launcher.run import Run
+from launcher.run import JSON_VERSION, Run
 
+_ELSEWHERE = "give --to another folder"
+#: Says whose files a folder holds: {"v", "id", "name", "root"}.
+_OWNER = "pulled.json"
 #: Of use to drivers and jobs only.
 _LEFT_OUT = ("journal", "control")
 
@@ -23,15 +26,33 @@ def pull(run: Run, to: Path) -> Path:
     if not root.is_dir():
         raise UsageError(f"{run.name} has no artifacts: {root} does not exist")
     if to.exists() and not to.is_dir():
-        raise UsageError(f"{to} is not a folder", "give --to another folder")
+        raise UsageError(f"{to} is not a folder", _ELSEWHERE)
+    _refuse_another(run, to)
     if root.resolve() in (to.resolve(), *to.resolve().parents):
-        raise UsageError(f"{to} lies inside the artifacts themselves", "give --to another folder")
+        raise UsageError(f"{to} lies inside the artifacts themselves", _ELSEWHERE)
     try:
         to.mkdir(parents=True, exist_ok=True)
+        owner = {"v": JSON_VERSION, "id": run.id, "name": run.name, "root": run.root}
+        home.write(to / _OWNER, json.dumps(owner) + "\n")
         _folder(root, to, _LEFT_OUT)
+    except home.Unwritable as error:
+        raise home.Unwritable(str(error), _ELSEWHERE) from error
     except OSError as error:
-        raise home.unwritable(to, error) from error
+        told = f"cannot write {error.filename or to}: {error.strerror or error}"
+        raise home.Unwritable(told, _ELSEWHERE) from error
     return to
+
+
+def _refuse_another(run: Run, to: Path) -> None:
+    """Two runs in one folder are neither: files of the same name replace one another."""
+    for name in (_OWNER, "summary.json"):
+        try:
+            there = json.loads((to / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(there, dict) and there.get("id", run.id) != run.id:
+            other = there.get("name", there["id"])
+            raise UsageError(f"{to} holds files of the run {other}", _ELSEWHERE)
 
 
 def _folder(source: Path, target: Path, left_out: tuple[str, ...] = ()) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -29,12 +29,23 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Loaded:
-    """`canonical` is the resolved recipe as JSON-able data, `fingerprint` the sha256 of it."""
+    """`canonical` is the resolved recipe as JSON-able data, `fingerprint` the sha256 of it,
+    `defaults` what stood in for variables that are not set (`${VAR:-default}`)."""
 
     recipe: Recipe
     canonical: dict[str, Any]
     fingerprint: str
     path: Path
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a reader of the plan should know about it: a line per default that is in use."""
+        text = json.dumps(self.canonical, ensure_ascii=False)
+        return [
+            f"{name} is not set; the recipe says '{value}' in its place"
+            for name, value in self.defaults.items()
+            if value in text
+        ]
 
 
 def load(
@@ -53,7 +64,8 @@ def load(
         raise RecipeErrors(list(dict.fromkeys(f"{at}: {what}" for at, what in sorted(problems))))
     canonical = to_dict(recipe)
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return Loaded(recipe, canonical, hashlib.sha256(text.encode()).hexdigest(), Path(path))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Loaded(recipe, canonical, digest, Path(path), sources.defaults)
 
 
 def _read(

@@ -101,6 +101,11 @@ def run_progress(run: Run) -> dict[str, Any]:
     return {}
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a stage left a whole checkpoint (its manifest is written last)."""
+    return any(folder.glob("checkpoints/step-*/MANIFEST.json"))
+
+
 def number(value: Any) -> Optional[float]:
     """A recorded number as a float, `"nan"` and `"inf"` included; None: not a number."""
     if isinstance(value, bool) or value is None:

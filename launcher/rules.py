@@ -19,6 +19,7 @@ _CLOUD = {"vertex": "gcp"}
 _SECRET = re.compile(
     r"env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
 )
+_DATA = (".jsonl", ".txt")  # what trainer.data reads
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
 _SECRET_FORMS = "env://NAME or secret-manager://PROJECT/NAME"
@@ -111,6 +112,8 @@ def _hardware(stage: Stage) -> Iterator[Problem]:
     asked, at = stage.hardware, "hardware"
     for what in _accelerator(stage):
         yield (at, "accelerator"), what
+    if (what_machine := _machine(stage)) is not None:
+        yield (at, "vertex", "machine"), what_machine
     if asked.backend not in backends.names():
         near = nearest(asked.backend, backends.names())
         yield (at, "backend"), f"no backend '{asked.backend}'; {near}"
@@ -147,6 +150,27 @@ def _accelerator(stage: Stage) -> Iterator[str]:
     elif hardware.machine(accelerator, cloud) is None:
         allowed = ", ".join(f"{kind.name}:{n}" for n in hardware.counts(kind, cloud))
         yield f"no machine of '{asked.backend}' holds {accelerator}; allowed: {allowed}"
+
+
+def _machine(stage: Stage) -> Optional[str]:
+    """Why the machine that the recipe names cannot carry the accelerator that it asks for."""
+    asked = stage.hardware
+    named, cloud = asked.vertex.machine if asked.vertex else None, _CLOUD.get(asked.backend)
+    if not named or cloud is None:
+        return None
+    try:
+        accelerator = hardware.parse(asked.accelerator)
+    except ValueError:  # told already
+        return None
+    held = hardware.held_by(named, cloud)
+    if not held or any(
+        kind == accelerator.kind.name and count in (0, accelerator.count) for kind, count in held
+    ):
+        return None
+    carries = " or ".join(f"{kind}:{count}" if count else kind for kind, count in held)
+    fit = hardware.machine(accelerator, cloud)
+    fix = f"leave it out ({fit} is taken then)" if fit else "leave it out"
+    return f"{named} carries {carries}, but hardware.accelerator is {accelerator}; {fix}"
 
 
 def _training(stage: Stage) -> Iterator[Problem]:
@@ -237,12 +261,15 @@ def _local_data(stage: Stage) -> Iterator[Problem]:
         text = given.removeprefix("file://")
         if not text or "://" in text or "${" in text or any(c in text for c in "*?["):
             continue
+        place = Path(text)
         try:
-            there = Path(text).exists()
+            there, folder = place.exists(), place.is_dir()
         except (OSError, ValueError):
-            there = False
+            there = folder = False
         if not there:
             yield path, f"no such file or folder: {text}"
+        elif not folder and place.suffix not in _DATA:
+            yield path, f"{text} is no data file: name a folder, a .jsonl or a .txt file"
 
 
 def _cloud_data(stage: Stage) -> Iterator[Problem]:

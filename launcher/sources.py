@@ -19,11 +19,13 @@ def beside(named: Node) -> str:
 
 class Sources:
     """Reads trees; problems are appended to `problems`. `unread` holds the positions of values
-    that could not be read at all, about which no more needs to be said."""
+    that could not be read at all, about which no more needs to be said; `defaults` those values of
+    `${VAR:-value}` that stood in for a variable."""
 
     def __init__(self, environ: Mapping[str, str], problems: Problems) -> None:
         self.environ, self.problems = environ, problems
         self.unread: set[Position] = set()
+        self.defaults: dict[str, str] = {}
 
     def file(self, shown: str, asked: Position, chain: tuple[str, ...]) -> Optional[Node]:
         """The tree of the file `shown` over what it extends. Problems with opening it stand at
@@ -63,7 +65,7 @@ class Sources:
 
     def _parse(self, text: str, start: Position) -> Optional[Node]:
         before = len(self.problems)
-        tree = parse(text, start, self.environ, self.problems)
+        tree = parse(text, start, self.environ, self.problems, self.defaults)
         self.unread |= {at for at, _ in self.problems[before:]}
         return tree
 

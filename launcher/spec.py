@@ -100,6 +100,10 @@ class Retry(Strict):
     infrastructure: int = 2
     job: int = 0
 
+    def __post_init__(self) -> None:
+        names = ("preempted", "capacity", "infrastructure", "job")
+        require(self, **{n: (getattr(self, n) >= 0, "must not be negative") for n in names})
+
 
 @dataclass(frozen=True)
 class Gate(Strict):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,15 +19,18 @@ from launcher.claim import read_json, recipe_of
 from launcher.errors import UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
-from launcher.plan import artifact_root, jobs, stage_configs
+from launcher.plan import artifact_root, cloud_project, jobs, stage_configs
 from launcher.recipe import Loaded, load
 from launcher.spec import Recipe
 from trainer.config import dotted, to_dict
 
 
-def fingerprint(loaded: Loaded, bundle: Bundle, owner: str) -> str:
-    """What makes two `up` the same: the resolved recipe, the trainer and the owner."""
-    text = "\n".join((loaded.fingerprint, bundle.sha256, owner))
+def fingerprint(loaded: Loaded, bundle: Bundle, env: Env) -> str:
+    """What makes two `up` the same: the resolved recipe, the trainer, the owner, and the project of
+    what runs in a cloud."""
+    places = [stage.hardware for stage in loaded.recipe.stages]
+    clouds = [cloud_project(asked, env) or "" for asked in places if asked.backend != "local"]
+    text = "\n".join((loaded.fingerprint, bundle.sha256, env.owner, *dict.fromkeys(clouds)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -41,7 +45,7 @@ def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
     facts = {
         "id": run_id,
         "name": name,
-        "fingerprint": fingerprint(loaded, bundle, env.owner),
+        "fingerprint": fingerprint(loaded, bundle, env),
         "owner": env.owner,
         "root": root,
         "created": env.clock.now(),
@@ -56,11 +60,25 @@ def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
         stages=_stages(recipe, root),
         jobs=_jobs(recipe, name),
         bundle={"path": str(bundle.path), "sha256": bundle.sha256, "bytes": bundle.bytes},
-        commit=_commit(loaded.path),
+        commit=commit_of(loaded.path),
     )
     identity = {"v": 1, **facts, "recipe": recipe.name}
     home.write(place / "run.json", json.dumps(identity) + "\n")
     return identity
+
+
+def commit_of(path: Path) -> Optional[str]:
+    """The git commit of the tree that holds the recipe, when there is one."""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(path.absolute().parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip() or None if asked.returncode == 0 else None
 
 
 def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], env: Env) -> None:
@@ -152,7 +170,29 @@ def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> R
             raise UsageError(
                 f"{dotted((what,))} of a run cannot change", "`launch up` starts another run"
             )
+    _refuse_idle(before, after, fold)
     return after
+
+
+def _refuse_idle(before: Recipe, after: Recipe, fold: Fold) -> None:
+    """Raise `UsageError` for a change of a stage that will not run again. What still counts of a
+    completed stage: its hardware while its job is not done, its gate until it has passed."""
+    states = {state.id: state for state in fold.run.stages}
+    metas = {i: read_json(home.local_root(s.folder) / "run_meta.json") for i, s in states.items()}
+    done = {i for i, meta in metas.items() if meta.get("completed") is True}
+    busy = {state.job for i, state in states.items() if i not in done}
+    for old, new in zip(before.stages, after.stages, strict=True):
+        state = states[new.id]
+        used = replace(
+            old,
+            hardware=new.hardware if state.job in busy else old.hardware,
+            gate=old.gate if state.gate == "passed" else new.gate,
+        )
+        if new.id in done and used != new:
+            raise UsageError(
+                f"stage '{new.id}' is completed: a change of it would have no effect",
+                "leave it out of --set, or start another run with `launch up`",
+            )
 
 
 def _entry(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,17 +209,3 @@ def _given(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace("${", "$${").replace("$${stage:", "${stage:")
     return value
-
-
-def _commit(path: Path) -> Optional[str]:
-    """The git commit of the tree that holds the recipe, when there is one."""
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(path.absolute().parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return asked.stdout.strip() or None if asked.returncode == 0 else None

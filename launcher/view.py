@@ -13,7 +13,7 @@ from launcher.backends.base import Env, Held, Phase
 from launcher.errors import LaunchError
 from launcher.fold import run_of, spent
 from launcher.journal import Journal, fold
-from launcher.run import Driver, Run
+from launcher.run import Driver, JobState, Run
 
 
 def listed(env: Env, limit: Optional[int]) -> list[Run]:
@@ -100,17 +100,29 @@ def _one(env: Env, run_id: str) -> Optional[Run]:
             owner=facts["owner"],
             root=facts["root"],
             created=facts["created"],
+            jobs=_jobs(env, facts),
             phase=Phase.LOST,
             why="its journal cannot be read",
             warnings=[str(error)],
         )
 
 
+def _jobs(env: Env, facts: dict[str, Any]) -> list[JobState]:
+    """The jobs of a run whose journal is damaged, as far as its first record tells: where to look
+    for what it holds."""
+    place = home.folder(env.home, facts["id"])
+    try:
+        begun = Journal(place, home.local_root(facts["root"]), env.clock).beginning()
+    except LaunchError:
+        return []
+    return begun.jobs if begun is not None else []
+
+
 def _summary(file: Path) -> Optional[Run]:
     try:
         return run_of(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # absent, cut, or no summary at all: it is made again
 
 
 def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Driver]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,27 @@ def test_every_command_line_in_the_pages_is_one_that_launch_takes() -> None:
 )
 def test_a_command_line_that_launch_does_not_take_is_noticed(text: str) -> None:
     assert _refused(text)
+
+
+def test_the_python_example_of_the_readme_fits_its_own_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import launcher
+
+    text = (ROOT / "README.md").read_text()
+    started = re.search(r"launch init (\S+) (\S+)", text)
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert started and example
+    shutil.copy(ROOT / "recipes" / f"{started[1].replace('-', '_')}.yaml", tmp_path / started[2])
+    monkeypatch.chdir(tmp_path)
+    validated: list[object] = []
+
+    def up(path: str, **options: Any) -> None:
+        validated.append(launcher.validate(path, **options))
+
+    monkeypatch.setattr(launcher, "up", up)
+    exec(example[1], {})
+    assert len(validated) == 1
 
 
 def test_every_command_is_shown_in_the_pages() -> None:

@@ -4,7 +4,7 @@ Backends are thin: they never sleep, never print, never keep state, never retry.
 signals of `launcher.errors`. Numbered contracts:
 
 1. `plan` is pure and returns the very requests that `create` will send, with `${attempt}`,
-   `${resume}` and `${ref:name}` left as holes; `launcher.plan.fill` fills them.
+   `${resume}`, `${deadline}` and `${ref:name}` left as holes; `launcher.plan.fill` fills them.
 2. `create` is called after the journal holds the intent. A resource that exists under the
    intent's deterministic name and our label is adopted, never doubled.
 3. `observe` is one cheap read, no loop. It never raises for a resource that is not there.
@@ -68,6 +68,7 @@ class Capabilities:
     exec: bool = False
     native_retry: bool = False
     idempotent_create: bool = False
+    create: bool = True  # False: this version plans its jobs and does not send them
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Offer:
 @dataclass(frozen=True)
 class JobSpec:
     """What a backend needs to place one job: filled by the engine, the same for every backend.
-    `boot` is the boot specification (docs/contracts.md), with `${attempt}` where it varies."""
+    `boot` is the boot specification (docs/contracts.md), with `${attempt}` and `${deadline}` where
+    it varies."""
 
     run: str  # run id
     name: str  # deterministic: <run name>-j<index>
@@ -130,7 +132,7 @@ class JobSpec:
     labels: Mapping[str, str]
     env: Mapping[str, str]
     secrets: Mapping[str, str]
-    hours: Optional[float] = None  # deadline of the job, from the budget
+    hours: Optional[float] = None  # the most that the budget allows; `${deadline}` is never more
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ os.execv(sys.executable, [sys.executable, "/tmp/launch/boot.py", "run", "/tmp/la
 
 class VertexBackend:
     name = "vertex"
-    can = Capabilities(spot=True, nodes=True, follow=True)
+    can = Capabilities(spot=True, nodes=True, follow=True, create=False)
 
     def check(self, env: Env) -> Iterable[Check]:
         yield Check(
@@ -242,7 +242,7 @@ def _custom_job(spec: JobSpec, offer: Offer, boot: tuple[str, str, str]) -> dict
         "disableRetries": True,
     }
     if spec.hours is not None:
-        scheduling["timeout"] = f"{round(spec.hours * 3600)}s"
+        scheduling["timeout"] = "${deadline}s"
     job: dict[str, Any] = {"workerPoolSpecs": pools, "scheduling": scheduling}
     if vertex.service_account:
         job["serviceAccount"] = vertex.service_account

@@ -24,8 +24,11 @@ def up(
     as_json: bool,
 ) -> int:
     """Plan, ask when it costs money, start or attach, follow."""
+    from launcher.plan import refuse
+
     path = shipped.find(recipe)
     planned = api.plan(path, overrides, on)
+    refuse(planned)
     if not as_json:
         for line in planned.lines():
             if not line.startswith("artifacts:"):  # the run's own name is not known yet
@@ -117,15 +120,15 @@ def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) 
 
 
 def _certain(run: Optional[str]) -> bool:
-    """`--all` always asks. One run was named, so only a person at a terminal is asked, and only
-    when it is still going."""
+    """`--all` always asks; of one run, only while it is still going."""
     if run is None:
         refusal = "teardown --all ends every run of yours, and there is no terminal to ask on"
         return console.confirm("End all of your runs now?", refusal)
     found = api.status(run)
-    if found.ended is not None or not console.can_ask():
+    if found.ended is not None:
         return True
-    return console.confirm(f"End {found.name} ({found.phase.value}) now, without saving?", "")
+    refusal = f"{found.name} is {found.phase.value}, and there is no terminal to ask on"
+    return console.confirm(f"End {found.name} ({found.phase.value}) now, without saving?", refusal)
 
 
 def _go_on(run: Run, since: float, *, detach: bool, as_json: bool) -> int:

@@ -57,8 +57,20 @@ def ending(run: Run, written: Optional[Path]) -> list[str]:
     if written is not None:
         lines.append(f"report:    {written}  (launch report {run.name} writes it again)")
     if run.phase in (Phase.FAILED, Phase.LOST, Phase.CANCELLED):
-        lines.append(f"`launch resume {run.name}` goes on from the last checkpoint")
+        lines.append(f"`launch resume {run.name}` {_resumption(run)}")
     return lines
+
+
+def _resumption(run: Run) -> str:
+    """What a resumed run begins with: the stage that is not done."""
+    stage = next((stage for stage in run.stages if stage.phase is not Phase.SUCCEEDED), None)
+    if any(one.gate not in (None, "passed") for one in run.stages):
+        return "goes on from the last checkpoint, and asks the gate again"
+    if stage is None or records.has_checkpoint(home.local_root(stage.folder)):
+        return "goes on from the last checkpoint"
+    if stage is run.stages[0]:
+        return "starts it again: there is no checkpoint"
+    return f"starts stage {stage.id} again: it has no checkpoint"
 
 
 def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Run:

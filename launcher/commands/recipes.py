@@ -15,10 +15,10 @@ def plan(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: b
     planned = api.plan(shipped.find(recipe), overrides, on)
     if as_json:
         console.document(planned.to_json())
-        return Exit.OK
-    for line in planned.lines():
-        console.say(line)
-    return Exit.OK
+    else:
+        for line in planned.lines():
+            console.say(line)
+    return planned.refusal.exit_code if planned.refusal is not None else Exit.OK
 
 
 def validate(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
@@ -34,8 +34,11 @@ def validate(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_jso
     return Exit.OK
 
 
-def init(name: str, path: Optional[str]) -> int:
+def init(name: str, path: Optional[str], *, as_json: bool) -> int:
     written = shipped.init(name, None if path is None else Path(path), into=_is_folder(path))
+    if as_json:
+        console.document({"recipe": str(written[0]), "written": [str(file) for file in written]})
+        return Exit.OK
     for file in written:
         console.say(f"wrote {file}")
     console.notice(f"next: launch plan {written[0]}")
@@ -76,11 +79,11 @@ def doctor(recipe: Optional[str], *, as_json: bool) -> int:
     from launcher.doctor import examine
 
     rows = list(examine(api.env(), shipped.find(recipe) if recipe else None))
-    failed = any(row.result == "fail" for row in rows)
+    failing = {row.name for row in rows if row.result == "fail"}
     if as_json:
         console.document(
             {
-                "ok": not failed,
+                "ok": not failing,
                 "checks": [
                     {"name": r.name, "result": r.result, "detail": r.detail, "fix": r.fix}
                     for r in rows
@@ -90,7 +93,9 @@ def doctor(recipe: Optional[str], *, as_json: bool) -> int:
     else:
         for line in console.checks(rows):
             console.say(line)
-    return Exit.ACCESS if failed else Exit.OK
+    if failing == {"recipe"}:
+        return Exit.USAGE
+    return Exit.ACCESS if failing else Exit.OK
 
 
 def _is_folder(path: Optional[str]) -> bool:

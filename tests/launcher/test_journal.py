@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher import api
 from launcher.backends.base import Held, Phase
 from launcher.clock import ManualClock
 from launcher.errors import Exit, HeldElsewhere, JournalDamaged, UsageError
@@ -20,7 +21,7 @@ from launcher.fold import run_of
 from launcher.home import Unwritable
 from launcher.journal import Journal, fold
 from launcher.run import Run
-from tests.launcher.runs import recipe, scene
+from tests.launcher.runs import Scene, killed_at, plugged_in, recipe, scene
 
 
 def journal(folder: Path, records: int = 0) -> Journal:
@@ -33,6 +34,10 @@ def journal(folder: Path, records: int = 0) -> Journal:
 
 def files(folder: Path, number: int) -> list[Path]:
     return [folder / part / "journal" / f"{number:08d}.json" for part in ("root", "home")]
+
+
+#: What every record has beside its number, its kind and the facts of that kind.
+ENVELOPE = {"v": 1, "epoch": 1, "time": 1_700_000_000.0, "driver": {"host": "here", "pid": 1}}
 
 
 def cut(file: Path) -> None:
@@ -104,6 +109,93 @@ def test_a_record_in_the_middle_damaged_in_both_places_is_one_clear_line(
     assert "\n" not in str(caught.value) and caught.value.code == Exit.USAGE
     for place in ("root", "home"):
         assert str(tmp_path / place / "journal") in str(caught.value)
+
+
+#: Valid JSON, and not a record: each lacks something, or says what cannot be.
+INCOMPLETE: list[dict[str, Any]] = [
+    {"v": 1, "kind": "phase"},
+    {"v": 1, "kind": "driver", "epoch": 1, "time": 1.0, "driver": {}},
+    {**ENVELOPE, "kind": "driver", "time": "noon"},
+    {**ENVELOPE, "kind": "phase"},
+    {**ENVELOPE, "kind": "phase", "job": 7, "attempt": 1, "phase": "running"},
+    {**ENVELOPE, "kind": "phase", "job": 0, "attempt": 7, "phase": "running"},
+    {**ENVELOPE, "kind": "phase", "job": 0, "attempt": 1, "phase": "nonsense", "held": "live"},
+    {**ENVELOPE, "kind": "ref", "job": 0, "attempt": 1, "ref": {"sort": "machine"}},
+    {**ENVELOPE, "kind": "stage", "id": "none", "phase": "running"},
+]
+
+
+def replaced(it: Scene, number: int, facts: dict[str, Any], places: int = 2) -> None:
+    for folder in (it.root, it.place)[:places]:
+        file = folder / "journal" / f"{number:08d}.json"
+        file.write_text(json.dumps({**facts, "seq": number}))
+
+
+@pytest.mark.parametrize("facts", INCOMPLETE)
+def test_a_last_record_that_is_incomplete_is_treated_like_a_cut_one(
+    tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    it = scene(tmp_path, jobs=[{"looks": 3}])
+    killed_at(9, it.drive)
+    before = it.records()
+    replaced(it, len(before), facts)
+    assert it.records() == before[:-1] and it.run().live
+    assert it.drive(ManualClock(1_700_100_000.0)).phase is Phase.SUCCEEDED
+    assert it.world.alive() == [] and len(it.world.lines("begun.log")) == 1
+
+
+@pytest.mark.parametrize("facts", INCOMPLETE)
+def test_an_incomplete_record_is_healed_from_its_whole_copy(
+    tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    it = scene(tmp_path)
+    it.drive()
+    before = it.records()
+    for number in range(2, len(before) + 1):
+        replaced(it, number, facts, places=1)
+    assert it.records() == before
+    assert it.journal().read(heal=True) == before
+    reader = it.journal()
+    assert reader.read() == before and reader.warnings == []
+
+
+@pytest.mark.parametrize("facts", INCOMPLETE)
+def test_an_incomplete_record_in_the_middle_is_damage_and_everything_is_still_torn_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
+) -> None:
+    it = scene(tmp_path, jobs=[{"looks": None}])
+    plugged_in(monkeypatch, tmp_path, it.world)
+    killed_at(8, it.drive)
+    assert len(it.world.alive()) == 1
+    replaced(it, 2, facts)
+    with pytest.raises(JournalDamaged, match=r"00000002\.json"):
+        api.status(it.run_id)
+    (shown,) = api.list_runs()
+    assert shown.phase is Phase.LOST and shown.jobs[0].backend == "fake"
+    api.teardown_all()
+    assert it.world.alive() == []
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps({**ENVELOPE, "seq": 1, "kind": "created"})])
+def test_everything_is_torn_down_without_a_single_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    it = scene(tmp_path, jobs=[{"looks": None}])
+    plugged_in(monkeypatch, tmp_path, it.world)
+    killed_at(8, it.drive)
+    for folder in (it.root, it.place):
+        (folder / "journal" / "00000001.json").write_text(text)
+    api.teardown_all()
+    assert it.world.alive() == []
+
+
+@pytest.mark.parametrize("kind", ["phase", "ref", "intent", "created", "gate", "end"])
+def test_a_record_without_its_facts_is_damage_to_the_fold(
+    records: list[dict[str, Any]], kind: str
+) -> None:
+    bare = {**ENVELOPE, "seq": 2, "kind": kind}
+    with pytest.raises(JournalDamaged, match=f"'{kind}', cannot be used"):
+        fold([*records[:1], bare])
 
 
 def test_a_first_record_damaged_in_both_places_leaves_nothing_to_go_on(tmp_path: Path) -> None:

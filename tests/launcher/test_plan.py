@@ -15,6 +15,7 @@ import launcher.plan as planning
 from launcher import recipe, schema
 from launcher.backends.base import Env
 from launcher.clock import ManualClock
+from launcher.errors import Exit
 from launcher.spec import Budget, Recipe
 from trainer.config import ConfigError, load_job
 
@@ -124,7 +125,7 @@ def test_the_boot_specification_is_the_contract_and_its_job_is_read_by_the_train
 ) -> None:
     made = load(HEAD + PIPELINE, "hardware.accelerator=cpu:2")
     spec = spec_of(made)
-    boot = planning.fill(spec.boot, {"attempt": 3})
+    boot = planning.fill(spec.boot, {"attempt": 3, "deadline": 7200})
     job = boot.pop("job")
     assert boot == {
         "schema": 1, "run": "00000000000000ff", "name": "three-0000ff-j0", "job_index": 0,
@@ -133,7 +134,7 @@ def test_the_boot_specification_is_the_contract_and_its_job_is_read_by_the_train
         "work": "/home/u/.launch/local/three-0000ff-j0-a3", "python": "/usr/bin/python3",
         "workers": 2, "nodes": 1, "env": {"NCCL_DEBUG": "WARN"},
         "secrets": {"HF_TOKEN": "env://HF_TOKEN"},
-        "deadline_seconds": 7200.0, "grace_seconds": 600,
+        "deadline_seconds": 7200, "grace_seconds": 600,
     }  # fmt: skip
     assert spec.labels == {"launch-run": "00000000000000ff", "launch-owner": "ann"}
     file = tmp_path / "job.json"
@@ -166,6 +167,13 @@ def test_holes_are_filled_by_name_and_type() -> None:
     filled = planning.fill(request, {"attempt": 2, "ref:disk": "d-1", "resume": True})
     assert filled == {"n": 2, "t": ["a-2", "d-1", "${other}", "$HOME"], "x": 1}
     assert planning.fill("${resume}", {"resume": True}) is True
+
+
+@pytest.mark.parametrize(("deadline", "timeout"), [(90, "90s"), (None, None)])
+def test_a_text_around_a_hole_without_a_value_is_null(deadline: Any, timeout: Any) -> None:
+    request = {"deadline_seconds": "${deadline}", "timeout": "${deadline}s"}
+    filled = planning.fill(request, {"deadline": deadline})
+    assert filled == {"deadline_seconds": deadline, "timeout": timeout}
 
 
 plain = st.recursive(
@@ -226,7 +234,8 @@ def test_offers_above_the_hourly_budget_are_left_out(load: Any) -> None:
     assert "cost: 34.16 USD/h, at most 68.32 USD (2 h)" in cheap.lines()
     none = planning.make(load(text, "budget.usd_per_hour=4"), environment(), BUNDLE)  # type: ignore[arg-type]
     assert none.jobs[0].offers == () and none.jobs[0].intents == ()
-    assert any("the cheapest offer is 34.16 USD an hour" in note for note in none.notes)
+    assert none.refusal is not None and none.refusal.exit_code == Exit.BUDGET
+    assert "the cheapest offer is 34.16 USD an hour" in none.refusal.message
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

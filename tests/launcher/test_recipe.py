@@ -413,6 +413,21 @@ def test_a_set_that_every_stage_overrides_is_an_error(at: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("cause", ["preempted", "capacity", "infrastructure", "job"])
+def test_retry_counts_are_not_negative(at: Path, cause: str) -> None:
+    (what,) = problems(SINGLE, f"retry.{cause}=-1")
+    assert what == f"--set retry.{cause}: retry.{cause}: must not be negative"
+
+
+def test_a_data_path_that_the_trainer_does_not_read_is_noticed_early(at: Path) -> None:
+    (at / "x.csv").write_text("a,b\n")
+    (at / "x.txt").write_text("a\n")
+    (at / "folder").mkdir()
+    (what,) = problems(SINGLE, "data.train=[{path: x.csv}]")
+    assert f"{at}/x.csv is no data file: name a folder, a .jsonl or a .txt file" in what
+    load(SINGLE, "data.train=[{path: x.txt}, {path: folder}]")
+
+
 # Backends.
 
 
@@ -420,10 +435,9 @@ KD_L4 = REPOSITORY / "recipes" / "kd_l4.yaml"
 
 
 def test_on_local_drops_what_only_the_cloud_understands(at: Path) -> None:
-    made = recipe.load(
-        KD_L4, ["data.train=[{path: t}]", "data.validation=[{path: t}]"], on="local", environ={}
-    ) if (at / "t").write_text("x") else None  # fmt: skip
-    assert made is not None
+    (at / "t.txt").write_text("x")
+    data = [f"data.{key}=[{{path: t.txt}}]" for key in ("train", "validation")]
+    made = recipe.load(KD_L4, data, on="local", environ={})
     hardware = made.recipe.stages[0].hardware
     assert (hardware.backend, hardware.accelerator, hardware.capacity, hardware.places) == (
         "local", "cpu:1", ("standard",), (),

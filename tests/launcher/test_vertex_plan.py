@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 
 import launcher.plan as planning
-from launcher import backends, recipe
+from launcher import backends, recipe, start
 from launcher.backends.base import Backend, Env, Intent, JobHandle, LogQuery, Ref
 from launcher.backends.vertex import _FETCH, IMAGES, VertexBackend
+from launcher.bundle import Bundle
+from launcher.claim import claimed
 from launcher.clock import ManualClock
+from launcher.engine import Engine
 from launcher.errors import BadRequest, Denied, NoCapacity
 from launcher.spec import Hardware, Vertex
 from tests.launcher.test_plan import BUNDLE, environment
+from trainer.config import to_dict
 
 KD_L4 = Path(__file__).resolve().parents[2] / "recipes" / "kd_l4.yaml"
 ENV = environment()
@@ -36,9 +40,11 @@ def planned(*overrides: str, offer: int = 0) -> list[Intent]:
         BUNDLE, "ann", ENV,  # type: ignore[arg-type]
     )  # fmt: skip
     backend = VertexBackend()
-    offers = list(backend.offers(spec.hardware, ENV))
-    intents = backend.plan(spec, offers[offer]).intents
-    return [replace(i, **planning.fill({"name": i.name, "request": i.request}, {"attempt": 2}))
+    place = list(backend.offers(spec.hardware, ENV))[offer]
+    spec = planning.placed(spec, made.budget, place)
+    intents = backend.plan(spec, place).intents
+    holes = {"attempt": 2, "deadline": spec.hours and round(spec.hours * 3600)}
+    return [replace(i, **planning.fill({"name": i.name, "request": i.request}, holes))
             for i in intents]  # fmt: skip
 
 
@@ -110,11 +116,44 @@ def test_capacity_chooses_the_strategy_and_the_budget_the_timeout() -> None:
     assert body(offer=2)["jobSpec"]["scheduling"]["strategy"] == "STANDARD"
     flex = body("hardware.capacity=[flex]", "budget.hours=0.5")["jobSpec"]["scheduling"]
     assert (flex["strategy"], flex["timeout"]) == ("FLEX_START", "1800s")
-    assert "timeout" not in body("budget.hours=null")["jobSpec"]["scheduling"]
+    no_hours = ("budget.hours=null", "budget.usd=null")
+    assert "timeout" not in body(*no_hours)["jobSpec"]["scheduling"]
     with pytest.raises(BadRequest, match="ends after 168 hours"):
         planned("budget.hours=200")
     with pytest.raises(BadRequest, match="vertex has no 'reserved' capacity"):
         list(VertexBackend().offers(Hardware("vertex", "L4:1", capacity=("reserved",)), ENV))
+
+
+def test_a_preview_equals_what_is_recorded_whatever_is_left_of_the_budget(tmp_path: Path) -> None:
+    """The engine's own intents, without the service: this version submits nothing."""
+    made = recipe.load(KD_L4, ["budget.usd=1000"], environ={"PROJECT": "p", "BUCKET": "b"}).recipe
+    made = replace(made, artifacts=str(tmp_path / "{run}"))  # the engine keeps its runs here
+    env = replace(ENV, home=tmp_path / "home")
+    bundle = Bundle(tmp_path / "b.tar.gz", "ab" * 32, 1000)
+    bundle.path.write_bytes(b"trainer")
+    loaded = recipe.Loaded(made, to_dict(made), "f" * 64, KD_L4)
+    run_id = start.create(loaded, bundle, env)["id"]
+    commit = start.commit_of(KD_L4)
+    (job,) = planning.make(made, env, bundle, run_id, commit).jobs
+    with claimed(run_id, env, backends.load, None, False) as claim:
+        state, offer = claim.run.jobs[0], job.offers[0]
+        claim.record("intent", job=0, attempt=1, intent=asdict(job.intents[0]), offer=asdict(offer))
+        claim.clock.sleep(3000.0)  # an attempt that has used some of the budget
+        sent = list(Engine(claim)._intents(state, 2, offer))
+    left = 12 * 3600 - 3000
+    assert sent[1].request["json"]["deadline_seconds"] == left
+    assert sent[2].request["body"]["jobSpec"]["scheduling"]["timeout"] == f"{left}s"
+    holes = {"attempt": 2, "resume": True, "deadline": left}
+    assert [asdict(intent) for intent in sent] == [
+        planning.fill(asdict(intent), holes) for intent in job.intents
+    ]
+
+
+def test_dollars_bound_the_timeout_where_the_price_is_known() -> None:
+    where = ("hardware.accelerator=H100:8", "hardware.vertex.machine=null",
+             "hardware.capacity=[spot]", "hardware.places=[us-east4]")  # fmt: skip
+    job = body(*where, "budget.hours=null", "budget.usd_per_hour=null", "budget.usd=34.16")
+    assert job["jobSpec"]["scheduling"]["timeout"] == "3600s"
 
 
 def test_prices_are_those_of_the_table_for_that_place_and_machine_or_unknown() -> None:
