@@ -142,6 +142,8 @@ def start() -> Iterator[Runtime]:
         flags = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
     try:
         yield Runtime(device, "fp32", rank, world_size, flags)
+        if world_size > 1:
+            dist.barrier(group=flags)  # a rank that tears down early can abort its peers
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -138,7 +138,7 @@ def test_a_trainer_that_grew_too_large_is_refused_and_leaves_nothing(tmp_path: P
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bundles").write_text("a file where a folder should be")
-    with pytest.raises(LaunchError, match="cannot write .*bundles") as caught:
+    with pytest.raises(LaunchError, match=r"cannot write .*bundles") as caught:
         build(tmp_path, _package(tmp_path, b""))
     assert "\n" not in str(caught.value)
 
