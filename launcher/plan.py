@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The run id of a preview; a run that starts gets its own.
 PREVIEW = "0" * 16
-_STAGE_FIELDS = ("model", "data", "train", "kd", "tokenizer", "evaluate")
+_STAGE_FIELDS = ("model", "data", "train", "kd", "targets", "tokenizer", "evaluate")
 _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 
 

@@ -151,7 +151,7 @@ def _accelerator(stage: Stage) -> Iterator[str]:
 
 def _training(stage: Stage) -> Iterator[Problem]:
     model, train, data = stage.model, stage.train, stage.data
-    trains = stage.stage in ("tokenizer", "pretrain", "kd")
+    trains = stage.stage in ("tokenizer", "pretrain", "targets", "kd")
     if trains and not data.train:
         yield ("data", "train"), f"stage '{stage.stage}' needs at least one source"
     if stage.stage == "evaluate" and not data.validation:

@@ -17,6 +17,7 @@ from trainer.config import (
     Model,
     StageName,
     Strict,
+    Targets,
     Tokenizer,
     Train,
     require,
@@ -126,6 +127,7 @@ class Stage(Strict):
     data: Data = field(default_factory=Data)
     train: Optional[Train] = None
     kd: Optional[Distill] = None
+    targets: Optional[Targets] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
     hardware: Hardware = field(default_factory=Hardware)

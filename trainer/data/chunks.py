@@ -23,7 +23,8 @@ _SAMPLE_IDS = 3
 class Chunks:
     """Chunk i is `tokens[starts[i] : starts[i] + lengths[i]]`. Its first `supervised[i]` tokens
     have a successor in their document: all of them where the document goes on after the chunk, all
-    but the last where it ends. `sources`: of each {name, shards, documents, tokens, sample_ids}."""
+    but the last where it ends. `sources`: of each {name, shards, documents, tokens, sample_ids}.
+    Chunk i is part of `documents[document[i]]`: (index of the source, id of the document)."""
 
     tokens: NDArray[np.int32]
     starts: NDArray[np.int64]
@@ -31,9 +32,16 @@ class Chunks:
     supervised: NDArray[np.int64]
     end_of_text: int
     sources: list[dict[str, Any]]
+    document: NDArray[np.int64]
+    documents: list[tuple[int, str]]
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def offset(self, chunk: int) -> int:
+        """The token of its document at which a chunk begins."""
+        first = np.searchsorted(self.document, self.document[chunk])
+        return int(self.starts[chunk] - self.starts[first])
 
     def spans(self, chunks: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
         """(start, length, supervised) of the given chunks."""
@@ -59,6 +67,7 @@ def read_chunks(
     require_sources(sources)
     encoder = _Encoder(tokenizer)
     parts: list[NDArray[np.int32]] = []
+    names: list[tuple[int, str]] = []
     facts: list[dict[str, Any]] = []
     have = 0
     for index, source in enumerate(sources):
@@ -67,6 +76,7 @@ def read_chunks(
         before = len(parts)
         for document, tokens in encoder(documents((source,))):
             parts.append(tokens)
+            names.append((index, document.id))
             if len(ids) < _SAMPLE_IDS:
                 ids[document.id] = None
             have += worth(len(tokens))
@@ -81,11 +91,16 @@ def read_chunks(
                 "sample_ids": list(ids),
             }
         )
-    starts, lengths, supervised = _cut(np.array([len(p) for p in parts]), sequence_length)
+    starts, lengths, supervised, document_of = _cut(
+        np.array([len(p) for p in parts]), sequence_length
+    )
     if not len(starts):
-        names = ", ".join(fact["name"] for fact in facts)
-        raise DataError(f"{names}: no token to learn: every document is a single token")
-    return Chunks(np.concatenate(parts), starts, lengths, supervised, encoder.eos, facts)
+        read = ", ".join(fact["name"] for fact in facts)
+        raise DataError(f"{read}: no token to learn: every document is a single token")
+    tokens_of_all = np.concatenate(parts)
+    return Chunks(
+        tokens_of_all, starts, lengths, supervised, encoder.eos, facts, document_of, names
+    )
 
 
 class _Encoder:
@@ -136,12 +151,14 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _cut(
     sizes: NDArray[np.int64], sequence_length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, lengths, supervised) of the chunks of documents of `sizes` tokens. A last chunk of
-    a single token is left out: it would have nothing to learn, and nobody after it to help."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(starts, lengths, supervised, document) of the chunks of documents of `sizes` tokens. A last
+    chunk of a single token is left out: it would have nothing to learn, and nobody after it to
+    help."""
     counts = -(-(sizes - 1) // sequence_length)
     document = np.repeat(np.arange(len(sizes)), counts)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = (np.cumsum(sizes) - sizes)[document] + nth * sequence_length
     left = sizes[document] - nth * sequence_length
-    return starts, np.minimum(left, sequence_length), np.minimum(left - 1, sequence_length)
+    lengths = np.minimum(left, sequence_length)
+    return starts, lengths, np.minimum(left - 1, sequence_length), document

@@ -59,6 +59,24 @@ def shards(source: Source) -> int:
     return 1 if source.path is None else len(_files(source.path))
 
 
+def sample_names(sources: tuple[Source, ...]) -> dict[tuple[int, str], str]:
+    """(index of the source, document id) -> what people call the sample: `id` or `sample_id` of a
+    JSONL line, else `FILE-LINE` without the suffix; of a `.txt` file its name without it."""
+    names: dict[tuple[int, str], str] = {}
+    for index, source in enumerate(sources):
+        for name, path in _files(source.path) if source.path is not None else ():
+            if path.suffix != ".jsonl":
+                names[index, name] = path.stem
+                continue
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    content = line.removeprefix(b"\xef\xbb\xbf").strip()
+                    record: Any = json.loads(content) if content else {}
+                    given = record.get("id", record.get("sample_id", f"{path.stem}-{number}"))
+                    names[index, f"{name}:{number}"] = str(given)
+    return names
+
+
 def hash_fraction(text: str) -> float:
     """sha256 of `text` as a number in [0, 1): the same everywhere."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
