@@ -27,7 +27,7 @@ from trainer.objectives.distill import DistillOnline
 from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
-from trainer.runtime import Runtime
+from trainer.runtime import Runtime, signals_noted
 from trainer.store import atomic_write
 from trainer.teacher import Answers, StoredAnswers, missing_chunks
 from trainer.teacher_files import LogitFiles
@@ -178,11 +178,24 @@ def targets(context: Context) -> Outcome:
     teacher = models.load_frozen(plan.teacher, runtime, attention)
     context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
     folder = context.folder / "targets"
-    totals = write_targets(folder, plan, rows, teacher, tokens, runtime, context.say)
+    with signals_noted() as seen:
+        totals = write_targets(
+            folder,
+            plan,
+            rows,
+            teacher,
+            tokens,
+            runtime,
+            context.say,
+            stop=lambda: bool(seen) or context.stop_asked(),
+        )
     whole = runtime.all_sum({name: torch.tensor(total) for name, total in totals.items()})
     facts = {f"target_{name}": float(total) for name, total in whole.items()}
     context.say(f"targets: {facts['target_tokens']:,.0f} tokens in {folder}")
-    return Outcome(None, 0, time.perf_counter() - started, facts)
+    seconds = time.perf_counter() - started
+    if facts["target_left"]:
+        return Outcome("stop" if context.stop_asked() else "signal", 0, seconds)
+    return Outcome(None, 0, seconds, facts)
 
 
 def evaluate(context: Context) -> Outcome:

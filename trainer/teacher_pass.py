@@ -37,16 +37,18 @@ def write_targets(
     runtime: Runtime,
     say: Callable[[str], None],
     dtype: DTypeLike = np.float16,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Store the teacher's answers for `rows` below `folder`, one shard after the other; ranks share
-    them. Shards that are there already, for the same data and settings, are kept. Returns the
-    chunks, tokens and entries of this rank's shards, and how many it kept."""
+    them. Shards that are there already, for the same data and settings, are kept. `stop` is asked
+    before each shard. Returns the chunks, tokens and entries of this rank's shards, how many shards
+    it kept, and how many it left undone."""
     count = -(-len(rows) // SHARD_ROWS)
     common = {
         "v": 1,
         "teacher": settings.teacher,
         "tokenizer": tokenizer_hash(tokenizer),
-        "vocabulary": min(len(tokenizer), len(head_weight(teacher, runtime.dtype))),
+        "vocabulary": min(len(tokenizer), len(teacher.get_output_embeddings().weight)),
         "sequence_length": rows.sequence_length,
         "temperature": settings.temperature,
         "sampler": settings.sampler,
@@ -58,12 +60,15 @@ def write_targets(
         for path in folder.glob("shard-*"):
             if path.name not in {_name(shard) for shard in range(count)}:
                 shutil.rmtree(path)
-    totals = dict.fromkeys(("chunks", "tokens", "entries", "kept"), 0.0)
+    totals = dict.fromkeys(("chunks", "tokens", "entries", "kept", "left"), 0.0)
     for shard in range(runtime.rank, count, runtime.world_size):
         indices = range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, len(rows)))
         target = folder / _name(shard)
         meta = {**common, "data": _fingerprint(rows, indices)}
         done = _finished(target, meta)
+        if stop():
+            totals["left"] += 1
+            continue
         if done is None:
             (target / "meta.json").unlink(missing_ok=True)
             counts = settings.sampler == "sample"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import torch.nn.functional as F
 
 from tests.trainer import gradients
 from tests.trainer.test_distill_stored import distance, gradient, online
-from trainer.config import Distill, Source
+from trainer.config import Distill, Source, StageConfig
 from trainer.data import DataError
 from trainer.data.read import sample_names
 from trainer.data.stream import Rows, build_rows
 from trainer.models import load_tokenizer
 from trainer.objectives.distill_stored import DistillStored
+from trainer.shrink import shrink
 from trainer.teacher import gather, missing_chunks
 from trainer.teacher_files import LogitFiles
 
@@ -116,6 +119,24 @@ def test_a_file_may_be_longer_or_shorter_than_its_document(
     assert torch.equal(after.p[after.status], before.p[after.status])
     assert float(after.p[~after.status].abs().sum()) == 0
     assert missing_chunks(files, rows) == (1, 8)
+
+
+def test_a_stage_learns_from_files_and_its_dry_run_needs_none(
+    stage: StageConfig, logits: Path, samples: str, tmp_path: Path, run_stage: Callable[..., Any]
+) -> None:
+    (logits / "s3.pt").unlink()
+    kd = Distill(mode="precompute", logits_dir=str(logits), top_k=8)
+    data = replace(stage.data, train=(Source(path=samples),))
+    student = replace(stage, stage="kd", kd=kd, data=data)
+    outcome = run_stage(student)
+    assert f"teacher: answers for 7 of 8 chunks, from {logits}" in outcome.lines
+    assert any(line.startswith("WARNING: 12%") for line in outcome.lines)
+    gone = replace(kd, logits_dir="/nowhere")
+    with pytest.raises(DataError, match="/nowhere: no such folder"):
+        run_stage(replace(student, kd=gone, output=str(tmp_path / "other")))
+    config, notes = shrink(replace(student, kd=gone, output=str(tmp_path / "dry")), set())
+    assert config.kd is not None and config.kd.mode == "online"
+    assert any(note.startswith("teacher /nowhere: ") for note in notes)
 
 
 class Attack:

@@ -35,11 +35,8 @@ class DistillStored:
         assert batch.host is not None, "call `to` first"
         found = gather(self.answers, batch.host)
         device = batch.input_ids.device
-        batch.extra.update(
-            ids=found.ids.to(device, non_blocking=True),
-            p=found.p.to(device, non_blocking=True),
-            teacher_status=found.status.to(device, non_blocking=True),
-        )
+        parts = {"ids": found.ids, "p": found.p, "teacher_status": found.status}
+        batch.extra.update({k: part.to(device, non_blocking=True) for k, part in parts.items()})
         batch.weights["ce"] = torch.tensor(float(len(batch.labels)), dtype=torch.float64)
         batch.weights["kd"] = found.status.sum().double()
         if self.keep is not None:
