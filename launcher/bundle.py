@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Optional
 
 from launcher.errors import LaunchError
+from launcher.home import Unwritable
 from trainer.store import StoreError, atomic_write
 
 #: Largest archive, compressed: it is carried in job requests' companions and read at every start.
@@ -48,7 +49,7 @@ def build(home: Path, package: Optional[Path] = None) -> Bundle:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, packed)
     except (OSError, StoreError) as error:
-        raise LaunchError(f"cannot write the bundle {path}: {error}") from error
+        raise Unwritable(f"cannot write the bundle: {error}") from error
     return bundle
 
 

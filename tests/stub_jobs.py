@@ -5,6 +5,7 @@ A stub's source runs after `_BEGIN`: it has `job`, `rank`, `say`, and `asked`, w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -100,3 +101,17 @@ def eventually(holds: Callable[[], Any], what: str, seconds: float = 30) -> None
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of the living processes below `pid`, in whatever session."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(path.parent.name))
+    found = children.get(pid, [])
+    for child in found:  # it grows at its end
+        found += children.get(child, [])
+    return found

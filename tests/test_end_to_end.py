@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from trainer.boot import descendants
+from tests.stub_jobs import descendants
 
 RECIPE = """\
 launch: 1

@@ -37,12 +37,15 @@ def run(job: Job) -> int:
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     from transformers.utils import logging
 
-    from trainer import runtime, stages
+    from trainer import interrupts, runtime, stages
 
     logging.disable_progress_bar()  # a log is read as lines
     made = {config.output for config in job.stages}
-    with runtime.start() as process:
+    with interrupts.listening() as signalled, runtime.start() as process:
         for config in job.stages:
+            if process.any(signalled())[0]:
+                say(f"stage {config.id}: not begun, the job was asked to leave")
+                return OK if stages.stop_asked(job) else AGAIN
             if _completed(Path(config.output)):
                 say(f"stage {config.id}: completed before, skipped")
                 continue
@@ -52,7 +55,7 @@ def run(job: Job) -> int:
                 config, notes = shrink(config, made)
                 for note in notes:
                     say(f"dry run: {note}")
-            outcome = stages.run_stage(config, job, process, say)
+            outcome = stages.run_stage(config, job, process, say, signalled)
             if outcome.stopped is None:
                 continue
             say(f"stage {config.id}: stopped at step {outcome.step} ({outcome.stopped})")

@@ -1,8 +1,8 @@
 """The one bootstrap, carried by every backend: fetch, verify, run, watch, report, leave.
 
 `python boot.py run SPEC.json` runs a job; `python boot.py worker SPEC.json` is one of its workers
-under torchrun. Standard library only, one file, run alone: it imports nothing of the project.
-docs/contracts.md holds the specification and what is written where.
+under torchrun; `python boot.py trainer ...` is `python -m trainer ...`, from the bundle alone.
+Standard library only, one file, run alone. docs/contracts.md: the specification, what is written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,10 +28,10 @@ import urllib.parse
 import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, Optional
 
-SCHEMA = 1
 OK, ERROR, CONFIG, DATA, AGAIN, ENVIRONMENT = 0, 1, 64, 65, 75, 78
 #: The worst first: what should not be retried tells more than the peers it took down with it.
 _WORST = (DATA, CONFIG, ENVIRONMENT)
@@ -38,15 +40,15 @@ STOPPED = "stopped"
 #: The descriptor that a starter hands over: it holds the lock already.
 LOCK_VARIABLE = "LAUNCH_BOOT_LOCK"
 _POLL = 0.2
+_STAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
 _LONGEST_LINE = 1 << 20
 _NUMBER = int | float | None
 _KINDS: dict[str, Any] = {
-    "run": str, "job": dict, "bundle": dict, "root": str, "work": str, "job_index": int,
-    "attempt": int, "workers": int, "nodes": int, "python": str | None, "command": list | None,
-    "env": dict | None, "secrets": dict | None, "deadline_seconds": _NUMBER,
-    "grace_seconds": _NUMBER,
+    "schema": int, "run": str, "job": dict, "bundle": dict, "bundle.url": str,
+    "bundle.sha256": str, "bundle.bytes": int, "root": str, "work": str, "job_index": int,
+    "attempt": int, "workers": int, "nodes": int, "python": str | None, "env": dict | None,
+    "secrets": dict | None, "deadline_seconds": _NUMBER, "grace_seconds": _NUMBER,
 }  # fmt: skip
-_BUNDLE: dict[str, Any] = {"url": str, "sha256": str, "bytes": int}
 
 
 class BootError(Exception):
@@ -58,6 +60,8 @@ class BootError(Exception):
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["trainer"]:
+        return trainer(arguments[1:])
     if len(arguments) != 2 or arguments[0] not in ("run", "worker"):
         print("error: usage: boot.py run|worker SPEC.json", file=sys.stderr)
         return CONFIG
@@ -82,12 +86,7 @@ class Spec:
         except (OSError, ValueError) as error:
             what = getattr(error, "strerror", None) or f"not JSON: {error}"
             raise BootError(CONFIG, f"{path}: {what}") from error
-        wrong = _wrong(raw, _KINDS) or _wrong(raw["bundle"], _BUNDLE, "bundle.")
-        if not wrong and raw.get("schema") != SCHEMA:
-            wrong = f"schema: {raw.get('schema')!r}; this boot reads {SCHEMA}"
-        if not wrong and (raw["workers"] < 1 or raw["nodes"] != 1):
-            wrong = f"{raw['workers']} workers on {raw['nodes']} nodes; allowed: 1 or more on 1"
-        if wrong:
+        if wrong := _wrong(raw):
             raise BootError(CONFIG, f"{path}: {wrong}")
         self.raw: dict[str, Any] = raw
         self.job, self.bundle, self.root = raw["job"], raw["bundle"], local_path(raw["root"])
@@ -95,11 +94,11 @@ class Spec:
         self.part = f"{raw['job_index']:02d}-{raw['attempt']:04d}"
         self.python = raw.get("python") or sys.executable
         self.code = self.work / "bundle"
-        default = ["-m", "trainer", "run", str(self.work / "job.json")]
-        self.command = [self.python, *(raw.get("command") or default)]
+        self.boot = str(Path(__file__).resolve())
+        self.command = [self.python, self.boot, "trainer", "run", str(self.work / "job.json")]
         grace, deadline = raw.get("grace_seconds"), raw.get("deadline_seconds")
         self.grace = 600.0 if grace is None else float(grace)
-        self.deadline = None if deadline is None else float(deadline)
+        self.deadline = math.inf if deadline is None else float(deadline)
 
     def log(self, name: str) -> Path:
         return self.root / "logs" / name / f"{self.part}.log"
@@ -146,26 +145,47 @@ def worker(spec: Spec) -> int:
     _die_with_parent()
     rank, asked = int(os.environ.get("RANK", 0)), _listen()
     write_json(spec.work / f"worker-{rank}.json", {"pid": os.getpid()})
-    try:
-        trainer = Pump(spec, spec.command, dict(os.environ), f"worker-{rank}")
-    except BootError as error:
-        _note_exit(spec, rank, error.code, str(error))
-        raise
-    while trainer.child.poll() is None and not asked:
+    process = Pump(spec, spec.command, dict(os.environ), f"worker-{rank}")
+    while process.child.poll() is None:
+        if asked:
+            process.terminate()
         time.sleep(_POLL)
-    if asked:
-        trainer.terminate()
-    code = trainer.finish()
-    _note_exit(spec, rank, code, trainer.said)
+    code = process.finish()
+    _note_exit(spec, rank, code, process.said)
+    # Whatever its options, torchrun kills the others 30 s after the first has left with a code:
+    # where all were asked to leave, each stays until the last has saved.
+    while asked and len([*spec.work.glob("exit-*")]) < len([*spec.work.glob("worker-*")]):
+        time.sleep(_POLL)
     return code
 
 
+def trainer(arguments: list[str]) -> int:
+    """Run the package `trainer` of the bundle, the first on PYTHONPATH, as the main program."""
+    sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]
+    sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, _BundleOnly)
+    sys.argv[1:] = arguments
+    runpy.run_module("trainer", run_name="__main__", alter_sys=True)
+    return OK
+
+
+class _BundleOnly:
+    """After `PathFinder`: what the bundle lacks, an editable installation must not fill in."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.startswith("trainer."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 class Pump:
-    """A process in the bundle's folder whose output goes line by line, with the time, into
-    `logs/<name>/`. Errors: `BootError` 78 when it cannot be started."""
+    """A process in the bundle's folder whose output goes line by line, with the time and without
+    secrets, into `logs/<name>/`. Errors: `BootError` 78 when it cannot be started."""
 
     def __init__(self, spec: Spec, command: list[str], given: dict[str, str], name: str) -> None:
-        self._error = self._last = ""
+        self.said, self._explained = "", False  # its last `error:` line, else its last line
+        self._told: set[int] = set()
+        values = "\n".join(given.get(key, "") for key in spec.raw.get("secrets") or {})
+        self._secrets = sorted(filter(str.strip, values.splitlines()), key=len, reverse=True)
         path = spec.log(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,22 +198,18 @@ class Pump:
         except OSError as error:
             what = f"cannot start {name}: {error.filename or command[0]}: {error.strerror}"
             raise BootError(ENVIRONMENT, what) from error
-        assert self.child.stdout is not None
         self.thread = threading.Thread(target=self._pump, args=(self.child.stdout,), daemon=True)
         self.thread.start()
 
-    @property
-    def said(self) -> str:
-        """Its last `error:` line, else its last line."""
-        return self._error or self._last
+    def pids(self) -> set[int]:
+        return {self.child.pid}
 
     def terminate(self) -> None:
-        self.child.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """The whole group; torchrun's workers, in groups of their own, die with their parent."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
+        """SIGTERM, once each, to those who can save."""
+        for pid in self.pids() - self._told:
+            self._told.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def finish(self) -> int:
         """Drain the output; the exit code, 128 + s when signal s ended it."""
@@ -212,15 +228,18 @@ class Pump:
             self._write([rest])
 
     def _write(self, lines: list[bytes]) -> None:
-        stamp = _now()
+        stamp = datetime.now(timezone.utc).strftime(_STAMP)
         out = []
         for line in lines:
             # A progress bar redraws its line: the last state is the line.
             text = line.decode("utf-8", "replace").rstrip("\r").rsplit("\r", 1)[-1]
+            for secret in self._secrets:
+                text = text.replace(secret, "***")
             out.append(f"{stamp} {text}\n")
-            self._last = text.strip() or self._last
             if text.startswith("error: "):
-                self._error = text[7:]
+                self.said, self._explained = text[7:], True
+            elif text.strip() and not self._explained:
+                self.said = text
         with contextlib.suppress(OSError):  # a full disk must not stop the trainer's pipe
             self.file.write("".join(out).encode())
             self.file.flush()
@@ -231,23 +250,16 @@ class _Torchrun(Pump):
 
     def __init__(self, spec: Spec, given: dict[str, str]) -> None:
         self.work = spec.work
-        # Without the first, torchrun kills its workers 30 s after one of them has left.
-        timeout = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(spec.grace) + 1)}
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // spec.workers))}
         command = [
             spec.python, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0",
-            "--nproc-per-node", str(spec.workers), str(Path(__file__).resolve()), "worker",
-            str(spec.path),
+            "--nproc-per-node", str(spec.workers), spec.boot, "worker", str(spec.path),
         ]  # fmt: skip
-        super().__init__(spec, command, {**threads, **given, **timeout}, "boot")
+        super().__init__(spec, command, given, "boot")
 
-    def terminate(self) -> None:
-        """Ask the workers themselves: torchrun would first wait, then kill. Before they live,
-        torchrun is all there is to ask."""
-        pids = [json.loads(path.read_text())["pid"] for path in self.work.glob("worker-*.json")]
-        for pid in pids or [self.child.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    def pids(self) -> set[int]:
+        """The workers; before they live, torchrun is all there is to tell."""
+        found = {json.loads(path.read_text())["pid"] for path in self.work.glob("worker-*.json")}
+        return found or super().pids()
 
 
 def fetch(spec: Spec) -> None:
@@ -257,32 +269,30 @@ def fetch(spec: Spec) -> None:
     try:
         with gzip.open(local_path(url)) as file:
             data = file.read(size + 1)
+        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+            raise EOFError(f"not the {size} bytes with sha256 {digest[:12]}")
     except (OSError, EOFError, zlib.error) as error:
         what = getattr(error, "strerror", None) or f"damaged: {error}"
         raise BootError(ENVIRONMENT, f"bundle {url}: {what}") from error
-    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-        raise BootError(
-            ENVIRONMENT, f"bundle {url}: damaged: not the {size} bytes with sha256 {digest[:12]}"
-        )
     shutil.rmtree(spec.code, ignore_errors=True)
-    unpack(io.BytesIO(data), spec.code)
+    unpack(data, spec.code)
 
 
-def unpack(archive: BinaryIO, folder: Path) -> None:
-    """Unpack regular files and folders below `folder`. Errors: `BootError` 78 for anything else,
+def unpack(data: bytes, folder: Path) -> None:
+    """Unpack regular files below `folder`. Errors: `BootError` 78 for anything else,
     before the first of them is written."""
     try:
-        with tarfile.open(fileobj=archive, mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = tar.getmembers()
             for member in members:
-                inside = not member.name.startswith("/") and ".." not in Path(member.name).parts
-                if not inside or not (member.isfile() or member.isdir()):
+                parts = Path(member.name).parts
+                inside = parts and parts[0] != "/" and ".." not in parts
+                if not inside or not member.isfile():
                     raise BootError(ENVIRONMENT, f"bundle: refused entry {member.name!r}")
             for member in members:
                 target = folder / member.name
-                (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(member)
-                if source is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) or io.BytesIO() as source:
                     target.write_bytes(source.read())
     except (tarfile.TarError, ValueError) as error:
         raise BootError(ENVIRONMENT, f"bundle: not an archive: {error}") from error
@@ -299,7 +309,7 @@ def environment(spec: Spec, environ: Mapping[str, str]) -> dict[str, str]:
             raise BootError(ENVIRONMENT, f"secret {name}: the variable {source} is not set")
         given[name] = environ[source]
     # First on sys.path: before an installed `trainer`, and without PYTHONSAFEPATH's leave.
-    paths = [str(spec.code), environ.get("PYTHONPATH", "")]
+    paths = [str(spec.code), {**environ, **given}.get("PYTHONPATH", "")]
     fixed = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
@@ -341,8 +351,7 @@ def worst(codes: list[int]) -> int:
     for code in _WORST:
         if code in codes:
             return code
-    failures = [code for code in codes if code not in (OK, AGAIN)]
-    return min(failures) if failures else max(codes)
+    return min((code for code in codes if code not in (OK, AGAIN)), default=max(codes))
 
 
 def take_lock(work: Path) -> Optional[int]:
@@ -363,8 +372,7 @@ def take_lock(work: Path) -> Optional[int]:
 
 
 def is_locked(descriptor: int) -> bool:
-    """Whether somebody holds the lock of this open file. Looking takes a shared lock for an
-    instant, so two who look are not in each other's way."""
+    """Whether somebody holds the lock of this open file; looking shares it for an instant."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -375,12 +383,10 @@ def is_locked(descriptor: int) -> bool:
 
 def local_path(uri: str) -> Path:
     """A path or `file://` URI as a path. Errors: `BootError` 64 for other schemes."""
-    if "://" not in uri:
-        return Path(uri)
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme != "file":
+    scheme, _, path = uri.rpartition("://")
+    if scheme not in ("", "file"):
         raise BootError(CONFIG, f"{uri}: this boot reads paths and file:// only")
-    return Path(urllib.parse.unquote(parts.path))
+    return Path(urllib.parse.unquote(path) if scheme else uri)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -394,14 +400,10 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _supervise(
-    spec: Spec, given: dict[str, str], asked: list[str]
-) -> tuple[int, str, dict[str, Any]]:
-    """Start the workers, wait for them, and end them when the marker, the deadline or a signal
-    asks. Returns the code, why, and each rank's end."""
-    ends_at = None if spec.deadline is None else time.monotonic() + spec.deadline
-    reason = _asked(spec, asked, ends_at)
-    if reason:
+def _supervise(spec: Spec, given: dict[str, str], asked: list[str]) -> tuple[int, str, Any]:
+    """Start the workers; end them when something asks. Returns code, why, and each rank's end."""
+    ends_at = time.monotonic() + spec.deadline
+    if reason := _asked(spec, asked, ends_at):
         return (OK if reason == STOPPED else AGAIN), reason, {}
     for old in [*spec.work.glob("exit-*.json"), *spec.work.glob("worker-*.json")]:
         old.unlink()
@@ -418,16 +420,18 @@ def _supervise(
             reason, asked_at = _asked(spec, asked, ends_at), now
             if reason:
                 _say(spec, f"{reason}: the trainer is asked to save and leave")
-                group.terminate()
-        elif not killed and now - asked_at > spec.grace:
-            _say(spec, f"still running {spec.grace:g} s later: killed")
-            group.kill()
-            killed = True
+        if reason and not killed:
+            group.terminate()  # again: workers may only just have come to life
+            killed = now - asked_at > spec.grace
+            if killed:
+                _say(spec, f"still running {spec.grace:g} s later: killed")
+                os.killpg(group.child.pid, signal.SIGKILL)  # torchrun's workers die with it
         time.sleep(_POLL)
     code = group.finish()
     if single:
         _note_exit(spec, 0, code, group.said)
-    ranks = _ranks(spec)
+    ends = [json.loads(path.read_text()) for path in spec.work.glob("exit-*.json")]
+    ranks = {str(end["rank"]): end for end in sorted(ends, key=lambda end: int(end["rank"]))}
     code, why = verdict(ranks, spec.workers, reason, killed)
     if not ranks and code == ERROR:  # torchrun itself could not
         code = ENVIRONMENT if "No module named" in group.said else ERROR
@@ -435,11 +439,11 @@ def _supervise(
     return code, why, ranks
 
 
-def _asked(spec: Spec, asked: list[str], ends_at: Optional[float]) -> str:
+def _asked(spec: Spec, asked: list[str], ends_at: float) -> str:
     """Why the trainer should leave: the marker, the deadline, a signal; empty: it should not."""
     if (spec.root / "control" / "stop.json").exists():
         return STOPPED
-    if ends_at is not None and time.monotonic() > ends_at:
+    if time.monotonic() > ends_at:
         return "deadline"
     return asked[0] if asked else ""
 
@@ -448,19 +452,18 @@ def _note_exit(spec: Spec, rank: int, code: int, error: str) -> None:
     write_json(spec.work / f"exit-{rank}.json", {"rank": rank, "code": code, "error": error})
 
 
-def _ranks(spec: Spec) -> dict[str, Any]:
-    found = [json.loads(path.read_text()) for path in spec.work.glob("exit-*.json")]
-    return {str(end["rank"]): end for end in sorted(found, key=lambda end: int(end["rank"]))}
-
-
-def _wrong(raw: Any, kinds: Mapping[str, Any], prefix: str = "") -> str:
-    """The first key whose value has not the type it should have; empty when there is none."""
-    if not isinstance(raw, dict):
-        return f"expected a mapping, got {raw!r}"
-    for key, kind in kinds.items():
-        value = raw.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"{prefix}{key}: expected {getattr(kind, '__name__', kind)}, got {value!r}"
+def _wrong(raw: Any) -> str:
+    """What is wrong with a specification: the first thing; empty when nothing is."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("bundle"), dict):
+        return "expected a mapping with a mapping `bundle`"
+    flat = {**raw, **{f"bundle.{key}": value for key, value in raw["bundle"].items()}}
+    for key, kind in _KINDS.items():
+        if not isinstance(flat.get(key), kind) or isinstance(flat.get(key), bool):
+            return f"{key}: expected {getattr(kind, '__name__', kind)}, got {flat.get(key)!r}"
+    if raw["schema"] != 1:
+        return f"schema: {raw['schema']}; this boot reads 1"
+    if raw["workers"] < 1 or raw["nodes"] != 1:
+        return f"{raw['workers']} workers on {raw['nodes']} nodes; allowed: 1 or more on 1"
     return ""
 
 
@@ -483,17 +486,14 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
 def _say(spec: Spec, line: str) -> None:
     path = spec.log("boot")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(f"{_now()} {line}\n")
-    print(line, flush=True)
+            file.write(f"{datetime.now(timezone.utc).strftime(_STAMP)} {line}\n")
+    with contextlib.suppress(OSError):  # unbuffered: nothing is left to fail at exit
+        os.write(1, f"{line}\n".encode())
 
 
 if __name__ == "__main__":

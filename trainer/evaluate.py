@@ -26,7 +26,7 @@ def cross_entropy(
         labels = batch.labels
         with runtime.autocast():
             hidden = hidden_states(model, batch)
-        weight = head_weight(model, hidden.dtype).detach()
+        weight = head_weight(model).detach()
         ones = torch.ones_like(labels, dtype=torch.float32).unsqueeze(1)
         total += sparse_target(hidden, weight, labels.unsqueeze(1), ones).loss
         tokens += len(labels)

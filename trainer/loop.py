@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -162,6 +160,7 @@ class Loop:
         checkpoints: Optional[Checkpoints],
         resume_from: Optional[Path],
         write_model: Callable[[Path], None],
+        signalled: Callable[[], bool],
         stop_asked: Callable[[], bool],
         say: Callable[[str], None],
     ) -> None:
@@ -170,16 +169,16 @@ class Loop:
         self.validation, self.runtime, self.metrics = validation, runtime, metrics
         self.checkpoints, self.write_model = checkpoints, write_model
         self.resume_from = resume_from
-        self.stop_asked, self.say = stop_asked, say
+        self.signalled, self.stop_asked, self.say = signalled, stop_asked, say
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard()
+        self._largest: Optional[int] = None
         self.step = 0
         self.tokens = 0.0
         self.training_seconds = 0.0
         self.best: Optional[float] = None
         self.evaluation: dict[str, float] = {}
-        self._signalled = False
-        self._saved_at = -1
+        self._saved_at = 0  # nothing is lost before the first step
         self._evaluated_at = -1
         self._flags: deque[tuple[int, Tensor, Optional[torch.cuda.Event]]] = deque()
         self._window = _Window(0.0)
@@ -188,15 +187,16 @@ class Loop:
         """Train. Errors: `NonFiniteError`; `ConfigError` when one row does not fit in memory."""
         if self.resume_from is not None:
             self._resume(self.resume_from)
-        with self._signals():
+        stopped = self._reason_to_stop()
+        while stopped == "":
+            rate, norm = self._one_step()
             stopped = self._reason_to_stop()
-            while stopped == "":
-                self._one_step()
-                stopped = self._reason_to_stop()
-                if stopped is None or self._due(self.config.evaluate_every):
-                    self._evaluate()
-                if self._due(self.config.save_every):
-                    self._save()
+            if self._logged(self.step) or stopped != "":
+                self._log(rate, norm)
+            if stopped is None or self._due(self.config.evaluate_every):
+                self._evaluate()
+            if self._due(self.config.save_every):
+                self._save()
         self._check_flags(keep=0)
         if stopped == "signal" and self.stop_asked():
             stopped = "stop"
@@ -215,20 +215,26 @@ class Loop:
         self.training_seconds, self.best = state["training_seconds"], state["best"]
         self.evaluation = state["evaluation"]
         self.guard.consecutive = state["consecutive"]
+        if state["micro_batch"] is not None:
+            self._largest = state["micro_batch"]
+            self.stream.resize(min(self._largest, self.stream.micro_batch))
         self._saved_at = self._evaluated_at = self.step
         self._window = _Window(self.training_seconds)
+        if self.checkpoints is not None and self.evaluation.get("best_step") == self.step:
+            # The process may have been killed between the checkpoint and its pointer.
+            self.checkpoints.mark_best(self.step, self.best)
         states = state["rng"]
         if len(states) == self.runtime.world_size:
             set_rng_state(states[self.runtime.rank])
         self._event("resumed", checkpoint=found.name)
         self.say(f"resumed at step {self.step} from {found}")
 
-    def _one_step(self) -> None:
+    def _one_step(self) -> tuple[float, Tensor]:
+        """One optimizer step; its learning rate and the norm of its gradient."""
         started = time.perf_counter()
         config, step = self.config, self.step
-        log = (step + 1) % config.log_every == 0 or step == 0
         group = self.stream.next_group()
-        done = self._gradients(group, log)
+        done = self._gradients(group, self._logged(step + 1))
         self.runtime.reduce_gradients(self.model.parameters())
         norm = self._clip()
         rate = learning_rate(
@@ -246,8 +252,7 @@ class Loop:
         self._queue_flag(found_inf)
         self._check_flags(keep=1)
         self.training_seconds += time.perf_counter() - started
-        if log:
-            self._log(rate, norm)
+        return rate, norm
 
     def _gradients(self, group: list[Batch], log: bool) -> Accumulated:
         """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
@@ -275,7 +280,8 @@ class Loop:
         if not isinstance(decision, Retry):
             assert isinstance(decision, Abort)
             raise ConfigError(decision.reason)
-        self.stream.resize(decision.micro_batch)
+        self._largest = decision.micro_batch
+        self.stream.resize(self._largest)
         self._event("oom_split", micro_batch=decision.micro_batch, tried=tried)
         self.say(f"out of memory with {tried} rows: going on with {decision.micro_batch}")
         while max(batch.rows for batch in group) > decision.micro_batch:
@@ -341,16 +347,19 @@ class Loop:
         speed = f"{facts['tokens_per_sec']:.0f} tok/s"
         self.say(f"step {self.step}{of}  {words}  lr {rate:.2e}  {speed}")
 
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == 1
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _reason_to_stop(self) -> Optional[str]:
         """None: the horizon is reached; "": go on; else why to stop before it."""
-        (signalled,) = self.runtime.any(self._signalled)
-        over = self.horizon.progress(self.step, self.training_seconds) >= 1.0
         if self.horizon.seconds is not None:
-            (over,) = self.runtime.any(over)  # clocks differ between ranks
-        if over:
+            # Clocks differ between ranks; the learning rate must not.
+            self.training_seconds = self.runtime.largest(self.training_seconds)
+        (signalled,) = self.runtime.any(self.signalled())
+        if self.horizon.progress(self.step, self.training_seconds) >= 1.0:
             return None
         if signalled:
             return "signal"
@@ -369,7 +378,7 @@ class Loop:
             micro_batch=self.stream.micro_batch,
             limit=self.config.evaluate_batches,
         )
-        improved = self.best is None or loss < self.best
+        improved = math.isfinite(loss) and (self.best is None or loss < self.best)
         if improved:
             self.best = loss
             self.evaluation.update(best_val_loss=loss, best_step=float(self.step))
@@ -403,6 +412,7 @@ class Loop:
             "best": self.best,
             "evaluation": dict(self.evaluation),
             "consecutive": self.guard.consecutive,
+            "micro_batch": self._largest,  # what an out-of-memory taught; None: nothing yet
             "optimizer": self.optimizer.state_dict(),
             "stream": self.stream.state_dict(),
             "objective": self.objective.state_dict(),
@@ -412,20 +422,6 @@ class Loop:
     def _event(self, name: str, **facts: Any) -> None:
         if self.metrics is not None:
             self.metrics.event(name, self.step, **facts)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT only set a flag; the loop acts on it at the next step boundary."""
-
-        def note(number: int, frame: object) -> None:
-            self._signalled = True
-
-        previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 class _Window:

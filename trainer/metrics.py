@@ -81,11 +81,11 @@ class Metrics:
         if taken := [key for key in facts if key in HEAD]:
             raise ValueError(f"a metrics line has its own {', '.join(taken)}; rename the fact")
         head = (VERSION, kind, self.attempt, self.stage, round(self.now(), 3), global_step)
-        line = json.dumps(_plain({**dict(zip(HEAD, head)), **facts}), allow_nan=False) + "\n"
+        line = json.dumps(plain({**dict(zip(HEAD, head)), **facts}), allow_nan=False) + "\n"
         _append(self._descriptor, line.encode(), self.path)
 
     def _scalars(self, global_step: int, facts: Mapping[str, Any]) -> None:
-        values = {key: _plain(value) for key, value in facts.items() if value is not None}
+        values = {key: plain(value) for key, value in facts.items() if value is not None}
         numbers = {key: float(v) for key, v in values.items() if type(v) in (int, float)}
         numbers.update({key: float(v) for key, v in values.items() if v in _NOT_FINITE})
         self._to_board(lambda board: board.add(global_step, numbers))
@@ -147,13 +147,13 @@ class _Board:
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON has it: keys whose value is None are left out, numbers that are not finite
     become strings, scalars of torch and numpy become numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+        return {str(key): plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -161,7 +161,7 @@ def _plain(value: Any) -> Any:
             return "nan"
         return float(value) if math.isfinite(value) else ("inf" if value > 0 else "-inf")
     if hasattr(value, "item"):
-        return _plain(value.item())
+        return plain(value.item())
     return str(value)
 
 

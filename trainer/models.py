@@ -36,13 +36,19 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     output = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state.flatten(0, 1)
     assert batch.supervised is not None
-    return hidden.index_select(0, batch.supervised)
+    hidden = hidden.index_select(0, batch.supervised)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        # The residual stream is fp32 under autocast; the head's products are to run in bf16.
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return hidden
 
 
-def head_weight(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The output embedding [vocabulary, hidden] in the dtype of the activations."""
+def head_weight(model: nn.Module) -> Tensor:
+    """The output embedding [vocabulary, hidden] as it is: the losses cast it for their products
+    and return its gradient in its own precision."""
     weight: Tensor = model.get_output_embeddings().weight
-    return weight.to(dtype)
+    return weight
 
 
 def load_tokenizer(reference: str) -> Any:

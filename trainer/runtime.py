@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
@@ -76,6 +75,14 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.flags)
         return tuple(bool(value) for value in tensor.tolist())
 
+    def largest(self, value: float) -> float:
+        """The largest `value` of any rank. All ranks must call it."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.flags)
+        return float(tensor)
+
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over all ranks, once per step; absent ones count as zero."""
         if self.world_size == 1:
@@ -118,19 +125,6 @@ class Runtime:
         """Give cached blocks back after an out-of-memory, so that smaller ones fit."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT do nothing but appear in the list; whoever works here looks at it."""
-    seen: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {n: signal.signal(n, lambda number, frame: seen.append(number)) for n in numbers}
-    try:
-        yield seen
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,12 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
         student = _tiny(scratch / "model", kind, tokenizer, weights=False)
         notes.append(f"model {config.model.name or 'random'}: {_words(kind)}")
         changes["model"] = replace(
-            config.model, name=student, init="random", architecture=None, tokenizer=tokenizer
+            config.model,
+            name=student,
+            init="random",
+            architecture=None,
+            tokenizer=tokenizer,
+            attention="auto",  # what needs a GPU is not tried here
         )
         if config.kd is not None:
             changes["kd"] = _distill(config.kd, tokenizer, scratch, made, notes)

@@ -14,20 +14,20 @@ import torch
 
 from trainer import models
 from trainer.banner import banner, run_meta
-from trainer.checkpoint import Checkpoints, resolve
+from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
 from trainer.data import read
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import cross_entropy
 from trainer.loop import Horizon, Loop, Outcome
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, plain
 from trainer.objective import Objective
 from trainer.objectives.distill import DistillOnline
 from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
-from trainer.runtime import Runtime, signals_noted
+from trainer.runtime import Runtime
 from trainer.store import atomic_write
 from trainer.teacher import Answers, StoredAnswers, missing_chunks
 from trainer.teacher_files import LogitFiles
@@ -47,6 +47,7 @@ class Context:
     runtime: Runtime
     metrics: Optional[Metrics]
     say: Callable[[str], None]
+    signalled: Callable[[], bool]
     rows: Optional[Rows] = None
 
     @property
@@ -54,16 +55,26 @@ class Context:
         return Path(self.config.output)
 
     def stop_asked(self) -> bool:
-        return bool(self.job.control) and (Path(str(self.job.control)) / "stop.json").exists()
+        return stop_asked(self.job)
+
+
+def stop_asked(job: Job) -> bool:
+    """Whether the marker asks the job to end."""
+    return job.control is not None and (Path(job.control) / "stop.json").exists()
 
 
 ObjectiveFactory = Callable[[Context, Any], Objective]
 
 
 def run_stage(
-    config: StageConfig, job: Job, runtime: Runtime, say: Callable[[str], None]
+    config: StageConfig,
+    job: Job,
+    runtime: Runtime,
+    say: Callable[[str], None],
+    signalled: Callable[[], bool],
 ) -> Outcome:
-    """Run one stage to its end and record it. Errors: those of its parts, one clear line each."""
+    """Run one stage to its end and record it. `signalled`: whether this process was asked to
+    leave. Errors: those of its parts, one clear line each."""
     missing = missing_blocks(config.stage, {k for k, v in vars(config).items() if v is not None})
     if missing:
         raise ConfigError(f"stage {config.id}: missing {', '.join(missing)}")
@@ -76,10 +87,12 @@ def run_stage(
     metrics = Metrics(folder, config.id, job.attempt, warn=say) if runtime.main else None
     started = time.time()
     try:
-        context = Context(config, job, runtime, metrics, say if runtime.main else _quiet)
+        voice = say if runtime.main else _quiet
+        context = Context(config, job, runtime, metrics, voice, signalled)
         _record(context, started, None)
         outcome = STAGES[config.stage](context)
         _record(context, started, outcome)
+        runtime.barrier()  # a rank that leaves first would have torchrun end the others
         return outcome
     finally:
         if metrics is not None:
@@ -152,6 +165,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             checkpoints=checkpoints,
             resume_from=newest,
             write_model=write_model,
+            signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,
         ).run()
@@ -178,17 +192,16 @@ def targets(context: Context) -> Outcome:
     teacher = models.load_frozen(plan.teacher, runtime, attention)
     context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
     folder = context.folder / "targets"
-    with signals_noted() as seen:
-        totals = write_targets(
-            folder,
-            plan,
-            rows,
-            teacher,
-            tokens,
-            runtime,
-            context.say,
-            stop=lambda: bool(seen) or context.stop_asked(),
-        )
+    totals = write_targets(
+        folder,
+        plan,
+        rows,
+        teacher,
+        tokens,
+        runtime,
+        context.say,
+        stop=lambda: context.signalled() or context.stop_asked(),
+    )
     whole = runtime.all_sum({name: torch.tensor(total) for name, total in totals.items()})
     facts = {f"target_{name}": float(total) for name, total in whole.items()}
     context.say(f"targets: {facts['target_tokens']:,.0f} tokens in {folder}")
@@ -205,6 +218,9 @@ def evaluate(context: Context) -> Outcome:
     table: list[dict[str, Any]] = []
     results: dict[str, float] = {}
     for label, reference in config.evaluate.models.items():
+        if context.runtime.any(context.signalled())[0]:
+            stopped = "stop" if context.stop_asked() else "signal"
+            return Outcome(stopped, 0, time.perf_counter() - started)
         tokens = models.load_tokenizer(reference)
         rows = build_rows(
             config.data.validation,
@@ -227,8 +243,9 @@ def evaluate(context: Context) -> Outcome:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically; numbers that are not finite become strings."""
-    atomic_write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    """Atomically; numbers that are not finite become strings, which no gate takes for numbers."""
+    text = json.dumps(plain(value), indent=1, sort_keys=True, allow_nan=False)
+    atomic_write(path, (text + "\n").encode())
 
 
 def _next_token(context: Context, tokens: Any) -> Objective:
@@ -369,14 +386,12 @@ def _training_seconds(reference: str) -> float:
 
 
 def _history(reference: str) -> dict[str, Any]:
-    """Steps and training time of the stage that made a model, when the reference is its folder."""
+    """Steps and training time that made a model, when it is a checkpoint of ours."""
     resolved = Path(resolve(reference))
-    meta = resolved.parent.parent / "run_meta.json"
-    manifest = resolved / "MANIFEST.json"
-    if not (meta.exists() and manifest.exists()):
+    if not (resolved / "MANIFEST.json").exists():
         return {}
-    seconds = json.loads(meta.read_text()).get("training_seconds")
-    return {"step": json.loads(manifest.read_text())["step"], "training_seconds": seconds}
+    state = load_state(resolved)
+    return {"step": state["step"], "training_seconds": round(state["training_seconds"], 3)}
 
 
 def _record(context: Context, started: float, outcome: Optional[Outcome]) -> None:

@@ -106,7 +106,7 @@ def _one_batch(
     batch = host.to(runtime.device)
     with runtime.autocast():
         hidden = hidden_states(teacher, batch)
-    answer = answers(hidden, head_weight(teacher, hidden.dtype)[:vocabulary], settings, generator)
+    answer = answers(hidden, head_weight(teacher)[:vocabulary], settings, generator)
     borders = np.cumsum(np.concatenate([[0], answer.counts]))
     for segment in segments(host):
         entries = slice(int(borders[segment.begin]), int(borders[segment.end]))

@@ -2,9 +2,9 @@
 unpacked bundle, exactly as a cloud would.
 
 A job's folder is `$LAUNCH_HOME/local/<job name>-a<attempt>/`; boot writes there what happened
-(docs/contracts.md), so nothing is remembered here. Two signs tell that a job lives: its lock, held
-without a gap from `create` to boot's last line, and `LAUNCH_WORK=<folder>` in the environment of
-boot and of everything below it, which no reused pid carries.
+(docs/contracts.md), so nothing is remembered here. Its lock, held without a gap from `create` to
+boot's end, tells that boot lives and that the pid in process.json is boot's. What boot started may
+outlive it: `LAUNCH_WORK=<folder>` in the environment marks it, and no reused pid carries that.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ class LocalBackend:
         if not job.refs:
             return Seen(Phase.LOST, why="no process was started")
         work = Path(job.refs[-1].data["work"])
-        alive = _lives(work)
-        held = tuple((ref, Held.LIVE if alive else Held.GONE) for ref in job.refs)
+        boot_lives = _locked(work)
+        state = Held.LIVE if boot_lives or _processes(work) else Held.GONE
+        held = tuple((ref, state) for ref in job.refs)
         result = _read(work / "result.json")
         if result is not None:
             return _ended(result, work, held)
         process = _read(work / "process.json")
-        if alive:
+        if boot_lives:
             running = process is not None and process.get("state") == "running"
             return Seen(Phase.RUNNING if running else Phase.STARTING, held)
         if process is not None:
@@ -254,7 +255,8 @@ def _locked(work: Path) -> bool:
 def _ask(work: Path) -> bool:
     """SIGTERM to boot; False when it is not there, or not yet known by its pid."""
     pid = (_read(work / "process.json") or {}).get("pid")
-    return pid in _processes(work) and _signal(int(pid), signal.SIGTERM)
+    marked = pid in _processes(work)  # also when the folder was moved away
+    return pid is not None and (marked or _locked(work)) and _signal(int(pid), signal.SIGTERM)
 
 
 def _signal(pid: int, number: int) -> bool:

@@ -22,10 +22,10 @@ def read_parts(folder: Path, job: JobHandle, query: LogQuery) -> Iterator[Line]:
     part = f"{int(index):02d}-{job.attempt:04d}.log"
     position: dict[str, Any] = dict(query.cursor)
     streams = []
-    for worker in sorted(folder.glob("worker-*"), key=lambda path: int(path.name[7:])):
-        number = int(worker.name[7:])
+    names = (path.name[len("worker-") :] for path in folder.glob("worker-*"))
+    for number in sorted(int(name) for name in names if name.isdecimal()):
         if query.worker is None or query.worker == number:
-            streams.append(_read(worker / part, number, position))
+            streams.append(_read(folder / f"worker-{number}" / part, number, position))
     for when, number, text, end in heapq.merge(*streams, key=lambda item: (item[0], item[1])):
         position[str(number)] = {"part": part, "offset": end}
         if query.since is None or when >= query.since:
@@ -55,8 +55,10 @@ def _read(
 
 def _stamped(line: str, before: float) -> tuple[float, str]:
     """The time in front of a line and the rest; a line without one has the time before it."""
-    try:
-        when = datetime.strptime(line[:_STAMP], "%Y-%m-%dT%H:%M:%S.%fZ")
+    try:  # `strptime` takes ten times as long, and Python 3.10 reads no `Z` here
+        when = datetime.fromisoformat(line[: _STAMP - 1])
     except ValueError:
+        return before, line
+    if line[_STAMP - 1 : _STAMP + 1] not in ("Z ", "Z"):
         return before, line
     return when.replace(tzinfo=timezone.utc).timestamp(), line[_STAMP + 1 :]

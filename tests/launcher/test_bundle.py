@@ -76,8 +76,7 @@ def test_it_holds_every_module_of_the_trainer_and_nothing_else(tmp_path: Path) -
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = tar.getmembers()
     assert all(
-        (m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) == (0, 0, 0, "", "", 0o644)
-        and m.isfile()
+        (m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) == (0, 0, 0, "", "", 0o644) and m.isfile()
         for m in members
     )
     wanted = {f"trainer/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
@@ -109,7 +108,7 @@ def test_a_whole_cached_bundle_is_kept(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "header"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "header", "block"])
 def test_a_damaged_cached_bundle_is_built_again(tmp_path: Path, damage: str) -> None:
     package = _package(tmp_path, b"a = 1\n" * 100)
     made = build(tmp_path, package)
@@ -122,6 +121,7 @@ def test_a_damaged_cached_bundle_is_built_again(tmp_path: Path, damage: str) -> 
             "empty": b"",
             "other": gzip.compress(b"something else"),
             "header": b"xx" + good[2:],
+            "block": good[:10] + b"\xff" * 20 + good[30:],  # no type of deflate block
         }[damage]
     )
     assert build(tmp_path, package) == made

@@ -72,13 +72,13 @@ def stage(tmp_path: Path, tokenizer: str, texts: str) -> StageConfig:
 @pytest.fixture
 def run_stage() -> Callable[..., Any]:
     """Run a stage in this process; the lines it said are in `.lines` of the result."""
-    from trainer import runtime, stages
+    from trainer import interrupts, runtime, stages
 
     def run(config: StageConfig, run_id: str = "r", **job: Any) -> Any:
         lines: list[str] = []
-        with runtime.start() as process:
+        with interrupts.listening() as signalled, runtime.start() as process:
             outcome = stages.run_stage(
-                config, Job(run=run_id, stages=(config,), **job), process, lines.append
+                config, Job(run=run_id, stages=(config,), **job), process, lines.append, signalled
             )
         outcome.lines = lines
         return outcome

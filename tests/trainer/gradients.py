@@ -114,7 +114,8 @@ def main(tokenizer: str, texts: str, out: str) -> None:
                 )
                 torch.save(gradient, Path(out) / f"{name}-{dtype}-{runtime.rank}.pt")
         flags = runtime.any(runtime.rank == 1, False)
-        (Path(out) / f"any-{runtime.rank}.json").write_text(json.dumps(flags))
+        facts = {"any": flags, "largest": runtime.largest(float(runtime.rank))}
+        (Path(out) / f"flags-{runtime.rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def test_a_restored_stream_goes_on_where_the_other_stopped_even_when_cut_otherwi
     for _ in range(4):
         stream.next_group()
     state = json.loads(json.dumps(stream.state_dict()))
-    assert state == {"position": 16, "epoch_rows": 10}
+    assert state == {"position": 16, "epoch_rows": 10, "digest": ten.digest}
     restored = stream_of(ten, 2, 2)
     restored.load_state_dict(state)
     for _ in range(5):
@@ -301,8 +301,10 @@ def test_a_restored_stream_goes_on_where_the_other_stopped_even_when_cut_otherwi
 
 def test_data_that_changed_since_the_checkpoint_is_an_error(ten: Rows) -> None:
     stream = stream_of(ten, 4, 1)
-    with pytest.raises(DataError, match="made with 11 rows, now there are 10; restore the data"):
-        stream.load_state_dict({"position": 4, "epoch_rows": 11})
+    state = stream.state_dict()
+    for other in ({"epoch_rows": 11}, {"digest": "of other tokens"}):
+        with pytest.raises(DataError, match=r"the data changed.*now there are 10.*restore"):
+            stream.load_state_dict({**state, **other})
 
 
 def test_a_smaller_micro_batch_cuts_the_same_global_batch_finer(ten: Rows) -> None:

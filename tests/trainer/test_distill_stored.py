@@ -30,6 +30,7 @@ from trainer.config import (
 )
 from trainer.data import DataError
 from trainer.data.stream import Rows, build_rows
+from trainer.interrupts import listening
 from trainer.loop import backward, normalisers, prepare
 from trainer.losses.distance import logit_distance
 from trainer.losses.ghost import ghost_target
@@ -317,9 +318,9 @@ def test_targets_stop_between_shards_and_go_on_behind_them(
             signal.raise_signal(signal.SIGTERM)
 
     def run(say: Callable[[str], None]) -> Any:
-        with runtime.start() as process:
+        with runtime.start() as process, listening() as signalled:
             job = Job(run="r", stages=(config,), control=str(control))
-            return stages.run_stage(config, job, process, say)
+            return stages.run_stage(config, job, process, say, signalled)
 
     assert run(say).stopped == "signal"
     assert len(list(tmp_path.glob("answers/targets/shard-*/meta.json"))) == 2

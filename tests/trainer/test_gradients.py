@@ -13,6 +13,7 @@ import torch
 
 from tests.trainer import gradients
 from trainer.batch import IGNORE
+from trainer.models import head_weight, hidden_states
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
 DTYPES = [torch.float64, torch.float32]
@@ -55,7 +56,23 @@ def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path
             two = [torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in (0, 1)]
             assert torch.equal(two[0], two[1])
             assert distance(two[0], one) < LIMIT[dtype]
-    assert json.loads((tmp_path / "any-0.json").read_text()) == [True, False]
+    agreed = {"any": [True, False], "largest": 1.0}
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"flags-{rank}.json").read_text()) == agreed
+
+
+def test_bf16_runs_the_head_in_bf16_and_keeps_its_gradient_in_fp32(
+    tokenizer: str, texts: str
+) -> None:
+    """Under autocast the residual stream is fp32: left so, the head would run in fp32 too."""
+    runtime = gradients.CPU.at("bf16")
+    student = gradients.model(tokenizer, torch.float32, seed=1)
+    batch = gradients.rows(tokenizer, texts, packing=True).batch([0, 1]).to(runtime.device)
+    with runtime.autocast():
+        hidden = hidden_states(student, batch)
+    assert hidden.dtype == torch.bfloat16
+    gradients.of("next_token", tokenizer, texts, torch.float32, micro_batch=2, runtime=runtime)
+    assert head_weight(student).dtype == torch.float32
 
 
 def test_mean_of_means_is_told_apart(tokenizer: str, texts: str) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tests.trainer.conftest import in_folder
 from trainer import stages
 from trainer.batch import Batch
-from trainer.config import ConfigError, Distill, StageConfig, Train
+from trainer.checkpoint import Checkpoints
+from trainer.config import ConfigError, Distill, Job, StageConfig, Train
 from trainer.loop import Horizon, NonFiniteError, learning_rate
 from trainer.objective import Loss
 from trainer.objectives.next_token import NextToken
@@ -180,6 +181,12 @@ def test_out_of_memory_splits_the_micro_batch_and_keeps_the_global_batch(
     assert [s["tokens"] for s in split] == [s["tokens"] for s in calm]
     assert math.isclose(split[-1]["train_loss"], calm[-1]["train_loss"], rel_tol=1e-4)
 
+    with_objective(Faulty(largest=2))
+    run_stage(in_folder(stage, tmp_path / "taught", until=5))
+    run_stage(in_folder(stage, tmp_path / "taught"), attempt=2)
+    splits = [e for e in lines(tmp_path / "taught", "event") if e["event"] == "oom_split"]
+    assert len(splits) == 1  # the resumed run knows
+
     with_objective(Faulty(largest=0))
     with pytest.raises(ConfigError, match=r"one row does not fit.*gradient_checkpointing"):
         run_stage(in_folder(stage, tmp_path / "never"))
@@ -208,6 +215,75 @@ def test_a_signal_saves_at_the_step_boundary_and_resume_equals_the_undisturbed_r
     with_objective(NextToken())
     run_stage(in_folder(stage, tmp_path / "cut"), attempt=2)
     assert weights(tmp_path / "cut") == weights(tmp_path / "calm")
+
+
+def test_a_signal_in_the_last_evaluation_keeps_the_next_stage_from_starting(
+    stage: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage completes and is saved; nothing else begins; a second signal changes nothing."""
+    from trainer import __main__, loop
+
+    measure = loop.cross_entropy
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(loop, "cross_entropy", interrupted)
+    stages_ = tuple(
+        replace(in_folder(stage, tmp_path / name, steps=3), id=name) for name in ("one", "two")
+    )
+    assert __main__.run(Job(run="r", stages=stages_)) == 75
+    assert json.loads((tmp_path / "one" / "run_meta.json").read_text())["completed"] is True
+    assert not (tmp_path / "two").exists()
+    (tmp_path / "stop.json").write_text("{}")
+    assert __main__.run(Job(run="r", stages=stages_, control=str(tmp_path))) == 0
+
+
+def test_a_signal_during_the_last_save_does_not_lose_it(
+    stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpoints.save
+
+    def interrupted(self: Checkpoints, *arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    run_stage(in_folder(stage, tmp_path / "out", steps=3))
+    assert json.loads((tmp_path / "out" / "checkpoints" / "last.json").read_text())["step"] == 3
+
+
+def test_the_last_step_is_logged_whatever_log_every_is(
+    stage: StageConfig, run_stage: Run, tmp_path: Path
+) -> None:
+    run_stage(in_folder(stage, tmp_path / "out", steps=7, log_every=5))
+    assert [s["global_step"] for s in lines(tmp_path / "out", "step")] == [1, 5, 7]
+
+
+def test_a_first_evaluation_that_is_not_finite_is_not_the_best(
+    stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import loop
+
+    losses = iter([float("nan"), 4.5, 4.6])
+    monkeypatch.setattr(loop, "cross_entropy", lambda *a, **k: (next(losses), 10))
+    run_stage(in_folder(stage, tmp_path / "out", steps=6, evaluate_every=2))
+    best = json.loads((tmp_path / "out" / "checkpoints" / "best.json").read_text())
+    assert (best["step"], best["val_loss"]) == (4, 4.5)
+
+
+def test_a_best_pointer_that_a_kill_prevented_is_written_on_resume(
+    stage: StageConfig, run_stage: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    run_stage(in_folder(stage, folder, until=10, evaluate_every=5))
+    pointer = folder / "checkpoints" / "best.json"
+    assert json.loads(pointer.read_text())["step"] == 10
+    pointer.write_text(json.dumps({"v": 1, "step": 5, "path": "step-5", "val_loss": 9.0}))
+    run_stage(in_folder(stage, folder, until=10, evaluate_every=5), attempt=2)
+    assert json.loads(pointer.read_text())["step"] == 10
 
 
 def test_a_signal_with_the_stop_marker_is_a_stop(

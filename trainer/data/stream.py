@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Optional
 
 import numpy as np
@@ -21,6 +22,9 @@ from trainer.config import Source
 from trainer.data import DataError
 from trainer.data.chunks import Chunks, read_chunks
 from trainer.data.pack import Packing, one_per_row, pack
+
+#: Tokens that `Rows.digest` looks at, at most about so many.
+_HASHED = 1 << 20
 
 
 class Rows:
@@ -36,6 +40,17 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.packing)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells other texts, tokens or layouts apart: a checkpoint's position is of these rows. Of
+        a large store, a sample of the tokens is hashed."""
+        tokens, lengths = self.chunks.tokens, self.chunks.lengths[self.packing.items]
+        sample = np.ascontiguousarray(tokens[:: max(1, len(tokens) // _HASHED)])
+        digest = hashlib.sha256(str(len(tokens)).encode())
+        for array in (sample, lengths, self.packing.starts):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows `indices` as int64 tensors [rows, length]. What a row does not use is a segment
@@ -154,16 +169,20 @@ class Stream:
         seen = Fraction(str(epochs)) * len(self.rows)
         return max(1, math.ceil(seen / self.rows_per_step))
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "epoch_rows": len(self.rows)}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "position": self.position,
+            "epoch_rows": len(self.rows),
+            "digest": self.rows.digest,
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the rows already seen. Errors: `DataError` if the data is not the same."""
-        if state["epoch_rows"] != len(self.rows):
+        if (state["epoch_rows"], state["digest"]) != (len(self.rows), self.rows.digest):
             raise DataError(
                 f"the data changed: the checkpoint was made with {state['epoch_rows']} rows, now"
-                f" there are {len(self.rows)}; restore the data, its order and the tokenizer, or"
-                " start a new run"
+                f" there are {len(self.rows)}, of other content; restore the data, its order and"
+                " the tokenizer, or start a new run"
             )
         self.position = state["position"]
 

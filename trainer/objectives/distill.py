@@ -41,9 +41,9 @@ class DistillOnline:
         alpha = alpha_at(self.config, batch.progress)
         result = dense_kl(
             hidden,
-            head_weight(model, hidden.dtype),
+            head_weight(model),
             teacher,
-            head_weight(self.teacher, teacher.dtype),
+            head_weight(self.teacher),
             batch.labels,
             temperature=self.config.temperature,
             ce_weight=share(alpha, norm["ce"]).to(hidden.device),

@@ -45,7 +45,7 @@ class DistillStored:
 
     def loss(self, model: nn.Module, batch: Batch, norm: dict[str, Tensor], log: bool) -> Loss:
         hidden, temperature = hidden_states(model, batch), self.config.temperature
-        head, status = head_weight(model, hidden.dtype), batch.extra["teacher_status"]
+        head, status = head_weight(model), batch.extra["teacher_status"]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         alpha = alpha_at(self.config, batch.progress)
         ce_weight = share(alpha, norm["ce"]).to(hidden.device, dtype)

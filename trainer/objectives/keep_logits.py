@@ -42,9 +42,9 @@ class StayNear:
             return loss
         distance = logit_distance(
             hidden,
-            head_weight(model, hidden.dtype),
+            head_weight(model),
             start,
-            head_weight(self.start, start.dtype),
+            head_weight(self.start),
         )
         factor = share(self.weight(batch.progress), norm["keep"]).to(distance)
         sums = {**loss.sums, "keep_l2": (distance.detach(), "keep")}

@@ -25,7 +25,7 @@ class NextToken:
         weight = share(1.0, norm["ce"]).to(torch.promote_types(hidden.dtype, torch.float32))
         result = sparse_target(
             hidden,
-            head_weight(model, hidden.dtype),
+            head_weight(model),
             labels.unsqueeze(1),
             weight.to(hidden.device).expand(len(labels), 1),
         )
