@@ -16,7 +16,7 @@ from launcher.spec import NAME
 from trainer.config import NEEDS, STAGES, nearest
 
 #: Blocks of a stage; in a pipeline they may be written once, at the top.
-BLOCKS = ("model", "data", "train", "kd", "tokenizer", "evaluate", "merge", "export")
+BLOCKS = ("model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export")
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
@@ -251,14 +251,16 @@ def _resolved(node: Node) -> Node:
     keys = dict(node.map)
     if "gate" in keys and isinstance(keys["gate"].value, dict):
         keys["gate"] = replace(keys["gate"], value=[keys["gate"]])
-    for block, names in (
-        ("model", ("name", "tokenizer")),
-        ("kd", ("teacher",)),
-        ("merge", ("adapter", "base")),
-        ("export", ("model",)),
-    ):
+    references = {
+        "model": dict.fromkeys(("name", "tokenizer"), _model_path),
+        "kd": {"teacher": _model_path, "targets": _data_path, "logits_dir": _data_path},
+        "targets": {"teacher": _model_path},
+        "merge": dict.fromkeys(("adapter", "base"), _model_path),
+        "export": {"model": _model_path},
+    }
+    for block, changes in references.items():
         if block in keys:
-            keys[block] = _change(keys[block], {name: _model_path for name in names})
+            keys[block] = _change(keys[block], changes)
     if "evaluate" in keys:
         every = dict.fromkeys((keys["evaluate"].get("models") or node).map, _model_path)
         keys["evaluate"] = _change(keys["evaluate"], {"models": lambda m: _change(m, every)})

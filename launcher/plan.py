@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 #: The run id of a preview; a run that starts gets its own.
 PREVIEW = "0" * 16
-_STAGE_FIELDS = ("model", "data", "train", "kd", "tokenizer", "evaluate", "merge", "export")
+_STAGE_FIELDS = (
+    "model",
+    "data",
+    "train",
+    "kd",
+    "targets",
+    "tokenizer",
+    "evaluate",
+    "merge",
+    "export",
+)
 _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 
 

@@ -175,7 +175,7 @@ def _machine(stage: Stage) -> Optional[str]:
 
 def _training(stage: Stage) -> Iterator[Problem]:
     model, train, data = stage.model, stage.train, stage.data
-    trains = stage.stage in ("tokenizer", "pretrain", "sft", "kd")
+    trains = stage.stage in ("tokenizer", "pretrain", "sft", "targets", "kd")
     if trains and not data.train:
         yield ("data", "train"), f"stage '{stage.stage}' needs at least one source"
     if stage.stage == "evaluate" and not data.validation:

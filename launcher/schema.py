@@ -10,13 +10,25 @@ from typing import Any, Optional
 
 from launcher import drafts
 from launcher.spec import NAME, Budget, Gate, Hardware, Retry
-from trainer.config import STAGES, Data, Distill, Evaluate, Export, Merge, Model, Tokenizer, Train
+from trainer.config import (
+    STAGES,
+    Data,
+    Distill,
+    Evaluate,
+    Export,
+    Merge,
+    Model,
+    Targets,
+    Tokenizer,
+    Train,
+)
 
 _BLOCKS = {
     "model": Model,
     "data": Data,
     "train": Train,
     "kd": Distill,
+    "targets": Targets,
     "tokenizer": Tokenizer,
     "evaluate": Evaluate,
     "merge": Merge,

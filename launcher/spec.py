@@ -19,6 +19,7 @@ from trainer.config import (
     Model,
     StageName,
     Strict,
+    Targets,
     Tokenizer,
     Train,
     require,
@@ -132,6 +133,7 @@ class Stage(Strict):
     data: Data = field(default_factory=Data)
     train: Optional[Train] = None
     kd: Optional[Distill] = None
+    targets: Optional[Targets] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
     merge: Optional[Merge] = None

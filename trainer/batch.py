@@ -18,13 +18,17 @@ class Batch:
     attention mask and `use_cache=False` is what keeps documents apart.
 
     `to` fills `supervised`: the flat indices [n] of positions that have a target, found before the
-    copy, so that nothing on the device has to be counted. `weights` holds, per loss term, the
-    0-dim float64 weight of this batch (e.g. supervised tokens); `extra` is the objective's."""
+    copy, so that nothing on the device has to be counted, and keeps the batch that was copied as
+    `host`. `progress`: the share of the horizon done before this step. `weights` holds, per loss
+    term, the 0-dim float64 weight of this batch (e.g. supervised tokens); `extra` is the
+    objective's."""
 
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
     supervised: Optional[Tensor] = None
+    host: Optional[Batch] = None
+    progress: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -42,7 +46,8 @@ class Batch:
         """A copy on `device`, unprepared; pinned memory is copied without waiting."""
         supervised = (self.targets.flatten() != IGNORE).nonzero().squeeze(1)
         tensors = (self.input_ids, self.position_ids, self.targets, supervised)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        ids, positions, targets, found = (t.to(device, non_blocking=True) for t in tensors)
+        return Batch(ids, positions, targets, found, host=self)
 
     def split(self) -> tuple[Batch, Batch]:
         """The first and the second half of the rows, unprepared. Needs at least two rows."""

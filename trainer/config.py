@@ -24,8 +24,8 @@ from trainer.loading import to_dict as to_dict
 
 SCHEMA = 1
 #: Stages this trainer can run; `stages.py` holds one row for each.
-STAGES = ("tokenizer", "pretrain", "sft", "kd", "evaluate", "merge", "export")
-StageName = Literal["tokenizer", "pretrain", "sft", "kd", "evaluate", "merge", "export"]
+STAGES = ("tokenizer", "pretrain", "sft", "targets", "kd", "evaluate", "merge", "export")
+StageName = Literal["tokenizer", "pretrain", "sft", "targets", "kd", "evaluate", "merge", "export"]
 
 
 class ConfigError(ValueError):
@@ -240,20 +240,86 @@ class Train(Strict):
 
 
 @dataclass(frozen=True)
-class Distill(Strict):
-    """Knowledge distillation. loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher || student),
-    both at temperature T inside the KL (Hinton et al. 2015, arXiv 1503.02531)."""
+class KeepLogits(Strict):
+    """Hold the student near its starting logits. `fade`: the share of the horizon over which the
+    weight falls linearly to 0."""
 
-    teacher: str
-    mode: Literal["online"] = "online"
-    temperature: float = 2.0
-    alpha: float = 0.5
+    weight: float = 0.1
+    fade: float = 0.5
 
     def __post_init__(self) -> None:
         require(
             self,
+            weight=(self.weight > 0, "must be greater than 0"),
+            fade=(0 < self.fade <= 1, "must be in (0, 1]"),
+        )
+
+
+@dataclass(frozen=True)
+class Distill(Strict):
+    """Knowledge distillation. loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher || student),
+    both at temperature T inside the KL (Hinton et al. 2015, arXiv 1503.02531). `precompute`: the
+    teacher's answers are read from `targets` (a stage of that name) or `logits_dir` (a file for
+    each sample), of which `top_k` logits a token are kept."""
+
+    teacher: Optional[str] = None
+    mode: Literal["online", "precompute"] = "online"
+    temperature: float = 2.0
+    alpha: float = 0.5
+    alpha_final: Optional[float] = None  # alpha at the end of the horizon
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    keep_logits: Optional[KeepLogits] = None
+    targets: Optional[str] = None
+    logits_dir: Optional[str] = None
+    top_k: int = 64
+
+    def __post_init__(self) -> None:
+        online = self.mode == "online"
+        anneals = self.alpha_schedule != "constant"
+        stored = [given for given in (self.targets, self.logits_dir) if given is not None]
+        where = "belongs to `mode: precompute`"
+        require(
+            self,
+            teacher=((self.teacher is not None) == online,
+                     "must be named" if online else "is not read with `mode: precompute`"),
+            mode=(online or len(stored) == 1,
+                  "`precompute` needs exactly one of `targets` and `logits_dir`"),
             temperature=(self.temperature > 0, "must be greater than 0"),
             alpha=(0 <= self.alpha <= 1, "must be in [0, 1]"),
+            alpha_final=(self.alpha_final is None or 0 <= self.alpha_final <= 1,
+                         "must be in [0, 1]"),
+            alpha_schedule=(anneals == (self.alpha_final is not None),
+                            "`linear` and `cosine` go with `alpha_final`, and it with them"),
+            targets=(not online or self.targets is None, where),
+            logits_dir=(not online or self.logits_dir is None, where),
+            top_k=(self.top_k >= 1, "must be at least 1"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Targets(Strict):
+    """A teacher's answers on `data.train`, stored for `kd` with `mode: precompute`. `top_k`: the
+    most probable tokens, the rest as one; `sample`: `samples` draws, unbiased (arXiv 2503.16870).
+    `temperature` is that of the `kd` stage."""
+
+    teacher: str
+    top_k: int = 64
+    sampler: Literal["top_k", "sample"] = "top_k"
+    samples: int = 32
+    temperature: float = 2.0
+    micro_batch: int = 8  # rows per forward pass
+    seed: int = 0  # of the draws
+    limit_rows: Optional[int] = None  # read only as much as fills that many rows
+
+    def __post_init__(self) -> None:
+        at_least_1 = "must be at least 1"
+        require(
+            self,
+            top_k=(self.top_k >= 1, at_least_1),
+            samples=(1 <= self.samples < 65536, "must be in 1..65535"),
+            temperature=(self.temperature > 0, "must be greater than 0"),
+            micro_batch=(self.micro_batch >= 1, at_least_1),
+            limit_rows=(self.limit_rows is None or self.limit_rows >= 1, at_least_1),
         )
 
 
@@ -325,6 +391,7 @@ class StageConfig(Strict):
     data: Data = field(default_factory=Data)
     train: Optional[Train] = None
     kd: Optional[Distill] = None
+    targets: Optional[Targets] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
     merge: Optional[Merge] = None
@@ -351,6 +418,7 @@ NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "tokenizer": (frozenset({"tokenizer", "data"}), frozenset()),
     "pretrain": (frozenset({"model", "data", "train"}), frozenset()),
     "sft": (frozenset({"model", "data", "train"}), frozenset()),
+    "targets": (frozenset({"targets", "data"}), frozenset()),
     "kd": (frozenset({"model", "data", "train", "kd"}), frozenset()),
     "evaluate": (frozenset({"evaluate", "data"}), frozenset()),
     "merge": (frozenset({"merge"}), frozenset()),

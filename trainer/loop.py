@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional, TypeVar
 
@@ -64,9 +64,12 @@ class Accumulated:
     tokens: Tensor
 
 
-def prepare(objective: Objective, group: list[Batch], runtime: Runtime, step: int) -> list[Batch]:
-    """The whole group on the device, with its weights."""
-    return [objective.prepare(batch.to(runtime.device), step) for batch in group]
+def prepare(
+    objective: Objective, group: list[Batch], runtime: Runtime, step: int, progress: float = 0.0
+) -> list[Batch]:
+    """The whole group on the device, with its weights. `progress`: that of the horizon, 0 to 1."""
+    batches = [replace(batch.to(runtime.device), progress=progress) for batch in group]
+    return [objective.prepare(batch, step) for batch in batches]
 
 
 def normalisers(batches: list[Batch], runtime: Runtime) -> dict[str, Tensor]:
@@ -253,8 +256,11 @@ class Loop:
 
     def _gradients(self, group: list[Batch], log: bool) -> Accumulated:
         """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
+        progress = self.horizon.progress(self.step, self.training_seconds)
         while True:
-            batches = _unless_out_of_memory(prepare, self.objective, group, self.runtime, self.step)
+            batches = _unless_out_of_memory(
+                prepare, self.objective, group, self.runtime, self.step, progress
+            )
             if not self.runtime.any(batches is None)[0] and batches is not None:
                 norm = normalisers(batches, self.runtime)
                 done = _unless_out_of_memory(

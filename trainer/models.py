@@ -246,5 +246,10 @@ def stored_vocabulary_size(reference: str) -> Optional[int]:
     return json.loads(path.read_text()).get("vocab_size") if path.exists() else None
 
 
+def vocabulary_size(reference: str) -> int:
+    """The number of logits of the model at a model reference. Errors: `ConfigError`."""
+    return int(_load_configuration(reference).get_text_config().vocab_size)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,12 +16,14 @@ from trainer.checkpoint import resolve
 from trainer.config import (
     Adapter,
     Data,
+    Distill,
     Evaluate,
     Export,
     Merge,
     Model,
     Source,
     StageConfig,
+    Targets,
     Train,
 )
 from trainer.data.manifest import expand
@@ -30,6 +32,7 @@ from trainer.data.tokenizer import byte_tokenizer
 from trainer.models import load_tokenizer
 
 _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
+_TARGET_ROWS = 64
 
 #: A part of a pattern such as `model.layers.1[0-9].*` that counts layers.
 _LAYER_NUMBER = re.compile(r"(?<=\.)[\d\[][^.]*(?=\.|$)")
@@ -64,11 +67,10 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
             freeze=tuple(_LAYER_NUMBER.sub("0", pattern) for pattern in config.model.freeze),
             attention="auto",  # what needs a GPU is not tried here
         )
-        if config.kd is not None and not _made(config.kd.teacher, made):
-            kind = _model_type(Model(name=config.kd.teacher))
-            teacher = _tiny(scratch / "teacher", kind, tokenizer, weights=True)
-            notes.append(f"teacher {config.kd.teacher}: {_words(kind)}")
-            changes["kd"] = replace(config.kd, teacher=teacher)
+        if config.kd is not None:
+            changes["kd"] = _distill(config.kd, tokenizer, scratch, made, notes)
+    if config.targets is not None:
+        changes["targets"] = _targets(config.targets, scratch, made, notes)
     if config.evaluate is not None:
         changes["evaluate"] = _evaluate(config.evaluate, scratch, made, notes)
     if data.chat_template is None and any(scratch.rglob("tokenizer")):
@@ -134,6 +136,31 @@ def _train(train: Train, notes: list[str]) -> Train:
         save_every=0,
         log_every=1,
     )
+
+
+def _distill(
+    kd: Distill, tokenizer: str, scratch: Path, made: set[str], notes: list[str]
+) -> Distill:
+    """Answers that this job does not store itself belong to another tokenizer or to data that is
+    not read here: a tiny teacher is asked instead."""
+    if _made(kd.teacher or kd.targets or "", made):
+        return kd
+    kind = _model_type(Model(name=kd.teacher or str(kd.targets or kd.logits_dir)))
+    teacher = _tiny(scratch / "teacher", kind, tokenizer, weights=True)
+    notes.append(f"teacher {kd.teacher or kd.targets or kd.logits_dir}: {_words(kind)}")
+    return replace(kd, mode="online", teacher=teacher, targets=None, logits_dir=None)
+
+
+def _targets(targets: Targets, scratch: Path, made: set[str], notes: list[str]) -> Targets:
+    # More than a student's dry run reads, so that it finds its answers.
+    notes.append(f"targets: at most {_TARGET_ROWS} rows")
+    small = replace(targets, limit_rows=min(targets.limit_rows or _TARGET_ROWS, _TARGET_ROWS))
+    if _made(targets.teacher, made):
+        return small
+    tokenizer = _tokenizer(targets.teacher, scratch, made, notes)
+    kind = _model_type(Model(name=targets.teacher))
+    notes.append(f"teacher {targets.teacher}: {_words(kind)}")
+    return replace(small, teacher=_tiny(scratch / "teacher", kind, tokenizer, weights=True))
 
 
 def _evaluate(evaluate: Evaluate, scratch: Path, made: set[str], notes: list[str]) -> Evaluate:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from trainer import adapters, models
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
@@ -26,14 +28,23 @@ from trainer.merge import merge_adapter
 from trainer.metrics import Metrics, plain
 from trainer.objective import Objective
 from trainer.objectives.distill import DistillOnline
+from trainer.objectives.distill_stored import DistillStored
+from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
 from trainer.store import atomic_write
+from trainer.teacher import Answers, StoredAnswers, missing_chunks
+from trainer.teacher_files import LogitFiles
+from trainer.teacher_pass import write_targets
+
+#: Above this share of chunks without a teacher's answer, a warning says so.
+MISSING_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage gets. `metrics` is None on ranks that do not write."""
+    """What every stage gets. `metrics` is None on ranks that do not write; `rows` are those that a
+    training stage has laid out."""
 
     config: StageConfig
     job: Job
@@ -41,6 +52,7 @@ class Context:
     metrics: Optional[Metrics]
     say: Callable[[str], None]
     signalled: Callable[[], bool]
+    rows: Optional[Rows] = None
 
     @property
     def folder(self) -> Path:
@@ -142,7 +154,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         model = models.load_model(
             plan, tokens, runtime, settings.seed, adapter_from=newest, say=context.say
         )
-        objective = make_objective(context, tokens)
+        objective = make_objective(replace(context, rows=rows), tokens)
         horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
             context.say(line)
@@ -176,6 +188,43 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         return outcome
 
     return run
+
+
+def targets(context: Context) -> Outcome:
+    """Store a teacher's answers on `data.train`."""
+    config, runtime, started = context.config, context.runtime, time.perf_counter()
+    plan = config.targets
+    assert plan is not None
+    tokens = models.load_tokenizer(plan.teacher)
+    rows = build_rows(
+        config.data.train,
+        tokens,
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        limit_rows=plan.limit_rows,
+        view=chat.view_of(config.data, config.stage, tokens),
+    )
+    attention = models.attention_implementation(config.model, runtime)
+    teacher = models.load_frozen(plan.teacher, runtime, attention)
+    context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
+    folder = context.folder / "targets"
+    totals = write_targets(
+        folder,
+        plan,
+        rows,
+        teacher,
+        tokens,
+        runtime,
+        context.say,
+        stop=lambda: context.signalled() or context.stop_asked(),
+    )
+    whole = runtime.all_sum({name: torch.tensor(total) for name, total in totals.items()})
+    facts = {f"target_{name}": float(total) for name, total in whole.items()}
+    context.say(f"targets: {facts['target_tokens']:,.0f} tokens in {folder}")
+    seconds = time.perf_counter() - started
+    if facts["target_left"]:
+        return Outcome("stop" if context.stop_asked() else "signal", 0, seconds)
+    return Outcome(None, 0, seconds, facts)
 
 
 def evaluate(context: Context) -> Outcome:
@@ -241,6 +290,9 @@ def _next_token(context: Context, tokens: Any) -> Objective:
 def _distill(context: Context, tokens: Any) -> Objective:
     kd = context.config.kd
     assert kd is not None
+    keep = _stay_near(context, tokens)
+    if kd.teacher is None:
+        return DistillStored(kd, _answers(context, tokens), context.runtime, keep)
     if models.has_tokenizer(kd.teacher):
         models.check_vocabularies(tokens, models.load_tokenizer(kd.teacher))
     attention = models.attention_implementation(context.config.model, context.runtime)
@@ -249,7 +301,53 @@ def _distill(context: Context, tokens: Any) -> Objective:
         f"teacher: {kd.teacher}, {models.parameter_count(teacher):,} parameters,"
         f" vocabulary {teacher.config.vocab_size}"
     )
-    return DistillOnline(kd, teacher, context.runtime)
+    return DistillOnline(kd, teacher, context.runtime, keep)
+
+
+def _stay_near(context: Context, tokens: Any) -> Optional[StayNear]:
+    """The term of `kd.keep_logits`, with the model as this stage first found it."""
+    config, runtime = context.config, context.runtime
+    assert config.kd is not None and config.model is not None and config.train is not None
+    if config.kd.keep_logits is None:
+        return None
+    plan = replace(config.model, gradient_checkpointing=False)
+    start = models.load_model(plan, tokens, runtime, config.train.seed).to(runtime.dtype)
+    size = models.parameter_count(start) * runtime.dtype.itemsize
+    context.say(f"keep_logits: a frozen copy of the starting model, {size / 1e6:,.0f} MB")
+    return StayNear(config.kd.keep_logits, start, runtime)
+
+
+def _answers(context: Context, tokens: Any) -> Answers:
+    """The stored answers of `kd`. Says, and records, when many are missing."""
+    config, rows = context.config, context.rows
+    assert config.kd is not None and config.model is not None and rows is not None
+    kd = config.kd
+    found: Answers
+    if kd.targets is not None:
+        found = StoredAnswers(kd.targets, tokens, kd.temperature)
+    else:
+        plan = config.model
+        fresh = plan.architecture is not None or plan.name is None
+        head = len(tokens) if fresh else models.vocabulary_size(str(plan.name))
+        found = LogitFiles(
+            str(kd.logits_dir),
+            read.sample_names(config.data.train),
+            rows,
+            tokens=len(tokens),
+            vocabularies=(len(tokens), head),
+            temperature=kd.temperature,
+            top_k=kd.top_k,
+        )
+    missing, chunks = missing_chunks(found, rows)
+    context.say(f"teacher: answers for {chunks - missing} of {chunks} chunks, from {found.name}")
+    if missing > MISSING_SHARE * chunks:
+        context.say(
+            f"WARNING: {missing / chunks:.0%} of the chunks of data.train have no answer of the"
+            " teacher; they are learnt from with cross-entropy alone"
+        )
+        if context.metrics is not None:
+            context.metrics.event("teacher_missing", 0, missing=missing, chunks=chunks)
+    return found
 
 
 #: stage -> how it runs. Another objective is one more row.
@@ -257,6 +355,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "tokenizer": tokenizer,
     "pretrain": train(_next_token),
     "sft": train(_next_token),
+    "targets": targets,
     "kd": train(_distill),
     "evaluate": evaluate,
     "merge": merge,

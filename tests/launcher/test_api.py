@@ -296,7 +296,9 @@ def test_pull_joins_parts_and_leaves_the_journal_behind(
         api.pull(it.run_id, to / "recipe.yaml")
 
 
-@pytest.mark.parametrize("name", ["kd_l4", "quickstart", "pretrain_local", "kd_local"])
+@pytest.mark.parametrize(
+    "name", ["kd_l4", "quickstart", "pretrain_local", "kd_local", "kd_local_precompute"]
+)
 def test_the_recipe_beside_the_artifacts_loads_to_the_same_run(name: str, tmp_path: Path) -> None:
     shipped = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
     before = load(shipped, ["env.ODD=${USER:-x} $${KEPT}", "env.NUMBER='1e-4'"])

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
 from trainer import runtime as runtimes
-from trainer.config import Architecture, Distill, Model, Source
+from trainer.config import Architecture, Distill, KeepLogits, Model, Source, Targets
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.loop import backward, normalisers, prepare
 from trainer.models import load_model, load_tokenizer
 from trainer.objectives.distill import DistillOnline
+from trainer.objectives.distill_stored import DistillStored
+from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
+from trainer.teacher import StoredAnswers
+from trainer.teacher_pass import write_targets
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 
@@ -62,6 +67,12 @@ def of(
     if name == "distill":
         teacher = model(tokenizer, dtype, seed=2, hidden=64)
         objective = DistillOnline(Distill("t", temperature=2.0, alpha=0.3), teacher, runtime)
+    if name == "kept":
+        teacher, start = (model(tokenizer, dtype, seed=s, hidden=h) for s, h in ((2, 64), (3, 32)))
+        keep = StayNear(KeepLogits(weight=0.5), start, runtime)
+        objective = DistillOnline(Distill("t", temperature=2.0, alpha=0.3), teacher, runtime, keep)
+    if name in ("top_k", "sample"):
+        objective = stored(tokenizer, data, dtype, runtime, sampler=name, top_k=8)
     group = stream.next_group()
     batches = prepare(objective, group, runtime, 0)
     norm = normalisers(batches, runtime)
@@ -75,10 +86,29 @@ def of(
     return torch.cat([p.grad.flatten().double() for p in student.parameters()])
 
 
+def stored(
+    tokenizer: str,
+    data: Rows,
+    dtype: torch.dtype,
+    runtime: Runtime = CPU,
+    *,
+    alpha: float = 0.3,
+    values: Any = "float64",
+    **settings: Any,
+) -> DistillStored:
+    """The objective on the stored answers of the teacher of `of`, for the rows `data`."""
+    tokens, folder = load_tokenizer(tokenizer), tempfile.mkdtemp()
+    teacher = model(tokenizer, dtype, seed=2, hidden=64).eval()
+    plan = Targets("t", temperature=2.0, **settings)
+    write_targets(Path(folder), plan, data, teacher, tokens, CPU, lambda line: None, dtype=values)
+    kd = Distill(mode="precompute", targets=folder, temperature=2.0, alpha=alpha)
+    return DistillStored(kd, StoredAnswers(folder, tokens, 2.0), runtime)
+
+
 def main(tokenizer: str, texts: str, out: str) -> None:
     with runtimes.start() as runtime:
         for dtype in (torch.float64, torch.float32):
-            for name in ("next_token", "distill"):
+            for name in ("next_token", "distill", "top_k"):
                 gradient = of(
                     name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
                 )

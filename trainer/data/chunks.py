@@ -32,7 +32,8 @@ class Chunks:
     but the last where it ends. `learned` [tokens]: which tokens are to be predicted (None: all);
     `targets[i]` of them are successors in chunk i, at least one. `sources`: of each {name, shards,
     documents, tokens, sample_ids} and, where there are any, `truncated` and `unsupervised`
-    documents and `skipped` lines with `skipped_lines`, the first of them."""
+    documents and `skipped` lines with `skipped_lines`, the first of them.
+    Chunk i is part of `documents[document[i]]`: (index of the source, id of the document)."""
 
     tokens: Tokens
     starts: NDArray[np.int64]
@@ -42,9 +43,16 @@ class Chunks:
     targets: NDArray[np.int64]
     end_of_text: int
     sources: list[dict[str, Any]]
+    document: NDArray[np.int64]
+    documents: list[tuple[int, str]]
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def offset(self, chunk: int) -> int:
+        """The token of its document at which a chunk begins."""
+        first = np.searchsorted(self.document, self.document[chunk])
+        return int(self.starts[chunk] - self.starts[first])
 
     def spans(self, chunks: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
         """(start, length, supervised) of the given chunks."""
@@ -58,6 +66,7 @@ class _Read:
 
     tokens: list[Tokens]
     learned: list[Optional[Learned]]
+    names: list[tuple[int, str]]
     facts: list[dict[str, Any]]
 
 
@@ -80,13 +89,13 @@ def read_chunks(
     require_sources(sources)
     sources = expand(sources)
     encoder = _Encoder(tokenizer, sequence_length)
-    read = _Read([], [], [])
+    read = _Read([], [], [], [])
     have = 0
     for index, source in enumerate(sources):
         quota = None if limit is None else have + -(-(limit - have) // (len(sources) - index))
         have = _read_source(source, encoder, view or View(), read, have, quota, worth)
     sizes = np.array([len(part) for part in read.tokens], dtype=np.int64)
-    starts, lengths, supervised = _cut(sizes, sequence_length)
+    starts, lengths, supervised, document = _cut(sizes, sequence_length)
     learned, targets = None, supervised
     if any(part is not None for part in read.learned):
         learned = np.concatenate(
@@ -96,12 +105,14 @@ def read_chunks(
         targets = before[starts + 1 + supervised] - before[starts + 1]
         used = targets > 0  # a chunk that only asks teaches nothing
         starts, lengths, supervised = starts[used], lengths[used], supervised[used]
-        targets = targets[used]
+        targets, document = targets[used], document[used]
     if not len(starts):
         raise DataError(_nothing(read.facts, sequence_length))
     tokens = np.concatenate(read.tokens)
-    end = encoder.eos
-    return Chunks(tokens, starts, lengths, supervised, learned, targets, end, read.facts)
+    return Chunks(
+        tokens, starts, lengths, supervised, learned, targets, encoder.eos, read.facts, document,
+        read.names,
+    )  # fmt: skip
 
 
 def _read_source(
@@ -124,6 +135,7 @@ def _read_source(
             continue
         read.tokens.append(tokens)
         read.learned.append(learned)
+        read.names.append((len(read.facts), document.id))
         if len(ids) < _SAMPLE_IDS:
             ids[document.id] = None
         have += worth(len(tokens))
@@ -246,12 +258,14 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _cut(
     sizes: NDArray[np.int64], sequence_length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(starts, lengths, supervised) of the chunks of documents of `sizes` tokens. A last chunk of
-    a single token is left out: it would have nothing to learn, and nobody after it to help."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(starts, lengths, supervised, document) of the chunks of documents of `sizes` tokens. A last
+    chunk of a single token is left out: it would have nothing to learn, and nobody after it to
+    help."""
     counts = -(-(sizes - 1) // sequence_length)
     document = np.repeat(np.arange(len(sizes)), counts)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = (np.cumsum(sizes) - sizes)[document] + nth * sequence_length
     left = sizes[document] - nth * sequence_length
-    return starts, np.minimum(left, sequence_length), np.minimum(left - 1, sequence_length)
+    lengths = np.minimum(left, sequence_length)
+    return starts, lengths, np.minimum(left - 1, sequence_length), document

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,29 @@ def source_name(source: Source) -> str:
 def shards(source: Source) -> int:
     """The number of files of a source (one that has no files counts as 1). Errors: `DataError`."""
     return 1 if source.path is None else len(_files(source.path))
+
+
+def sample_names(sources: tuple[Source, ...]) -> dict[tuple[int, str], str]:
+    """(index of the source, document id) -> what people call the sample: `id` or `sample_id` of a
+    JSONL line, else `FILE-LINE` without the suffix; of a `.txt` file its name without it."""
+    names: dict[tuple[int, str], str] = {}
+    for index, source in enumerate(sources):
+        for name, path in _files(source.path) if source.path is not None else ():
+            if path.suffix != ".jsonl":
+                names[index, name] = path.stem
+                continue
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    content = line.removeprefix(b"\xef\xbb\xbf").strip()
+                    try:
+                        record: Any = json.loads(content)
+                    except ValueError:  # blank, or a bad line: an error or skipped elsewhere
+                        continue
+                    if not isinstance(record, dict):
+                        continue
+                    given = record.get("id", record.get("sample_id", f"{path.stem}-{number}"))
+                    names[index, f"{name}:{number}"] = str(given)
+    return names
 
 
 def hash_fraction(text: str) -> float:
