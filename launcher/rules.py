@@ -268,7 +268,7 @@ def _local_data(stage: Stage) -> Iterator[Problem]:
             there = folder = False
         if not there:
             yield path, f"no such file or folder: {text}"
-        elif not folder and place.suffix not in _DATA:
+        elif path[-1] == "path" and not folder and place.suffix not in _DATA:
             yield path, f"{text} is no data file: name a folder, a .jsonl or a .txt file"
 
 
