@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The run id of a preview; a run that starts gets its own.
 PREVIEW = "0" * 16
-_STAGE_FIELDS = ("model", "data", "train", "kd", "tokenizer", "evaluate")
+_STAGE_FIELDS = ("model", "data", "train", "kd", "tokenizer", "evaluate", "smoke")
 _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 
 
@@ -123,6 +123,7 @@ def job_spec(
         control=f"{root}/control",
         commit=commit,
         project=project,
+        peak_tflops=hardware.parse(asked.accelerator).kind.bf16_tflops or None,
     )
     boot = {
         "schema": 1,

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from launcher import drafts
 from launcher.spec import NAME, Budget, Gate, Hardware, Retry
-from trainer.config import STAGES, Data, Distill, Evaluate, Model, Tokenizer, Train
+from trainer.config import STAGES, Data, Distill, Evaluate, Model, Smoke, Tokenizer, Train
 
 _BLOCKS = {
     "model": Model,
@@ -19,6 +19,7 @@ _BLOCKS = {
     "kd": Distill,
     "tokenizer": Tokenizer,
     "evaluate": Evaluate,
+    "smoke": Smoke,
     "hardware": Hardware,
     "budget": Budget,
     "retry": Retry,

@@ -15,6 +15,7 @@ from trainer.config import (
     Distill,
     Evaluate,
     Model,
+    Smoke,
     StageName,
     Strict,
     Tokenizer,
@@ -128,6 +129,7 @@ class Stage(Strict):
     kd: Optional[Distill] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
+    smoke: Optional[Smoke] = None
     hardware: Hardware = field(default_factory=Hardware)
     needs: tuple[str, ...] = ()
     gate: tuple[Gate, ...] = ()

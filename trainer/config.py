@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal, Optional, Union
 
 SCHEMA = 1
 #: Stages this trainer can run; `stages.py` holds one row for each.
-STAGES = ("tokenizer", "pretrain", "kd", "evaluate")
-StageName = Literal["tokenizer", "pretrain", "kd", "evaluate"]
+STAGES = ("tokenizer", "pretrain", "kd", "evaluate", "smoke")
+StageName = Literal["tokenizer", "pretrain", "kd", "evaluate", "smoke"]
 
 
 class ConfigError(ValueError):
@@ -146,8 +146,9 @@ class Train(Strict):
     steps: Optional[int] = None
     epochs: Optional[float] = None
     seconds_of: Optional[str] = None
-    micro_batch: int = 8  # rows per forward pass and device
+    micro_batch: Union[int, Literal["auto"]] = 8  # rows per forward pass and device
     accumulate: int = 1  # micro-batches per optimizer step
+    global_batch: Optional[int] = None  # rows per optimizer step, where micro_batch is "auto"
     lr: float = 1e-4
     min_lr_ratio: float = 0.05  # the schedule ends at lr * min_lr_ratio
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -165,17 +166,22 @@ class Train(Strict):
     seed: int = 0
     limit_batches: Optional[int] = None  # read at most this many micro-batches of the data
     until: Optional[int] = None  # pause after this step; the schedule's horizon stays
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         horizons = [h for h in (self.steps, self.epochs, self.seconds_of) if h is not None]
-        at_least_1 = "must be at least 1"
+        automatic, at_least_1 = self.micro_batch == "auto", "must be at least 1"
         require(
             self,
             steps=(len(horizons) == 1 and (self.steps is None or self.steps >= 1),
                    "give exactly one of `steps`, `epochs` and `seconds_of`, greater than 0"),
             epochs=(self.epochs is None or self.epochs > 0, "must be greater than 0"),
-            micro_batch=(self.micro_batch >= 1, at_least_1),
-            accumulate=(self.accumulate >= 1, at_least_1),
+            micro_batch=(isinstance(self.micro_batch, str) or self.micro_batch >= 1, at_least_1),
+            accumulate=(self.accumulate >= 1 and (self.accumulate == 1 or not automatic),
+                        "follows from global_batch; leave it out" if automatic else at_least_1),
+            global_batch=((self.global_batch or 0) >= 1 if automatic else self.global_batch is None,
+                          "must say the rows of one optimizer step, since micro_batch is auto"
+                          if automatic else "belongs to `micro_batch: auto`"),
             lr=(self.lr > 0, "must be greater than 0"),
             min_lr_ratio=(0 <= self.min_lr_ratio <= 1, "must be in [0, 1]"),
             warmup=(self.warmup >= 0, "must not be negative"),
@@ -235,6 +241,32 @@ class Evaluate(Strict):
 
 
 @dataclass(frozen=True)
+class Smoke(Strict):
+    """A test of device, process group and training on synthetic data; `batch` is per process."""
+
+    epochs: int = 2
+    batch: int = 256
+    samples: int = 4096
+    features: int = 128
+    classes: int = 4
+    lr: float = 3e-3
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        at_least_1 = "must be at least 1"
+        require(
+            self,
+            epochs=(self.epochs >= 1, at_least_1),
+            batch=(self.batch >= 1, at_least_1),
+            samples=(self.samples >= 1, at_least_1),
+            features=(self.features >= 1, at_least_1),
+            classes=(self.classes >= 2, "must be at least 2"),
+            lr=(0 < self.lr < math.inf, "must be greater than 0"),
+            seed=(0 <= self.seed < 2**63, "must not be negative, and below 2**63"),
+        )
+
+
+@dataclass(frozen=True)
 class StageConfig(Strict):
     """One stage as the trainer runs it. Paths are resolved; `output` is this stage's folder."""
 
@@ -247,6 +279,7 @@ class StageConfig(Strict):
     kd: Optional[Distill] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None
+    smoke: Optional[Smoke] = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +295,7 @@ class Job(Strict):
     dry_run: bool = False
     commit: Optional[str] = None  # git commit of the user's tree, when known
     project: Optional[str] = None  # cloud project, when there is one
+    peak_tflops: Optional[float] = None  # bf16, of one worker's accelerator, when known
 
 
 #: The blocks a stage needs and those it may have; the launcher and the trainer both check it.
@@ -270,6 +304,7 @@ NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "pretrain": (frozenset({"model", "data", "train"}), frozenset()),
     "kd": (frozenset({"model", "data", "train", "kd"}), frozenset()),
     "evaluate": (frozenset({"evaluate", "data"}), frozenset()),
+    "smoke": (frozenset({"smoke"}), frozenset()),
 }
 
 
@@ -329,7 +364,10 @@ def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if origin in (Union, types.UnionType):
         if raw is None:
             return None if type(None) in arguments else _wrong(raw, "a value", at, problems)
-        return build(next(a for a in arguments if a is not type(None)), raw, at, problems)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        if len(kinds) == 1:
+            return build(kinds[0], raw, at, problems)
+        return _build_any(kinds, raw, at, problems)
     if origin is Literal:
         if raw not in arguments or isinstance(raw, bool):
             problems.append(
@@ -356,6 +394,19 @@ def build(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
 
 
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _build_any(kinds: list[Any], raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
+    """`raw` as the first of several scalar types that it fits."""
+    words: list[str] = []
+    for kind in kinds:
+        tried: list[Problem] = []
+        value = build(kind, raw, at, tried)
+        if not tried:
+            return value
+        literal = typing.get_origin(kind) is Literal
+        words += map(repr, typing.get_args(kind)) if literal else [_WORDS[kind]]
+    return _wrong(raw, " or ".join(words), at, problems)
 
 
 def _build_dataclass(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:

@@ -202,6 +202,12 @@ class Loop:
         self._save()
         return Outcome(stopped, self.step, self.training_seconds, self.evaluation)
 
+    def limit_micro_batch(self, rows: int) -> None:
+        """At most `rows` in a micro-batch, of the same global batch; checkpoints remember it."""
+        self._largest = rows
+        self.stream.resize(rows)
+        self._event("micro_batch", micro_batch=rows)
+
     def _resume(self, found: Path) -> None:
         """Go on exactly where the checkpoint was written."""
         state = load_state(found)
@@ -254,10 +260,10 @@ class Loop:
     def _gradients(self, group: list[Batch], log: bool) -> Accumulated:
         """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
         while True:
-            batches = _unless_out_of_memory(prepare, self.objective, group, self.runtime, self.step)
+            batches = unless_out_of_memory(prepare, self.objective, group, self.runtime, self.step)
             if not self.runtime.any(batches is None)[0] and batches is not None:
                 norm = normalisers(batches, self.runtime)
-                done = _unless_out_of_memory(
+                done = unless_out_of_memory(
                     backward, self.model, self.objective, batches, norm, self.runtime, log
                 )
                 if not self.runtime.any(done is None)[0] and done is not None:
@@ -449,7 +455,7 @@ class _Window:
         return facts, tokens
 
 
-def _unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:
+def unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:
     """The result of `work`, or None after an out-of-memory. Nothing of the failed try survives the
     return: its traceback would keep the tensors alive."""
     try:

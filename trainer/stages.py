@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from trainer import models
+from trainer import models, probe
+from trainer import smoke as smoke_test
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
@@ -119,10 +120,11 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         tokens = models.load_tokenizer(reference)
         rows = _rows(context, tokens)
         held_out = _held_out(context, tokens)
+        micro_batch, accumulate = probe.first_cut(settings, runtime.world_size)
         stream = Stream(
             rows,
-            micro_batch=settings.micro_batch,
-            accumulate=settings.accumulate,
+            micro_batch=micro_batch,
+            accumulate=accumulate,
             rank=runtime.rank,
             world_size=runtime.world_size,
             seed=settings.seed,
@@ -140,7 +142,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             model.save_pretrained(folder)
             tokens.save_pretrained(folder)
 
-        outcome = Loop(
+        loop = Loop(
             settings,
             folder=context.folder,
             horizon=horizon,
@@ -156,7 +158,13 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,
-        ).run()
+        )
+        if settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fitted
+            largest = probe.largest_micro_batch(
+                model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
+            )
+            loop.limit_micro_batch(largest)
+        outcome = loop.run()
         outcome.evaluation["parameters"] = float(models.parameter_count(model))
         return outcome
 
@@ -194,6 +202,21 @@ def evaluate(context: Context) -> Outcome:
     return Outcome(None, 0, time.perf_counter() - started, results)
 
 
+def smoke(context: Context) -> Outcome:
+    """Device, all-reduce and training on synthetic data. Errors: `SmokeFailed`."""
+    config = context.config.smoke
+    assert config is not None
+    report = smoke_test.run(config, context.runtime, context.say)
+    if context.metrics is not None:
+        context.metrics.step(
+            report.steps, train_loss=report.last, all_reduce_GB_per_sec=report.bandwidth
+        )
+    facts = {"first_loss": report.first, "last_loss": report.last}
+    if report.bandwidth is not None:
+        facts["all_reduce_GB_per_sec"] = report.bandwidth
+    return Outcome(None, report.steps, report.seconds, facts)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Atomically; numbers that are not finite become strings, which no gate takes for numbers."""
     text = json.dumps(plain(value), indent=1, sort_keys=True, allow_nan=False)
@@ -224,6 +247,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "pretrain": train(_next_token),
     "kd": train(_distill),
     "evaluate": evaluate,
+    "smoke": smoke,
 }
 
 
@@ -232,7 +256,9 @@ def _rows(context: Context, tokens: Any) -> Rows:
     assert config.train is not None
     limit = None
     if config.train.limit_batches is not None:
-        limit = config.train.limit_batches * config.train.micro_batch * context.runtime.world_size
+        world_size = context.runtime.world_size
+        micro_batch, _ = probe.first_cut(config.train, world_size)
+        limit = config.train.limit_batches * micro_batch * world_size
     return build_rows(
         config.data.train,
         tokens,
