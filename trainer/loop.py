@@ -160,6 +160,7 @@ class Loop:
         signalled: Callable[[], bool],
         stop_asked: Callable[[], bool],
         say: Callable[[str], None],
+        measure: Optional[Callable[[float], dict[str, float]]] = None,
     ) -> None:
         self.config, self.folder, self.horizon = config, folder, horizon
         self.model, self.objective, self.stream = model, objective, stream
@@ -167,6 +168,7 @@ class Loop:
         self.checkpoints, self.write_model = checkpoints, write_model
         self.resume_from = resume_from
         self.signalled, self.stop_asked, self.say = signalled, stop_asked, say
+        self.measure = measure  # rows a second -> further facts of a logged step
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard()
         self._largest: Optional[int] = None
@@ -340,6 +342,8 @@ class Loop:
             facts["steps"] = self.horizon.steps
         if self.metrics is None:
             return
+        if self.measure is not None:
+            facts.update(self.measure(facts["examples_per_sec"]))
         self.metrics.step(self.step, **facts)
         of = f"/{self.horizon.steps}" if self.horizon.steps else ""
         shown = ("train_loss", "ce_loss", "kd_loss", "logit_l2", "grad_norm")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from trainer import models, probe
+from trainer import models, probe, sinks
 from trainer import smoke as smoke_test
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
@@ -26,6 +26,7 @@ from trainer.objectives.distill import DistillOnline
 from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
 from trainer.store import atomic_write
+from trainer.throughput import Meter
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def run_stage(
         write_json(folder / "args_snapshot.json", to_dict(config))
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
-    metrics = Metrics(folder, config.id, job.attempt, warn=say) if runtime.main else None
+    metrics = _metrics(config, job, say) if runtime.main else None
     started = time.time()
     try:
         voice = say if runtime.main else _quiet
@@ -86,6 +87,16 @@ def run_stage(
     finally:
         if metrics is not None:
             metrics.close()
+
+
+def _metrics(config: StageConfig, job: Job, say: Callable[[str], None]) -> Metrics:
+    chosen = config.train.report_to if config.train else ("tensorboard",)
+    about = sinks.About(job.run, config.id, job.attempt, Path(config.output), to_dict(config))
+    trackers = {} if job.dry_run else sinks.start(chosen, about)
+    board = "tensorboard" in chosen
+    return Metrics(
+        config.output, config.id, job.attempt, tensorboard=board, trackers=trackers, warn=say
+    )
 
 
 def tokenizer(context: Context) -> Outcome:
@@ -158,6 +169,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,
+            measure=Meter(model, rows, runtime, context.job.peak_tflops).facts,
         )
         if settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fitted
             largest = probe.largest_micro_batch(
