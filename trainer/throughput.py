@@ -74,7 +74,8 @@ def gpu_reader(device: torch.device) -> Callable[[], dict[str, float]]:
     what the GPU does not tell, there is nothing in the answer."""
     if device.type != "cuda":
         return dict
-    return nvml_reader(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return nvml_reader(f"GPU-{uuid}")
 
 
 def nvml_reader(uuid: str) -> Callable[[], dict[str, float]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.trainer.conftest import in_folder
+from tests.trainer.conftest import in_folder, torchrun
 from tests.trainer.test_loop import lines, weights
 from trainer import probe, stages
 from trainer.batch import Batch
@@ -159,3 +159,42 @@ def test_a_job_file_has_a_number_or_the_word_auto() -> None:
         _, problems = read(wrong)
         assert [path for path, _ in problems] == [("micro_batch",)], wrong
     assert read("all")[1] == [(("micro_batch",), "expected a whole number or 'auto', got 'all'")]
+
+
+def test_on_two_processes_the_smaller_memory_decides_for_both(
+    tokenizer: str, texts: str, tmp_path: Path
+) -> None:
+    """Only rank 1 runs out, at 4 rows; nobody hangs, and both go on with 2."""
+    script = tmp_path / "uneven.py"
+    script.write_text(_UNEVEN)
+    done = torchrun(str(script), tokenizer, texts)
+    assert sorted(done.stdout.split()) == ["fits=2", "fits=2"], done.stderr
+
+
+_UNEVEN = """
+import sys
+from trainer import models, probe, runtime
+from trainer.config import Architecture, Model, Source
+from trainer.data.stream import build_rows
+from trainer.objectives.next_token import NextToken
+import torch
+
+tokenizer, texts = sys.argv[1:]
+with runtime.start() as process:
+    class Uneven(NextToken):
+        def loss(self, model, batch, norm, log):
+            if process.rank == 1 and batch.rows > 2:
+                raise torch.OutOfMemoryError("injected")
+            return super().loss(model, batch, norm, log)
+
+    tokens = models.load_tokenizer(tokenizer)
+    rows = build_rows((Source(path=texts),), tokens, sequence_length=64, packing=True)
+    small = Architecture(hidden_size=32, layers=1, heads=2)
+    plan = Model(init="random", tokenizer=tokenizer, architecture=small)
+    model = models.load_model(plan, tokens, process, 0)
+    fits = probe.largest_micro_batch(
+        model, Uneven(), rows, process, limit=8, say=lambda line: None
+    )
+    sys.stdout.write(f"fits={fits}\\n")
+    process.barrier()
+"""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.conftest import torchrun
 from trainer import __main__, smoke
 from trainer.config import ConfigError, Smoke, StageConfig
 from trainer.runtime import Runtime
@@ -92,7 +89,7 @@ def test_it_is_a_stage_and_leaves_a_record(tmp_path: Path, run_stage: Callable[.
 
 
 def test_two_processes_check_the_all_reduce() -> None:
-    done = _torchrun("-m", "trainer", "smoke", "--samples", "1024", "--batch", "64")
+    done = torchrun("-m", "trainer", "smoke", "--samples", "1024", "--batch", "64")
     assert done.returncode == 0, done.stderr
     assert "backend gloo" in done.stdout
     assert "all-reduce: right on 2 processes; 16 MiB at " in done.stdout
@@ -103,7 +100,7 @@ def test_a_wrong_sum_and_unequal_replicas_are_found_on_two_processes(tmp_path: P
     script = tmp_path / "faulty.py"
     script.write_text(_FAULTY)
     for fault, words in (("sum", "wrong sum on rank 1"), ("weights", "weights of rank 1 differ")):
-        done = _torchrun(str(script), fault)
+        done = torchrun(str(script), fault)
         assert words in done.stdout + done.stderr, done.stderr
 
 
@@ -129,15 +126,3 @@ with runtime.start() as process:
         print(error)
     process.barrier()
 """
-
-
-def _torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    root = str(Path(__file__).resolve().parents[2])
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    return subprocess.run(
-        [sys.executable, *start, *command], capture_output=True, text=True, env=environ, timeout=120
-    )
