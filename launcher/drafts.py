@@ -16,7 +16,9 @@ from launcher.spec import NAME
 from trainer.config import NEEDS, STAGES, nearest
 
 #: Blocks of a stage; in a pipeline they may be written once, at the top.
-BLOCKS = ("model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export")
+BLOCKS = (
+    "model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export", "smoke",
+)  # fmt: skip
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",

@@ -26,16 +26,8 @@ if TYPE_CHECKING:
 #: The run id of a preview; a run that starts gets its own.
 PREVIEW = "0" * 16
 _STAGE_FIELDS = (
-    "model",
-    "data",
-    "train",
-    "kd",
-    "targets",
-    "tokenizer",
-    "evaluate",
-    "merge",
-    "export",
-)
+    "model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export", "smoke",
+)  # fmt: skip
 _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 
 
@@ -148,6 +140,7 @@ def job_spec(
         control=f"{root}/control",
         commit=commit,
         project=project,
+        peak_tflops=hardware.parse(asked.accelerator).kind.bf16_tflops or None,
     )
     boot = {
         "schema": 1,

@@ -17,6 +17,7 @@ from trainer.config import (
     Export,
     Merge,
     Model,
+    Smoke,
     StageName,
     Strict,
     Targets,
@@ -138,6 +139,7 @@ class Stage(Strict):
     evaluate: Optional[Evaluate] = None
     merge: Optional[Merge] = None
     export: Optional[Export] = None
+    smoke: Optional[Smoke] = None
     hardware: Hardware = field(default_factory=Hardware)
     needs: tuple[str, ...] = ()
     gate: tuple[Gate, ...] = ()

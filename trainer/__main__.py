@@ -1,4 +1,5 @@
-"""`python -m trainer run JOB.json`: a job's stages, in order. Exit codes: docs/contracts.md."""
+"""`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone.
+Exit codes: docs/contracts.md."""
 
 from __future__ import annotations
 
@@ -11,16 +12,17 @@ from pathlib import Path
 from trainer.config import ConfigError, Job, load_job
 
 OK, ERROR, CONFIG, DATA, ENVIRONMENT, AGAIN = 0, 1, 64, 65, 78, 75
-USAGE = "usage: python -m trainer run JOB.json"
+USAGE = "usage: python -m trainer run JOB.json | smoke [--epochs N ...]"
 
 
 def main(arguments: list[str]) -> int:
     """Run, and turn every failure into one clear line and its exit code."""
-    if len(arguments) != 2 or arguments[0] != "run":
+    command = arguments[0] if arguments else ""
+    if command != "smoke" and (len(arguments) != 2 or command != "run"):
         print_error(USAGE)
         return CONFIG
     try:
-        return run(load_job(arguments[1]))
+        return smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))
     except ConfigError as error:
         print_error(str(error))
         return CONFIG
@@ -63,6 +65,19 @@ def run(job: Job) -> int:
     return OK
 
 
+def smoke(flags: list[str]) -> int:
+    """The smoke test by its flags, without a job."""
+    from trainer import runtime
+    from trainer import smoke as test
+
+    config = test.parse(flags)
+    test.preflight(os.environ)
+    with runtime.start() as process:
+        test.run(config, process, say)
+        process.barrier()  # a rank that leaves first would have torchrun end the others
+    return OK
+
+
 def say(line: str) -> None:
     """One line to the log, from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
@@ -86,12 +101,16 @@ def _explain(error: Exception) -> int:
     from trainer.checkpoint import CheckpointError
     from trainer.data import DataError
     from trainer.loop import NonFiniteError
+    from trainer.smoke import FAILED, GroupError, SmokeFailed
     from trainer.store import StoreError
 
+    if isinstance(error, SmokeFailed):
+        print_error(str(error))
+        return FAILED
     if isinstance(error, DataError):
         print_error(str(error))
         return DATA
-    if isinstance(error, (CheckpointError, StoreError)):
+    if isinstance(error, (CheckpointError, GroupError, StoreError)):
         print_error(str(error))
         return ENVIRONMENT
     if isinstance(error, NonFiniteError):

@@ -14,6 +14,7 @@ from trainer.config import Job, StageConfig
 from trainer.data.stream import Rows
 from trainer.loop import Horizon
 from trainer.models import flash_attention_status, parameter_count
+from trainer.probe import first_cut
 from trainer.runtime import Runtime
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn")
@@ -34,7 +35,12 @@ def banner(
     device = str(runtime.device)
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
-    group = train.micro_batch * train.accumulate * runtime.world_size
+    if train.global_batch is not None:
+        batch = f"batch {train.global_batch} rows, cut as memory allows"
+    else:
+        micro_batch, accumulate = first_cut(train, runtime.world_size)
+        group = micro_batch * accumulate * runtime.world_size
+        batch = f"batch {group} rows = {micro_batch} x {accumulate} accumulated"
     length = f"{horizon.steps} steps" if horizon.steps else f"{horizon.seconds:.1f} s of training"
     lines = [
         f"stage {config.id} ({config.stage}): {length}, output {config.output}",
@@ -43,8 +49,7 @@ def banner(
         f"  flash-attn {flash_attention_status(runtime)}",
         f"model {config.model.name or 'random' if config.model else '?'}:"
         f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
-        f"batch {group} rows = {train.micro_batch} x {train.accumulate} accumulated"
-        f" x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
+        f"{batch} x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
     ]
     for name, part in (("train", rows), ("validation", held_out)):
         if part is not None:

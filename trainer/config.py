@@ -24,8 +24,10 @@ from trainer.loading import to_dict as to_dict
 
 SCHEMA = 1
 #: Stages this trainer can run; `stages.py` holds one row for each.
-STAGES = ("tokenizer", "pretrain", "sft", "targets", "kd", "evaluate", "merge", "export")
-StageName = Literal["tokenizer", "pretrain", "sft", "targets", "kd", "evaluate", "merge", "export"]
+STAGES = ("tokenizer", "pretrain", "sft", "targets", "kd", "evaluate", "merge", "export", "smoke")
+StageName = Literal[
+    "tokenizer", "pretrain", "sft", "targets", "kd", "evaluate", "merge", "export", "smoke"
+]
 
 
 class ConfigError(ValueError):
@@ -194,8 +196,9 @@ class Train(Strict):
     steps: Optional[int] = None
     epochs: Optional[float] = None
     seconds_of: Optional[str] = None
-    micro_batch: int = 8  # rows per forward pass and device
+    micro_batch: Union[Literal["auto"], int] = 8  # rows per forward pass and device
     accumulate: int = 1  # micro-batches per optimizer step
+    global_batch: Optional[int] = None  # rows per optimizer step, where micro_batch is "auto"
     lr: float = 1e-4
     min_lr_ratio: float = 0.05  # the schedule ends at lr * min_lr_ratio
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -213,17 +216,22 @@ class Train(Strict):
     seed: int = 0
     limit_batches: Optional[int] = None  # read at most this many micro-batches of the data
     until: Optional[int] = None  # pause after this step; the schedule's horizon stays
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         horizons = [h for h in (self.steps, self.epochs, self.seconds_of) if h is not None]
-        at_least_1 = "must be at least 1"
+        automatic, at_least_1 = self.micro_batch == "auto", "must be at least 1"
         require(
             self,
             steps=(len(horizons) == 1 and (self.steps is None or self.steps >= 1),
                    "give exactly one of `steps`, `epochs` and `seconds_of`, greater than 0"),
             epochs=(self.epochs is None or self.epochs > 0, "must be greater than 0"),
-            micro_batch=(self.micro_batch >= 1, at_least_1),
-            accumulate=(self.accumulate >= 1, at_least_1),
+            micro_batch=(isinstance(self.micro_batch, str) or self.micro_batch >= 1, at_least_1),
+            accumulate=(self.accumulate >= 1 and (self.accumulate == 1 or not automatic),
+                        "follows from global_batch; leave it out" if automatic else at_least_1),
+            global_batch=((self.global_batch or 0) >= 1 if automatic else self.global_batch is None,
+                          "must say the rows of one optimizer step, since micro_batch is auto"
+                          if automatic else "belongs to `micro_batch: auto`"),
             lr=(self.lr > 0, "must be greater than 0"),
             min_lr_ratio=(0 <= self.min_lr_ratio <= 1, "must be in [0, 1]"),
             warmup=(self.warmup >= 0, "must not be negative"),
@@ -381,6 +389,32 @@ class Export(Strict):
 
 
 @dataclass(frozen=True)
+class Smoke(Strict):
+    """A test of device, process group and training on synthetic data; `batch` is per process."""
+
+    epochs: int = 2
+    batch: int = 256
+    samples: int = 4096
+    features: int = 128
+    classes: int = 4
+    lr: float = 3e-3
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        at_least_1 = "must be at least 1"
+        require(
+            self,
+            epochs=(self.epochs >= 1, at_least_1),
+            batch=(self.batch >= 1, at_least_1),
+            samples=(self.samples >= 1, at_least_1),
+            features=(self.features >= 1, at_least_1),
+            classes=(self.classes >= 2, "must be at least 2"),
+            lr=(self.lr > 0, "must be greater than 0"),
+            seed=(0 <= self.seed < 2**63, "must not be negative, and below 2**63"),
+        )
+
+
+@dataclass(frozen=True)
 class StageConfig(Strict):
     """One stage as the trainer runs it. Paths are resolved; `output` is this stage's folder."""
 
@@ -396,6 +430,7 @@ class StageConfig(Strict):
     evaluate: Optional[Evaluate] = None
     merge: Optional[Merge] = None
     export: Optional[Export] = None
+    smoke: Optional[Smoke] = None
 
 
 @dataclass(frozen=True)
@@ -411,6 +446,7 @@ class Job(Strict):
     dry_run: bool = False
     commit: Optional[str] = None  # git commit of the user's tree, when known
     project: Optional[str] = None  # cloud project, when there is one
+    peak_tflops: Optional[float] = None  # bf16, of one worker's accelerator, when known
 
 
 #: The blocks a stage needs and those it may have; the launcher and the trainer both check it.
@@ -423,6 +459,7 @@ NEEDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "evaluate": (frozenset({"evaluate", "data"}), frozenset()),
     "merge": (frozenset({"merge"}), frozenset()),
     "export": (frozenset({"export"}), frozenset()),
+    "smoke": (frozenset({"smoke"}), frozenset()),
 }
 
 

@@ -163,6 +163,7 @@ class Loop:
         signalled: Callable[[], bool],
         stop_asked: Callable[[], bool],
         say: Callable[[str], None],
+        measure: Optional[Callable[[float], dict[str, float]]] = None,
     ) -> None:
         self.config, self.folder, self.horizon = config, folder, horizon
         self.model, self.objective, self.stream = model, objective, stream
@@ -170,6 +171,7 @@ class Loop:
         self.checkpoints, self.write_model = checkpoints, write_model
         self.resume_from = resume_from
         self.signalled, self.stop_asked, self.say = signalled, stop_asked, say
+        self.measure = measure  # rows a second -> further facts of a logged step
         self.optimizer = make_optimizer(model, config)
         self.guard = Guard()
         self._largest: Optional[int] = None
@@ -204,6 +206,12 @@ class Loop:
             self._event("stopped", reason=stopped)
         self._save()
         return Outcome(stopped, self.step, self.training_seconds, self.evaluation)
+
+    def limit_micro_batch(self, rows: int) -> None:
+        """At most `rows` in a micro-batch, of the same global batch; checkpoints remember it."""
+        self._largest = rows
+        self.stream.resize(rows)
+        self._event("micro_batch", micro_batch=rows)
 
     def _resume(self, found: Path) -> None:
         """Go on exactly where the checkpoint was written."""
@@ -258,12 +266,12 @@ class Loop:
         """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
         progress = self.horizon.progress(self.step, self.training_seconds)
         while True:
-            batches = _unless_out_of_memory(
+            batches = unless_out_of_memory(
                 prepare, self.objective, group, self.runtime, self.step, progress
             )
             if not self.runtime.any(batches is None)[0] and batches is not None:
                 norm = normalisers(batches, self.runtime)
-                done = _unless_out_of_memory(
+                done = unless_out_of_memory(
                     backward, self.model, self.objective, batches, norm, self.runtime, log
                 )
                 if not self.runtime.any(done is None)[0] and done is not None:
@@ -340,6 +348,8 @@ class Loop:
             facts["steps"] = self.horizon.steps
         if self.metrics is None:
             return
+        if self.measure is not None:
+            facts.update(self.measure(facts["examples_per_sec"]))
         self.metrics.step(self.step, **facts)
         of = f"/{self.horizon.steps}" if self.horizon.steps else ""
         shown = ("train_loss", "ce_loss", "kd_loss", "logit_l2", "grad_norm")
@@ -455,7 +465,7 @@ class _Window:
         return facts, tokens
 
 
-def _unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:
+def unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:
     """The result of `work`, or None after an out-of-memory. Nothing of the failed try survives the
     return: its traceback would keep the tensors alive."""
     try:

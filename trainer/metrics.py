@@ -1,7 +1,7 @@
 """What a stage reports while it runs: one JSON object a line (docs/contracts.md), and TensorBoard.
 
-The lines are the record: they must be written. TensorBoard is a convenience: when it fails,
-training goes on without it.
+The lines are the record: they must be written. TensorBoard and trackers (sinks.py) are a
+convenience: when one fails, training goes on without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Protocol
 
 from trainer.store import DiskFull, StoreError, disk_full, free_bytes, make_folder
 
@@ -23,10 +23,18 @@ VERSION = 1
 HEAD = ("v", "kind", "attempt", "stage", "time", "global_step")
 
 
+class Sink(Protocol):
+    """Where numbers go besides the lines. Both methods may raise anything."""
+
+    def add(self, global_step: int, values: Mapping[str, float], /) -> None: ...
+    def close(self) -> None: ...
+
+
 class Metrics:
     """Writes `metrics/<attempt>.jsonl` and `tensorboard/` of a stage folder. One process does.
 
-    `warn` is told, once, when TensorBoard cannot be written. Errors of every method that writes a
+    `trackers` get the same numbers. `warn` is told, once for each, when TensorBoard or a tracker
+    cannot be written. Errors of every method that writes a
     line: `StoreError` when it cannot be written; the file then ends with the whole line before."""
 
     def __init__(
@@ -36,6 +44,7 @@ class Metrics:
         attempt: int,
         *,
         tensorboard: bool = True,
+        trackers: Optional[Mapping[str, Sink]] = None,
         warn: Callable[[str], None] | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -43,7 +52,9 @@ class Metrics:
         self.stage, self.attempt, self.now = stage, attempt, now
         self._warn = warn or _to_stderr
         self._descriptor = _open_after_whole_lines(self.path)
-        self._board = _Board(Path(folder) / "tensorboard", now) if tensorboard else None
+        self._sinks = dict(trackers or {})
+        if tensorboard:
+            self._sinks["TensorBoard"] = _Board(Path(folder) / "tensorboard", now)
 
     def step(self, global_step: int, **facts: Any) -> None:
         """Facts of an optimizer step. A fact that is None is left out; numbers that are not finite
@@ -75,7 +86,7 @@ class Metrics:
             raise StoreError(f"cannot write {self.path}: {error.strerror}") from error
         finally:
             os.close(descriptor)
-            self._to_board(lambda board: board.close())
+            self._to_sinks(lambda sink: sink.close())
 
     def _line(self, kind: str, global_step: int, facts: Mapping[str, Any]) -> None:
         if taken := [key for key in facts if key in HEAD]:
@@ -88,20 +99,19 @@ class Metrics:
         values = {key: plain(value) for key, value in facts.items() if value is not None}
         numbers = {key: float(v) for key, v in values.items() if type(v) in (int, float)}
         numbers.update({key: float(v) for key, v in values.items() if v in _NOT_FINITE})
-        self._to_board(lambda board: board.add(global_step, numbers))
+        self._to_sinks(lambda sink: sink.add(global_step, numbers))
 
-    def _to_board(self, act: Callable[[_Board], None]) -> None:
-        if self._board is None:
-            return
-        try:
-            act(self._board)
-        except Exception as error:  # whatever it is, it must not end a training
-            self._board = None
-            reason = disk_full(error) or (str(error).splitlines() or [""])[0]
-            self._warn(
-                f"TensorBoard is off from here on ({type(error).__name__}: {reason}); the metrics "
-                f"go on in {self.path}"
-            )
+    def _to_sinks(self, act: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                act(sink)
+            except Exception as error:  # whatever it is, it must not end a training
+                del self._sinks[name]
+                reason = disk_full(error) or (str(error).splitlines() or [""])[0]
+                self._warn(
+                    f"{name} is off from here on ({type(error).__name__}: {reason}); the metrics "
+                    f"go on in {self.path}"
+                )
 
 
 class _Board:

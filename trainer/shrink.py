@@ -80,6 +80,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
         changes["merge"] = _merge(config.merge, scratch, made, notes)
     if config.export is not None:
         changes["export"] = _export(config.export, scratch, made, notes)
+    if config.smoke is not None:
+        notes.append("smoke: as it is, in one process on the CPU")
     return replace(config, **changes), list(dict.fromkeys(notes))
 
 
@@ -120,7 +122,7 @@ def _remote(uri: Optional[str]) -> bool:
 
 
 def _train(train: Train, notes: list[str]) -> Train:
-    rows = min(train.micro_batch, _ROWS)
+    rows = _ROWS if isinstance(train.micro_batch, str) else min(train.micro_batch, _ROWS)
     notes.append(f"train: 1 step of 2 batches of {rows} rows, one evaluation, one checkpoint")
     return replace(
         train,
@@ -130,6 +132,7 @@ def _train(train: Train, notes: list[str]) -> Train:
         until=None,
         micro_batch=rows,
         accumulate=2,
+        global_batch=None,
         limit_batches=2,
         evaluate_every=0,
         evaluate_batches=1,

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import adapters, models
+from trainer import adapters, models, probe, sinks
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
@@ -21,10 +21,8 @@ from trainer.data.shapes import Skipped, View
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import cross_entropy
-from trainer.export import export_model
 from trainer.freeze import frozen_mask
 from trainer.loop import Horizon, Loop, Outcome
-from trainer.merge import merge_adapter
 from trainer.metrics import Metrics, plain
 from trainer.objective import Objective
 from trainer.objectives.distill import DistillOnline
@@ -32,10 +30,12 @@ from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
+from trainer.single import export, merge, smoke
 from trainer.store import atomic_write
 from trainer.teacher import Answers, StoredAnswers, missing_chunks
 from trainer.teacher_files import LogitFiles
 from trainer.teacher_pass import write_targets
+from trainer.throughput import Meter
 
 #: Above this share of chunks without a teacher's answer, a warning says so.
 MISSING_SHARE = 0.1
@@ -88,7 +88,7 @@ def run_stage(
         write_json(folder / "args_snapshot.json", to_dict(config))
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
-    metrics = Metrics(folder, config.id, job.attempt, warn=say) if runtime.main else None
+    metrics = _metrics(config, job, say) if runtime.main else None
     started = time.time()
     try:
         voice = say if runtime.main else _quiet
@@ -101,6 +101,16 @@ def run_stage(
     finally:
         if metrics is not None:
             metrics.close()
+
+
+def _metrics(config: StageConfig, job: Job, say: Callable[[str], None]) -> Metrics:
+    chosen = config.train.report_to if config.train else ("tensorboard",)
+    about = sinks.About(job.run, config.id, job.attempt, Path(config.output), to_dict(config))
+    trackers = {} if job.dry_run else sinks.start(chosen, about)
+    board = "tensorboard" in chosen
+    return Metrics(
+        config.output, config.id, job.attempt, tensorboard=board, trackers=trackers, warn=say
+    )
 
 
 def tokenizer(context: Context) -> Outcome:
@@ -140,10 +150,11 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         view = chat.view_of(config.data, config.stage, tokens)
         rows = _rows(context, tokens, view)
         held_out = _held_out(context, tokens, view)
+        micro_batch, accumulate = probe.first_cut(settings, runtime.world_size)
         stream = Stream(
             rows,
-            micro_batch=settings.micro_batch,
-            accumulate=settings.accumulate,
+            micro_batch=micro_batch,
+            accumulate=accumulate,
             rank=runtime.rank,
             world_size=runtime.world_size,
             seed=settings.seed,
@@ -167,7 +178,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
                 model.save_pretrained(folder)
             tokens.save_pretrained(folder)
 
-        outcome = Loop(
+        loop = Loop(
             settings,
             folder=context.folder,
             horizon=horizon,
@@ -183,7 +194,14 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,
-        ).run()
+            measure=Meter(model, rows, runtime, context.job.peak_tflops).facts,
+        )
+        if settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fitted
+            largest = probe.largest_micro_batch(
+                model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
+            )
+            loop.limit_micro_batch(largest)
+        outcome = loop.run()
         outcome.evaluation["parameters"] = float(models.parameter_count(model))
         return outcome
 
@@ -257,24 +275,6 @@ def evaluate(context: Context) -> Outcome:
     if context.metrics is not None:
         context.metrics.table(table)
     return Outcome(None, 0, time.perf_counter() - started, results)
-
-
-def merge(context: Context) -> Outcome:
-    """Add an adapter into its base model; rank 0 works, on the CPU."""
-    config, started = context.config.merge, time.perf_counter()
-    assert config is not None
-    facts = merge_adapter(config, context.folder, context.say) if context.runtime.main else {}
-    context.runtime.barrier()
-    return Outcome(None, 0, time.perf_counter() - started, facts)
-
-
-def export(context: Context) -> Outcome:
-    """Write a model as a plain folder, or to the Hub; rank 0 works, on the CPU."""
-    config, started = context.config.export, time.perf_counter()
-    assert config is not None
-    facts = export_model(config, context.folder, context.say) if context.runtime.main else {}
-    context.runtime.barrier()
-    return Outcome(None, 0, time.perf_counter() - started, facts)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -360,6 +360,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "evaluate": evaluate,
     "merge": merge,
     "export": export,
+    "smoke": smoke,
 }
 
 
@@ -380,7 +381,9 @@ def _rows(context: Context, tokens: Any, view: View) -> Rows:
     assert config.train is not None
     limit = None
     if config.train.limit_batches is not None:
-        limit = config.train.limit_batches * config.train.micro_batch * context.runtime.world_size
+        world_size = context.runtime.world_size
+        micro_batch, _ = probe.first_cut(config.train, world_size)
+        limit = config.train.limit_batches * micro_batch * world_size
     return build_rows(
         config.data.train,
         tokens,

@@ -50,7 +50,13 @@ KIND = "process"
 _MARK = "LAUNCH_WORK"
 #: Seconds between asking a job to leave, in `delete`, and killing it.
 _PATIENCE = 60.0
-_MEANING = {64: "configuration", 65: "data", 75: "ended before its last step", 78: "environment"}
+_MEANING = {
+    6: "smoke test",
+    64: "configuration",
+    65: "data",
+    75: "ended before its last step",
+    78: "environment",
+}
 
 
 class LocalBackend:

@@ -143,6 +143,14 @@ def test_the_boot_specification_is_the_contract_and_its_job_is_read_by_the_train
     assert (read.attempt, read.control, len(read.stages)) == (3, "/r/control", 4)
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "peak"), [("H100:8", 989.0), ("RTX4090:2", 165.0), ("cpu:2", None)]
+)
+def test_a_job_knows_the_peak_of_one_accelerator(load: Any, accelerator: str, peak: Any) -> None:
+    made = load(HEAD + PIPELINE, f"hardware.accelerator={accelerator}")
+    assert spec_of(made).boot["job"]["peak_tflops"] == peak
+
+
 def test_an_unfilled_job_is_refused_by_the_trainer(load: Any, tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps(spec_of(load(HEAD + PIPELINE)).boot["job"]))

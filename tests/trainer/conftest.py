@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,3 +93,16 @@ def in_folder(config: StageConfig, folder: Path, **train: Any) -> StageConfig:
     """The stage with another output folder and other settings of `train`."""
     assert config.train is not None
     return replace(config, output=str(folder), train=replace(config.train, **train))
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND` on two processes of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    root = str(Path(__file__).resolve().parents[2])
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    return subprocess.run(
+        [sys.executable, *start, *command], capture_output=True, text=True, env=environ, timeout=120
+    )
