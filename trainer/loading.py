@@ -98,7 +98,7 @@ def _build_one_of(options: list[Any], raw: Any, at: KeyPath, problems: list[Prob
         if not tried:
             return value
         if typing.get_origin(option) is Literal:
-            words += "".join(f"{word}, or " for word in typing.get_args(option))
+            words += "".join(f"{word!r} or " for word in typing.get_args(option))
     found: list[Problem] = []
     value = build(last, raw, at, found)
     told = "expected "

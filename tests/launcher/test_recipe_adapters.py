@@ -29,7 +29,7 @@ def test_targets_are_a_word_or_a_list(at: Path, written: str, read: object) -> N
     ("old", "new", "what"),
     [
         ("rank: 8", "rank: 0", "model.adapter.rank: must be at least 1"),
-        ("rank: 8", "targets: all", "model.adapter.targets: expected auto, or a list, got 'all'"),
+        ("rank: 8", "targets: all", "model.adapter.targets: expected 'auto' or a list, got 'all'"),
         ("rank: 8", "targets: []", "model.adapter.targets: must name at least one layer"),
         ("rank: 8", "type: dora", "'dora' is not allowed; did you mean 'lora'"),
         ("name: org/model", "init: random, name: a/b", "model.adapter: needs `init: pretrained`"),

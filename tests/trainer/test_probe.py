@@ -158,7 +158,7 @@ def test_a_job_file_has_a_number_or_the_word_auto() -> None:
     for wrong in ("all", 2.5, True, None):
         _, problems = read(wrong)
         assert [path for path, _ in problems] == [("micro_batch",)], wrong
-    assert read("all")[1] == [(("micro_batch",), "expected a whole number or 'auto', got 'all'")]
+    assert read("all")[1] == [(("micro_batch",), "expected 'auto' or a whole number, got 'all'")]
 
 
 def test_on_two_processes_the_smaller_memory_decides_for_both(
