@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.config import ConfigError, Job, load_job
 
@@ -121,5 +122,14 @@ def _explain(error: Exception) -> int:
     return ERROR
 
 
+def leave(code: int) -> NoReturn:
+    """Exit with `code` as `runtime.leave` does, where there is torch to need it."""
+    if "torch" in sys.modules:
+        from trainer import runtime
+
+        runtime.leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
@@ -145,8 +146,19 @@ def start() -> Iterator[Runtime]:
         if world_size > 1:
             dist.barrier(group=flags)  # a rank that tears down early can abort its peers
     finally:
-        if world_size > 1:
+        if world_size > 1 and cuda:
             dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with `code`. Beside other processes this is done without the interpreter's clean-up:
+    gloo's threads were seen to abort there (SIGABRT after the work was done), with a code of their
+    own; for the same reason `start` leaves a gloo group as it is."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)
+    sys.exit(code)
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

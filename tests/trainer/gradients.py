@@ -120,3 +120,4 @@ def main(tokenizer: str, texts: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    runtimes.leave(0)

@@ -197,4 +197,5 @@ with runtime.start() as process:
     )
     sys.stdout.write(f"fits={fits}\\n")
     process.barrier()
+runtime.leave(0)
 """

@@ -125,4 +125,5 @@ with runtime.start() as process:
     except smoke.SmokeFailed as error:
         print(error)
     process.barrier()
+runtime.leave(0)
 """
