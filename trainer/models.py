@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -238,12 +237,6 @@ def has_tokenizer(reference: str) -> bool:
     """Whether a local folder carries a tokenizer; hub names are taken to have one."""
     folder = Path(resolve(reference))
     return not folder.is_dir() or (folder / "tokenizer_config.json").exists()
-
-
-def stored_vocabulary_size(reference: str) -> Optional[int]:
-    """`vocab_size` in the config.json of a local model folder."""
-    path = Path(resolve(reference)) / "config.json"
-    return json.loads(path.read_text()).get("vocab_size") if path.exists() else None
 
 
 def vocabulary_size(reference: str) -> int:
