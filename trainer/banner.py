@@ -12,10 +12,10 @@ from torch import nn
 
 from trainer.config import Job, StageConfig
 from trainer.data.stream import Rows
-from trainer.loop import Horizon
 from trainer.models import flash_attention_status, parameter_count
 from trainer.probe import first_cut
 from trainer.runtime import Runtime
+from trainer.schedule import Horizon
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn")
 

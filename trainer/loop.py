@@ -6,9 +6,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,15 @@ from trainer.evaluate import cross_entropy
 from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import Metrics
 from trainer.objective import Objective
+from trainer.optimizer import make_optimizer
 from trainer.runtime import Runtime
-
-_Result = TypeVar("_Result")
+from trainer.schedule import Horizon, learning_rate
+from trainer.step import Accumulated, backward, cut, normalisers, prepare, unless_out_of_memory
+from trainer.window import Window
 
 
 class NonFiniteError(RuntimeError):
     """Two non-finite steps in a row; `crash_dump.pt` holds the state."""
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """Where the schedule ends: after `steps`, or after `seconds` of training time."""
-
-    steps: Optional[int] = None
-    seconds: Optional[float] = None
-
-    def progress(self, step: int, training_seconds: float) -> float:
-        """0 at the start, 1 at the end."""
-        done = step / self.steps if self.steps else training_seconds / (self.seconds or 1.0)
-        return min(done, 1.0)
 
 
 @dataclass
@@ -52,92 +41,6 @@ class Outcome:
     step: int
     training_seconds: float
     evaluation: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Accumulated:
-    """One group's forward and backward: `total` is this rank's part of the loss; `sums` its parts
-    of the metrics, already divided by the global batch's weights; `tokens` of all ranks."""
-
-    total: Tensor
-    sums: dict[str, Tensor]
-    tokens: Tensor
-
-
-def prepare(
-    objective: Objective, group: list[Batch], runtime: Runtime, step: int, progress: float = 0.0
-) -> list[Batch]:
-    """The whole group on the device, with its weights. `progress`: that of the horizon, 0 to 1."""
-    batches = [replace(batch.to(runtime.device), progress=progress) for batch in group]
-    return [objective.prepare(batch, step) for batch in batches]
-
-
-def normalisers(batches: list[Batch], runtime: Runtime) -> dict[str, Tensor]:
-    """Per term, the weight of the global batch: one collective for all terms."""
-    terms = batches[0].weights
-    return runtime.all_sum({t: torch.stack([b.weights[t] for b in batches]).sum() for t in terms})
-
-
-def backward(
-    model: nn.Module,
-    objective: Objective,
-    batches: list[Batch],
-    norm: dict[str, Tensor],
-    runtime: Runtime,
-    log: bool = False,
-) -> Accumulated:
-    """Add this rank's gradients of the global batch's loss to `.grad`; no communication here, so
-    that one rank's out-of-memory cannot leave the others waiting in a collective."""
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    sums: dict[str, Tensor] = {}
-    for batch in batches:
-        with runtime.autocast():
-            loss = objective.loss(model, batch, norm, log)
-        loss.total.backward()
-        total += loss.total.detach()
-        for name, (value, term) in loss.sums.items():
-            weight = norm[term].to(runtime.device).clamp(min=1.0)
-            sums[name] = sums.get(name, torch.zeros_like(total)) + value.detach() / weight
-    return Accumulated(total, sums, norm[next(iter(norm))].to(runtime.device))
-
-
-def learning_rate(config: Train, progress: float, step: int, horizon: Horizon) -> float:
-    """The rate of step `step` (counted from 0): linear warm-up, then the schedule from lr down to
-    lr * min_lr_ratio. Cosine: Loshchilov and Hutter 2017, arXiv 1608.03983, one cycle."""
-    warmup = config.warmup
-    if warmup >= 1:
-        ramp = min((step + 1) / warmup, 1.0)
-        start = warmup / horizon.steps if horizon.steps else 0.0
-    else:
-        first = 1 / horizon.steps if horizon.steps else 1e-3
-        ramp = min((progress + first) / warmup, 1.0) if warmup > 0 else 1.0
-        start = warmup
-    if ramp < 1.0:
-        return config.lr * ramp
-    x = min(max((progress - start) / max(1.0 - start, 1e-9), 0.0), 1.0)
-    shape = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * x)),
-        "linear": 1 - x,
-        "constant": 1.0,
-    }[config.schedule]
-    floor = config.min_lr_ratio
-    return config.lr * (floor + (1 - floor) * shape)
-
-
-def make_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
-    """Fused AdamW; matrices decay, vectors (norms, biases) do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
 
 
 class Loop:
@@ -183,7 +86,7 @@ class Loop:
         self._saved_at = 0  # nothing is lost before the first step
         self._evaluated_at = -1
         self._flags: deque[tuple[int, Tensor, Optional[torch.cuda.Event]]] = deque()
-        self._window = _Window(0.0)
+        self._window = Window(0.0)
 
     def run(self) -> Outcome:
         """Train. Errors: `NonFiniteError`; `ConfigError` when one row does not fit in memory."""
@@ -227,7 +130,7 @@ class Loop:
             self._largest = state["micro_batch"]
             self.stream.resize(min(self._largest, self.stream.micro_batch))
         self._saved_at = self._evaluated_at = self.step
-        self._window = _Window(self.training_seconds)
+        self._window = Window(self.training_seconds)
         if self.checkpoints is not None and self.evaluation.get("best_step") == self.step:
             # The process may have been killed between the checkpoint and its pointer.
             self.checkpoints.mark_best(self.step, self.best)
@@ -292,9 +195,7 @@ class Loop:
         self.stream.resize(self._largest)
         self._event("oom_split", micro_batch=decision.micro_batch, tried=tried)
         self.say(f"out of memory with {tried} rows: going on with {decision.micro_batch}")
-        while max(batch.rows for batch in group) > decision.micro_batch:
-            group = [part for batch in group for part in _halves(batch, decision.micro_batch)]
-        return group
+        return cut(group, decision.micro_batch)
 
     def _clip(self) -> Tensor:
         """Scale the gradients to a norm of at most `clip`; the norm [0-dim] before that."""
@@ -338,7 +239,7 @@ class Loop:
 
     def _log(self, rate: float, norm: Tensor) -> None:
         facts, tokens = self._window.close(self.runtime, self.training_seconds)
-        self._window = _Window(self.training_seconds)
+        self._window = Window(self.training_seconds)
         self.tokens += tokens
         facts.update(lr=rate, grad_norm=float(norm), tokens=self.tokens)
         memory = self.runtime.memory_mb()
@@ -432,47 +333,3 @@ class Loop:
     def _event(self, name: str, **facts: Any) -> None:
         if self.metrics is not None:
             self.metrics.event(name, self.step, **facts)
-
-
-class _Window:
-    """Sums since the last logged step; they stay on the device until `close`."""
-
-    def __init__(self, training_seconds: float) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.rows = 0
-        self.tokens = torch.zeros(())
-        self.started = training_seconds
-
-    def add(self, done: Accumulated, rows: int, found_inf: Tensor) -> None:
-        finite = found_inf == 0
-        for name, value in {"train_loss": done.total, **done.sums}.items():
-            zero = torch.zeros_like(value)
-            kept = torch.where(finite, value, zero)
-            self.sums[name] = self.sums.get(name, zero) + kept
-            self.counts[name] = self.counts.get(name, zero) + finite
-        self.rows += rows
-        self.tokens = self.tokens.to(done.tokens) + done.tokens
-
-    def close(self, runtime: Runtime, training_seconds: float) -> tuple[dict[str, float], float]:
-        """The means, the speeds (tokens: supervised ones, of all ranks), and the tokens."""
-        sums = runtime.all_sum(self.sums)
-        facts = {name: float(v / self.counts[name]) for name, v in sums.items()}
-        tokens = float(self.tokens)
-        seconds = max(training_seconds - self.started, 1e-9)
-        facts["tokens_per_sec"] = tokens / seconds
-        facts["examples_per_sec"] = self.rows * runtime.world_size / seconds
-        return facts, tokens
-
-
-def unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:
-    """The result of `work`, or None after an out-of-memory. Nothing of the failed try survives the
-    return: its traceback would keep the tensors alive."""
-    try:
-        return work(*arguments)
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _halves(batch: Batch, largest: int) -> tuple[Batch, ...]:
-    return batch.split() if batch.rows > largest else (batch,)

@@ -16,9 +16,9 @@ from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows
 from trainer.guard import Abort, Guard
-from trainer.loop import backward, normalisers, prepare, unless_out_of_memory
 from trainer.objective import Objective
 from trainer.runtime import Runtime
+from trainer.step import backward, normalisers, prepare, unless_out_of_memory
 
 
 def first_cut(config: Train, world_size: int) -> tuple[int, int]:

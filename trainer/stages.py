@@ -22,7 +22,7 @@ from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import cross_entropy
 from trainer.freeze import frozen_mask
-from trainer.loop import Horizon, Loop, Outcome
+from trainer.loop import Loop, Outcome
 from trainer.metrics import Metrics, plain
 from trainer.objective import Objective
 from trainer.objectives.distill import DistillOnline
@@ -30,6 +30,7 @@ from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
+from trainer.schedule import Horizon
 from trainer.single import export, merge, smoke
 from trainer.store import atomic_write
 from trainer.teacher import Answers, StoredAnswers, missing_chunks

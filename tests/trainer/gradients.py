@@ -13,13 +13,13 @@ import torch
 from trainer import runtime as runtimes
 from trainer.config import Architecture, Distill, KeepLogits, Model, Source, Targets
 from trainer.data.stream import Rows, Stream, build_rows
-from trainer.loop import backward, normalisers, prepare
 from trainer.models import load_model, load_tokenizer
 from trainer.objectives.distill import DistillOnline
 from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
+from trainer.step import backward, normalisers, prepare
 from trainer.teacher import StoredAnswers
 from trainer.teacher_pass import write_targets
 

@@ -31,12 +31,12 @@ from trainer.config import (
 from trainer.data import DataError
 from trainer.data.stream import Rows, build_rows
 from trainer.interrupts import listening
-from trainer.loop import backward, normalisers, prepare
 from trainer.losses.distance import logit_distance
 from trainer.losses.ghost import ghost_target
 from trainer.losses.linear import sparse_target
 from trainer.models import load_tokenizer
 from trainer.objectives.distill import DistillOnline, alpha_at
+from trainer.step import backward, normalisers, prepare
 from trainer.teacher import StoredAnswers, missing_chunks
 from trainer.teacher_pass import answers, write_targets
 

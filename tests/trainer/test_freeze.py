@@ -16,7 +16,7 @@ from tests.trainer.conftest import in_folder
 from trainer.checkpoint import resolve
 from trainer.config import Adapter, ConfigError, Model, StageConfig, Train
 from trainer.freeze import freeze, frozen_mask
-from trainer.loop import make_optimizer
+from trainer.optimizer import make_optimizer
 from trainer.shrink import shrink
 
 Run = Callable[..., Any]

@@ -21,9 +21,10 @@ from trainer import stages
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints
 from trainer.config import ConfigError, Distill, Job, StageConfig, Train
-from trainer.loop import Horizon, NonFiniteError, learning_rate
+from trainer.loop import NonFiniteError
 from trainer.objective import Loss
 from trainer.objectives.next_token import NextToken
+from trainer.schedule import Horizon, learning_rate
 
 Run = Callable[..., Any]
 

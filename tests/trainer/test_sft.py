@@ -19,10 +19,10 @@ from tests.trainer.test_dry_run import trainer
 from trainer.config import Data, Evaluate, Hub, Job, Source, StageConfig
 from trainer.data.chat import CHATML, view_of
 from trainer.data.stream import Rows, Stream, build_rows
-from trainer.loop import backward, normalisers, prepare
 from trainer.models import load_tokenizer
 from trainer.objectives.next_token import NextToken
 from trainer.shrink import shrink
+from trainer.step import backward, normalisers, prepare
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
 
