@@ -147,7 +147,7 @@ class Loop:
         self.training_seconds, self.best = state["training_seconds"], state["best"]
         self.evaluation = state["evaluation"]
         self.guard.consecutive = state["consecutive"]
-        if self.scaler is not None and state["scaler"] is not None:
+        if self.scaler is not None and state.get("scaler") is not None:
             self.scaler.load_state_dict(state["scaler"])
         if state["micro_batch"] is not None:
             self._largest = state["micro_batch"]

@@ -20,7 +20,7 @@ from tests.trainer.faults import Faults
 from tests.trainer.test_loop import lines
 from trainer import scaler
 from trainer.checkpoint import load_state
-from trainer.config import Distill, Job, StageConfig, to_dict
+from trainer.config import Distill, Job, KeepLogits, StageConfig, to_dict
 from trainer.losses.distance import logit_distance
 from trainer.manifest import STATE, seal
 from trainer.scaler import Scaler
@@ -222,7 +222,30 @@ def test_out_of_memory_in_the_teachers_pass_splits_the_step(
     split = run(replace(tiny("split"), stage="kd", kd=kd), 2, fault)
     assert calm.codes == split.codes == [0, 0], split.said
     assert [e["micro_batch"] for e in split.events("oom_split")] == [2]
-    assert apart(split.weights(), calm.weights()) < 1e-6
+    assert apart(split.weights(), calm.weights()) < 2e-6
+
+
+def test_fp16_distils_and_evaluates_as_fp32_does(run: Any, tiny: Any, tmp_path: Path) -> None:
+    """With a frozen teacher and a frozen copy of the start in fp16, and the loss that is logged
+    without its scale."""
+    assert run(tiny("teacher", steps=1), 1).codes == [0]
+    kd = Distill(
+        teacher=str(tmp_path / "teacher"),
+        temperature=2.0,
+        alpha=0.3,
+        keep_logits=KeepLogits(0.5, 1.0),
+    )
+    fp32, fp16 = (
+        run(replace(tiny(precision, precision=precision, evaluate_every=2), stage="kd", kd=kd), 1)
+        for precision in ("fp32", "fp16")
+    )
+    assert fp32.codes == fp16.codes == [0], fp16.said
+    for name in ("train_loss", "kd_loss", "keep_l2", "grad_norm"):
+        assert fp16.column(name) == pytest.approx(fp32.column(name), rel=2e-2, abs=1e-5), name
+    for found, expected in zip(lines(fp16.folder, "eval"), lines(fp32.folder, "eval")):
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    assert fp16.weights().keys() == fp32.weights().keys()
+    assert {weight.dtype for weight in fp16.weights().values()} == {torch.float32}
 
 
 def test_out_of_memory_in_an_evaluation_halves_its_batch(run: Any, tiny: Any) -> None:
