@@ -82,6 +82,7 @@ class Loop:
         self.scaler = Scaler() if runtime.precision == "fp16" else None
         self._largest: Optional[int] = None
         self._has_room = False
+        self._ballast: list[Tensor] = []  # of the first step: room for the optimizer's moments
         self.step = 0
         self.tokens = 0.0
         self.training_seconds = 0.0
@@ -124,9 +125,12 @@ class Loop:
 
     def make_room(self) -> None:
         """Try the longest rows, and cut smaller where they do not fit: before the first step, and
-        whenever rows become longer. Packed rows are all alike, so any step tries the longest."""
+        whenever rows become longer. Packed rows are all alike, so any step tries the longest: the
+        first one beside what the optimizer will need."""
         self._has_room = True
-        if not self.stream.rows.fixed:
+        if self.stream.rows.fixed:
+            self._ballast = probe.ballast(self.model, self.runtime, self.optimizer)
+        else:
             probe.make_room(
                 self.model,
                 self.objective,
@@ -169,6 +173,7 @@ class Loop:
         config, step = self.config, self.step
         group = self.stream.next_group()
         done, norm = self._gradients(group, self._logged(step + 1))
+        self._ballast.clear()
         clip(self.model, norm, config.clip)
         rate = learning_rate(
             config, self.horizon.progress(step, self.training_seconds), step, self.horizon
@@ -184,6 +189,8 @@ class Loop:
         self._window.add(done, sum(batch.rows for batch in group), found_inf)
         self._queue_flag(found_inf)
         self._check_flags(keep=1)
+        if self._logged(self.step):
+            self.runtime.finish()  # or the speed would be that of asking, not of doing
         self.training_seconds += time.perf_counter() - started
         return rate, norm
 

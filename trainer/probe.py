@@ -83,6 +83,20 @@ def make_room(
             micro_batch = smaller(micro_batch)
 
 
+def ballast(
+    model: nn.Module, runtime: Runtime, optimizer: Optional[torch.optim.Optimizer]
+) -> list[Tensor]:
+    """As much memory as AdamW's two moments take, which it makes in the first step. All ranks must
+    call it. Errors: `ConfigError` when there is not even that."""
+    taken = unless_out_of_memory(_moments, model, optimizer)
+    if runtime.any(taken is None)[0] or taken is None:
+        raise ConfigError(
+            "the optimizer's state does not fit in the device's memory beside the model: train an"
+            " adapter (model.adapter), or take a larger accelerator"
+        )
+    return taken
+
+
 def longest(rows: Rows, count: int) -> list[int]:
     """The indices of the `count` longest rows; of fewer rows, some come again."""
     lengths = rows.chunks.lengths[rows.packing.items]
@@ -107,11 +121,10 @@ def _trial(
     """The question whether so many of the longest rows fit on every rank, beside the optimizer's
     moments. When it has been asked, everything is as it was before. All ranks must ask it."""
     random, state = rng_state(), copy.deepcopy(objective.state_dict())
-    ballast = unless_out_of_memory(_moments, model, optimizer)
-    begun = not runtime.any(ballast is None)[0]
+    room = ballast(model, runtime, optimizer)
 
     def fits(count: int) -> bool:
-        found = begun and _fits(model, objective, rows, count, runtime)
+        found = _fits(model, objective, rows, count, runtime)
         model.zero_grad(set_to_none=True)
         runtime.release_memory()
         return found
@@ -119,14 +132,13 @@ def _trial(
     try:
         yield fits
     finally:
-        del ballast
+        del room
         runtime.release_memory()
         set_rng_state(random)
         objective.load_state_dict(state)
 
 
 def _moments(model: nn.Module, optimizer: Optional[torch.optim.Optimizer]) -> list[Tensor]:
-    """As much memory as AdamW's two moments take, which it makes in the first step."""
     there = optimizer.state if optimizer is not None else {}
     missing = [p for p in model.parameters() if p.requires_grad and p not in there]
     return [torch.empty_like(p) for p in missing for _ in range(2)]

@@ -125,6 +125,11 @@ class Runtime:
             return None
         return float(torch.cuda.memory_allocated(self.device)) / 1e6
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def release_memory(self) -> None:
         """Give cached blocks back after an out-of-memory, so that smaller ones fit."""
         if self.device.type == "cuda":

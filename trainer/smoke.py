@@ -194,8 +194,7 @@ def _all_reduce(runtime: Runtime, say: Callable[[str], None]) -> Optional[float]
 
 
 def _finish(runtime: Runtime) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)
+    runtime.finish()
     runtime.barrier()
 
 

@@ -69,12 +69,14 @@ class LogitFiles:
         logits = self._logits(path)
         inside = places[places + offset < len(logits)] + offset
         rows = logits[torch.from_numpy(inside)][:, : self.tokens]
-        if bool(torch.isnan(rows).any()):
-            raise DataError(f"{path}: holds NaN; write the logits of this sample again")
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
         top = torch.softmax(rows.to(wide) / self.temperature, dim=1).topk(
             min(self.top_k, rows.shape[1]), dim=1
         )
+        if bool(torch.isnan(top.values).any()):  # also of +inf, and of a row of -inf
+            raise DataError(
+                f"{path}: its logits are no distribution (NaN or infinite); write this sample again"
+            )
         counts = np.where(places + offset < len(logits), top.values.shape[1], 0)
         return Answer(counts, top.indices.numpy().ravel(), top.values.numpy().ravel())
 
