@@ -105,6 +105,7 @@ def trl(
     dtype: torch.dtype,
     *,
     packing: bool = False,
+    strategy: str = "bfd",
     micro: Optional[int] = None,
     counted: bool = True,
     head: bool = True,
@@ -119,7 +120,7 @@ def trl(
     size = 9 // (micro or 9)
     arguments = SFTConfig(
         output_dir=str(out), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, max_length=LENGTH, packing=packing, packing_strategy="bfd",
+        dataloader_pin_memory=False, max_length=LENGTH, packing=packing, packing_strategy=strategy,
         assistant_only_loss=kind == "chats", per_device_train_batch_size=micro or 9,
         gradient_accumulation_steps=size, gradient_checkpointing=False,
     )  # fmt: skip
@@ -182,6 +183,19 @@ def test_accumulated_answers_of_unequal_length_have_trls_gradient(
     assert distance(mine, theirs) <= LIMIT[torch.float32]
     _, means = trl(folder, tmp_path, "answers", torch.float64, micro=1, counted=False)
     assert distance(mine, means) > 0.05
+
+
+def test_rows_that_trl_wraps_leak_and_ours_do_not(folder: str, tmp_path: Path) -> None:
+    """TRL's packing `wrapped` puts texts behind one another without telling them apart, and cuts
+    them where rows end: the gradient is that of another task. Ours is that of the padded texts."""
+    path = tmp_path / "d.jsonl"
+    _, mine = ours(folder, path, "text", torch.float64, packing=True, micro=None)
+    _, padded = trl(folder, tmp_path, "text", torch.float64, head=False)
+    _, wrapped = trl(
+        folder, tmp_path, "text", torch.float64, packing=True, strategy="wrapped", head=False
+    )
+    assert distance(mine, padded) <= LIMIT[torch.float64]
+    assert distance(wrapped, padded) > 0.05
 
 
 def logits(case: Case) -> tuple[Tensor, Tensor]:
@@ -261,6 +275,22 @@ def test_a_teacher_with_a_larger_vocabulary_is_cut_where_trl_refuses() -> None:
     padded = F.pad(logits(case)[0], (0, 45))
     wrong = of_both(loss_of(padded, teacher, labels=labels, beta=0.0), case)
     assert all(distance(a, b) > 0.01 for a, b in zip(mine, wrong))
+
+
+def test_tokens_that_a_teacher_rules_out_are_no_nan() -> None:
+    """A probability of exactly 0 (a logit of -inf, as files of masked logits hold it) adds nothing
+    to the divergence: 0 * log 0 is 0. TRL's function computes 0 * -inf, which is NaN."""
+    case, loss_of = make_case(), jsd()
+    student, teacher = (t.detach() for t in logits(case))
+    teacher[..., 5:9] = -torch.inf
+    assert loss_of(student, teacher, labels=case["labels"][None], beta=0.0).isnan()
+    p = teacher[0].softmax(dim=-1)
+    counts = (case["labels"] != -100).double()
+    ids = torch.arange(p.shape[1]).expand(p.shape)
+    found = ghost_target(case["hidden"], case["weight"], ids, p, counts).loss
+    log_q = F.linear(case["hidden"], case["weight"]).log_softmax(dim=-1)
+    expected = ((torch.xlogy(p, p) - p * log_q).sum(dim=1) * counts).sum()
+    assert_close([found, *of_both(found, case)], [expected, *of_both(expected, case)], 1e-9)
 
 
 def gkd_trainer(folder: str, out: Path, **settings: Any) -> Any:
