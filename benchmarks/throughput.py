@@ -1,7 +1,7 @@
 """Tokens a second, utilisation and peak memory of whole training steps, against TRL and a textbook.
 
     python benchmarks/throughput.py            a GPU: the shape of Llama-3.2-1B, bf16
-    python benchmarks/throughput.py            no GPU: as with --tiny, a toy in about two minutes
+    python benchmarks/throughput.py            no GPU: as with --tiny, a toy, a minute of CPU time
     python benchmarks/throughput.py --only kd --json FILE
 
 Ours is a job run by the trainer's own stages and loop. All cases have the same model, texts, global
@@ -78,7 +78,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", choices=TASKS, help="one task")
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each case")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the GPU, dense bf16")
-    parser.add_argument("--folder", help="where the models lie while this runs: 10 GB on a GPU")
+    parser.add_argument("--folder", help="where the models lie while this runs: 5 GB for a GPU")
     parser.add_argument("--json", metavar="FILE", help="write the facts there, too")
     parser.add_argument("--check", action="store_true", help="exit 1 below a budget")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -128,6 +128,9 @@ def in_process(case: str, options: argparse.Namespace, work: Path, tiny: bool) -
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
                "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "home"),
                "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device, also where there are several
+    if tiny:  # threads that wait for each other cost more than a toy's products
+        environ.setdefault("OMP_NUM_THREADS", "1")
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
     if out.exists():
         facts: dict[str, Any] = json.loads(out.read_text())

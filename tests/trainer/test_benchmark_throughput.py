@@ -65,6 +65,14 @@ def test_medians_leave_out_a_measurement_that_failed(throughput: Any) -> None:
     assert throughput.summary([{"failed": "a"}, {"failed": "b"}]) == {"failed": "a"}
 
 
+def test_utilisation_is_flops_over_the_peak_or_nothing(throughput: Any) -> None:
+    facts = {"flops_per_token": {"sft": 2e9, "kd": None}, "peak_tflops": 100.0}
+    assert throughput.utilisation(facts, "sft ours packed", speed(10_000.0)) == 0.2
+    assert throughput.utilisation(facts, "kd ours", speed(10_000.0)) is None
+    unknown = facts | {"peak_tflops": None}
+    assert throughput.utilisation(unknown, "sft ours packed", speed(10_000.0)) is None
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("task", ["sft", "kd"])
 def test_ours_and_the_textbook_are_measured_on_the_same_batches(
