@@ -1,0 +1,1 @@
+"""The cases of `throughput.py`, each measured in a process of its own."""

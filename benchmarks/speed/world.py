@@ -1,0 +1,145 @@
+"""What all cases share: sizes, a model and a tokenizer made here, texts of realistic lengths, and
+how memory is read. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: The students and teachers have equal shapes; seeds tell them apart.
+STUDENT_SEED, TEACHER_SEED = 1, 2
+CLIP, LR = 1.0, 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """`batch`: of each task (rows of a micro-batch, micro-batches of a step, tokens of a row).
+    `steps` are measured, after as many of warm-up; `documents` of sft are enough for both."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    sft: tuple[int, int, int]
+    kd: tuple[int, int, int]
+    steps: int
+    rounds: int
+    documents: int
+
+
+#: The shape of Llama-3.2-1B; distillation at 32 x 1,024 tokens.
+FULL = Size(2048, 16, 32, 8, 8192, 128256, (4, 2, 2048), (4, 8, 1024), 10, 3, 1500)
+TINY = Size(64, 2, 4, 2, 128, 4096, (4, 1, 128), (2, 2, 128), 4, 1, 200)
+
+
+def prepare(work: Path, size: Size, on_gpu: bool) -> None:
+    """Write a tokenizer, the student's configuration, the teacher and the texts into `work`."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokens = write_tokenizer(work / "student", size.vocabulary)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads, intermediate_size=size.intermediate,
+        tie_word_embeddings=True, max_position_embeddings=8192,
+        bos_token_id=None, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(work / "student")
+    torch.manual_seed(TEACHER_SEED)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(work / "teacher")
+    tokens.save_pretrained(work / "teacher")
+    micro, accumulate, length = size.kd
+    write_texts(work / "sft.jsonl", mixed_lengths(size.documents, size.sft[2]), size.vocabulary)
+    full = [length] * (2 * size.steps * micro * accumulate)  # padding plays no part
+    write_texts(work / "kd.jsonl", full, size.vocabulary)
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> Any:
+    """One token a word: `w17` has an id of its own, so that a text has the length it is given."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<|endoftext|>", "<|pad|>", *(f"w{i}" for i in range(vocabulary - 2))]
+    ids = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|pad|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    folder.mkdir(parents=True)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def mixed_lengths(count: int, length: int) -> list[int]:
+    """Log-normal lengths with their mean at about a quarter of a row, cut at the row."""
+    drawn = np.random.default_rng(0).lognormal(np.log(length / 6), 0.9, count)
+    return [int(tokens) for tokens in np.clip(drawn, 4, length)]
+
+
+def write_texts(path: Path, lengths: list[int], vocabulary: int) -> None:
+    """Random words; a text of n tokens is n - 1 words and its end."""
+    random = np.random.default_rng(1)
+    with path.open("w") as file:
+        for tokens in lengths:
+            words = random.integers(0, vocabulary - 2, tokens - 1)
+            file.write(json.dumps({"text": " ".join(f"w{word}" for word in words)}) + "\n")
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def student(work: Path, device: Any, attention: str) -> Any:
+    """The student as every baseline gets it: the same weights as ours, fp32, in training mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(STUDENT_SEED)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(work / "student"),
+        dtype=torch.float32,
+        attn_implementation=attention,
+    )
+    return model.to(device).train()
+
+
+def teacher(work: Path, device: Any, attention: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        work / "teacher", dtype=dtype, attn_implementation=attention
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def synchronize(device: Any) -> None:
+    """Wait for the device, so that a clock read next tells when its work was done."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mib(device: Any) -> float:
+    """The most that was allocated on the GPU; on a CPU the highest resident set of this process,
+    imports included."""
+    import torch
+
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise OSError("no VmHWM in /proc/self/status")
