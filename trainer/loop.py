@@ -154,7 +154,7 @@ class Loop:
         else:
             self.say(
                 f"the checkpoint is of {len(states)} workers, now there are"
-                f" {self.runtime.world_size}: dropout draws other numbers from here on"
+                f" {self.runtime.world_size}: random numbers (dropout) are others from here on"
             )
         rows = self.stream.rows_per_step
         if (before := state.get("rows_per_step", rows)) != rows:

@@ -7,6 +7,7 @@ the checkpoint's manifest, not by their own `.metadata`, which shards.py reads.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import secrets
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.manifest import Known
 from trainer.runtime import Runtime
-from trainer.store import sha256_file
+from trainer.store import disk_full, sha256_file
 
 FOLDER = "state"
 #: In the plain state: the names of the optimizer's parameters, where their state is in shards.
@@ -61,9 +62,22 @@ class Shards:
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+        class Writer(dcp.FileSystemWriter):  # type: ignore[misc]
+            def write_data(self, *arguments: Any) -> Any:
+                try:
+                    return super().write_data(*arguments)
+                except Exception as error:
+                    # On its way to the other ranks, an error loses what it was raised from.
+                    if full := disk_full(error):
+                        raise OSError(errno.ENOSPC, full) from error
+                    raise
+
+            def storage_meta(self) -> None:
+                """Nothing: it would hold this machine's path."""
+
         into = folder / FOLDER
         # No copying ahead: that is for tensors on a GPU, and uses the loop's device.
-        writer = dcp.FileSystemWriter(into, sync_files=True, per_thread_copy_ahead=0)
+        writer = Writer(into, sync_files=True, per_thread_copy_ahead=0)
         planner = DefaultSavePlanner(flatten_state_dict=False)
         try:
             dcp.save(part, storage_writer=writer, planner=planner, process_group=self._group)

@@ -26,7 +26,6 @@ _FILES = "torch.distributed.checkpoint.filesystem"
 _ALLOWED = {
     (_METADATA, "Metadata"),
     (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
     (_METADATA, "TensorStorageMetadata"),
     (_METADATA, "ChunkStorageMetadata"),
     (_METADATA, "TensorProperties"),
@@ -34,8 +33,6 @@ _ALLOWED = {
     (_FILES, "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
 }
 
 
