@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
@@ -81,23 +81,11 @@ class Saver:
         done on return, without a copy. Errors: as `wait`, of this save or of the one before."""
         self.wait()
         self._begun = True
-        if not self._takes_part:
-            return
-        tensors = self.files.tensors()
-        part: dict[str, Tensor] = {}
-        if self.shards is not None:
-            part = self.shards.take(state, sum(value.nbytes for value in tensors.values()))
-        if self.checkpoints is None:  # rank 0 writes these
-            tensors, state = {}, {}
-        work = _Work(step, tensors, state, part, val_loss, best)
-        if wait or not self.background:
-            self._run(work)
+        beside = self.background and not wait
+        if self.checkpoints is not None or self.shards is not None:
+            self._start(step, state, val_loss, best, beside)
+        if not beside:
             self.wait()
-            return
-        tensors, state, part = self._snapshot.copy((tensors, state, part))
-        work = replace(work, tensors=tensors, state=state, part=part)
-        self._thread = threading.Thread(target=self._run, args=(work,), name=f"save-{step}")
-        self._thread.start()
 
     def wait(self) -> None:
         """Until nothing is being saved, on any rank. Errors: `CheckpointError`, on all ranks, when
@@ -123,9 +111,28 @@ class Saver:
         """Whether this rank could not write; `wait` says what."""
         return self._error is not None
 
-    @property
-    def _takes_part(self) -> bool:
-        return self.checkpoints is not None or self.shards is not None
+    def _start(
+        self,
+        step: int,
+        state: dict[str, Any],
+        val_loss: Optional[float],
+        best: bool,
+        beside: bool,
+    ) -> None:
+        tensors = self.files.tensors()
+        part: dict[str, Tensor] = {}
+        if self.shards is not None:
+            part = self.shards.take(state, sum(value.nbytes for value in tensors.values()))
+        if self.checkpoints is None:  # rank 0 writes these
+            tensors, state = {}, {}
+        if beside:
+            tensors, state, part = self._snapshot.copy((tensors, state, part))
+        work = _Work(step, tensors, state, part, val_loss, best)
+        if not beside:
+            self._run(work)
+            return
+        self._thread = threading.Thread(target=self._run, args=(work,), name=f"save-{step}")
+        self._thread.start()
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -6,6 +6,7 @@ one scenario after the other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,9 +126,9 @@ def resumed(out: Path, tokenizer: str, texts: str, begin: Path, count: int, **tr
     }
 
 
-def killed(out: Path, tokenizer: str, texts: str, rank: int, name: str) -> Any:
-    """Three saves of two workers, `rank` dying as it opens the file `name` of the second one."""
-    folder = out / f"killed-{rank}"
+def killed(out: Path, tokenizer: str, texts: str, ranks: tuple[int, ...], name: str) -> Any:
+    """Saves of two workers, `ranks` dying as they open the file `name` of the second one."""
+    folder = out / f"killed-{ranks}"
 
     def act(own: int) -> Any:
         def die(event: str, arguments: tuple[Any, ...]) -> None:
@@ -135,7 +136,7 @@ def killed(out: Path, tokenizer: str, texts: str, rank: int, name: str) -> Any:
             if "tmp-step-4" in path and path.endswith(name):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        if own == rank:
+        if own in ranks:
             sys.addaudithook(die)
         return run(stage(folder, tokenizer, texts, 2, save_every=2, sharded=True))
 
@@ -152,7 +153,7 @@ def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
         return out / name
 
     found["whole"] = losses(begun("whole", 1))
-    plain = begun("plain", 2, until=5)
+    plain = begun("plain", 2, until=5, save_every=2, save_async=False)
     shards = begun("shards", 2, until=5, save_every=5, sharded=True)
     found["plain"] = optimizer_digest(plain / "checkpoints" / "step-5")
     state = shards / "checkpoints" / "step-5" / "state"
@@ -163,23 +164,27 @@ def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     found["plain to 2"] = resumed(*context, plain, 2, sharded=True)
     found["more rows"] = resumed(*context, plain, 1, micro_batch=16)
 
-    found["killed rank 1"] = killed(*context, 1, "__1_0.distcp")
-    found["killed rank 0"] = killed(*context, 0, ".metadata.tmp")
+    found["killed 1"] = killed(*context, (1,), "__1_0.distcp")
+    found["killed 0"] = killed(*context, (0,), ".metadata.tmp")
+    found["killed both"] = killed(*context, (0, 1), ".distcp")
 
     def blind(rank: int) -> Any:
         return run(stage(out / f"own-{rank}", tokenizer, texts, 2, sharded=True))
 
     found["two folders"] = workers(2, blind)
 
-    def full(rank: int) -> Any:
-        config = stage(out / "full", tokenizer, texts, 2, save_every=2, sharded=True)
-        if rank == 0:
-            return run(config)
-        with file_size_limit(3000):
-            return run(config)
+    for sharded, writer in ((True, 1), (False, 0)):
 
-    found["full"] = workers(2, full)
-    found["left"] = sorted(path.name for path in (out / "full" / "checkpoints").iterdir())
+        def full(rank: int, sharded: bool = sharded, writer: int = writer) -> Any:
+            config = stage(
+                out / f"full-{sharded}", tokenizer, texts, 2, save_every=2, sharded=sharded
+            )
+            with file_size_limit(30_000) if rank == writer else contextlib.nullcontext():
+                return run(config)
+
+        left = out / f"full-{sharded}" / "checkpoints"
+        results = workers(2, full)
+        found[f"full {sharded}"] = [results, sorted(path.name for path in left.iterdir())]
     return found
 
 

@@ -70,14 +70,17 @@ def test_every_worker_writes_its_part(runs: dict[str, Any]) -> None:
     assert 0 < sizes["__0_0.distcp"] < sizes["__1_0.distcp"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_killed_while_it_saves_leaves_the_checkpoint_before(
-    runs: dict[str, Any], rank: int
+@pytest.mark.parametrize("who", ["0", "1", "both"])
+def test_workers_killed_while_they_save_leave_the_checkpoint_before(
+    runs: dict[str, Any], who: str
 ) -> None:
-    found = runs[f"killed rank {rank}"]
+    found = runs[f"killed {who}"]
     assert found["newest"] == "step-2"
-    assert found["results"][rank] == 9
-    assert found["results"][1 - rank].startswith("error: ")  # it ended by itself
+    for rank, result in enumerate(found["results"]):
+        if who in (str(rank), "both"):
+            assert result == 9
+        else:
+            assert result.startswith("error: ")  # it ended by itself
 
 
 def test_workers_that_see_different_folders_are_told_so(runs: dict[str, Any]) -> None:
@@ -86,11 +89,14 @@ def test_workers_that_see_different_folders_are_told_so(runs: dict[str, Any]) ->
         assert "`sharded: false`" in line
 
 
-def test_a_full_disk_at_one_worker_is_everyones_clear_line(runs: dict[str, Any]) -> None:
-    first, second = runs["full"]
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_full_disk_at_one_worker_is_everyones_clear_line(
+    runs: dict[str, Any], sharded: bool
+) -> None:
+    (first, second), left = runs[f"full {sharded}"]
     assert first == second
     assert first.startswith("error: CheckpointError: disk full") and "step 2 not saved" in first
-    assert runs["left"] == []
+    assert left == []
 
 
 def test_the_parts_are_balanced_and_agreed_on() -> None:
