@@ -117,6 +117,7 @@ def stalls(work: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> flo
     stall: dict[bool, list[float]] = {True: [], False: []}
     pace: dict[bool, list[float]] = {True: [], False: []}
     passed: list[int] = []
+    longest: list[float] = []
     for step in range(REPEATS + 1):
         for way, saver in ways.items():
             os.sync()
@@ -129,12 +130,13 @@ def stalls(work: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> flo
             pace[way].append(statistics.median(steps))
             if way:
                 passed.append(len(steps))
+                longest.append(max(steps))
     beside = report("stall, save_async", stall[True][1:])
     waits = report("stall, a save that waits", stall[False][1:])
     slower = statistics.median(pace[True][1:]) / statistics.median(pace[False][1:])
     print(
         f"share {beside / waits:.2f}; {statistics.median(passed[1:]):.0f} small steps pass during"
-        f" the write, each {slower:.2f} times as long"
+        f" the write, each {slower:.2f} times as long, the longest {max(longest) * 1e3:.0f} ms"
     )
     return beside / waits
 

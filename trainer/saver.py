@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
+import torch
 from torch import Tensor
 
 from trainer.checkpoint import CheckpointError, Checkpoints
@@ -131,13 +132,18 @@ class Saver:
         if not beside:
             self._run(work)
             return
-        self._thread = threading.Thread(target=self._run, args=(work,), name=f"save-{step}")
+        self._thread = threading.Thread(target=self._beside, args=(work,), name=f"save-{step}")
         self._thread.start()
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _beside(self, work: _Work) -> None:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.set_device(self.runtime.device)  # a new thread begins on the first one
+        self._run(work)
 
     def _run(self, work: _Work) -> None:
         try:

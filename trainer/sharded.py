@@ -26,6 +26,8 @@ from trainer.store import disk_full, sha256_file
 FOLDER = "state"
 #: In the plain state: the names of the optimizer's parameters, where their state is in shards.
 NAMES = "shards"
+#: Before the name of a parameter, as in torch's own flattened state of an optimizer.
+PREFIX = "state."
 
 
 class Shards:
@@ -47,7 +49,7 @@ class Shards:
         for index, entries in optimizer["state"].items():
             for key, value in entries.items():
                 if isinstance(value, Tensor):
-                    whole[f"{self.names[index]}.{key}"] = value
+                    whole[f"{PREFIX}{self.names[index]}.{key}"] = value
                 else:
                     left.setdefault(index, {})[key] = value
         state["optimizer"] = {**optimizer, "state": left}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import CheckpointError
-from trainer.sharded import FOLDER, NAMES, line_of, parameter_names
+from trainer.sharded import FOLDER, NAMES, PREFIX, line_of, parameter_names
 
 _FILE = re.compile(r"__\d+_\d+\.distcp")
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -56,7 +56,7 @@ def optimizer_state(
     entries: dict[int, dict[str, Any]] = {i: dict(held) for i, held in plain["state"].items()}
     numbers = {name: index for index, name in enumerate(names)}
     for full, value in tensors.items():
-        name, _, key = full.rpartition(".")
+        name, key = _split(full)
         entries.setdefault(numbers[name], {})[key] = value
     return {**plain, "state": entries}
 
@@ -69,7 +69,7 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor
     metadata = read_metadata(folder)
     targets: dict[str, Tensor] = {}
     for name, described in metadata.state_dict_metadata.items():
-        parameter = parameters.get(name.rpartition(".")[0])
+        parameter = parameters.get(_split(name)[0])
         if parameter is None or described.size not in (parameter.shape, torch.Size([])):
             raise CheckpointError(f"{folder}: {name} is not of this model's optimizer")
         dtype = described.properties.dtype
@@ -89,6 +89,12 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor
             error = min(error.failures.items())[1][0]
         raise CheckpointError(f"{folder}: cannot be read: {line_of(error)}") from error
     return targets
+
+
+def _split(full: str) -> tuple[str, str]:
+    """`state.<parameter>.<key>` -> (parameter, key); an empty parameter for any other name."""
+    name, _, key = full.rpartition(".")
+    return (name[len(PREFIX) :], key) if name.startswith(PREFIX) else ("", key)
 
 
 def read_metadata(folder: Path) -> Any:

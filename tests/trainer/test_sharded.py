@@ -121,7 +121,7 @@ class Stored:
         whole = self.optimizer.state_dict()
         names = parameter_names(self.model, self.optimizer)
         self.tensors = {
-            f"{names[index]}.{key}": value
+            f"state.{names[index]}.{key}": value
             for index, entries in whole["state"].items()
             for key, value in entries.items()
         }
@@ -196,7 +196,7 @@ def test_an_attribute_of_what_is_allowed_is_not(stored: Stored) -> None:
 def test_pickled_bytes_are_refused_and_not_run(stored: Stored, tmp_path: Path) -> None:
     """torch loads values that are no tensors without `weights_only`."""
     target = tmp_path / "executed"
-    stored.write({**stored.tensors, "weight.step": Evil(target)})
+    stored.write({**stored.tensors, "state.weight.step": Evil(target)})
     refused(stored, "refused: it names .*BytesStorageMetadata, which has no place there")
     assert not target.exists()
 
@@ -224,20 +224,20 @@ def rename(value: str) -> Any:
 
 
 def not_a_tensor(metadata: Any) -> None:
-    metadata.state_dict_metadata["weight.step"] = [1]
+    metadata.state_dict_metadata["state.weight.step"] = [1]
 
 
 def bytes_(metadata: Any) -> None:
-    metadata.state_dict_metadata["weight.step"] = BytesStorageMetadata()
+    metadata.state_dict_metadata["state.weight.step"] = BytesStorageMetadata()
 
 
 def unknown(metadata: Any) -> None:
     described = metadata.state_dict_metadata
-    described["other.exp_avg"] = described.pop("weight.exp_avg")
+    described["state.other.exp_avg"] = described.pop("state.weight.exp_avg")
 
 
 def huge(metadata: Any) -> None:
-    metadata.state_dict_metadata["weight.exp_avg"].size = torch.Size([1 << 50])
+    metadata.state_dict_metadata["state.weight.exp_avg"].size = torch.Size([1 << 50])
 
 
 @pytest.mark.parametrize(
@@ -245,10 +245,10 @@ def huge(metadata: Any) -> None:
     [
         (rename("../../trainer_state.pt"), r"names '\.\./\.\./trainer_state.pt', which is no file"),
         (rename("/etc/passwd"), "names '/etc/passwd', which is no file of a checkpoint"),
-        (not_a_tensor, "'weight.step' is not a tensor"),
+        (not_a_tensor, "'state.weight.step' is not a tensor"),
         (bytes_, "refused: it names .*BytesStorageMetadata"),
-        (unknown, "other.exp_avg is not of this model's optimizer"),
-        (huge, "weight.exp_avg is not of this model's optimizer"),
+        (unknown, "state.other.exp_avg is not of this model's optimizer"),
+        (huge, "state.weight.exp_avg is not of this model's optimizer"),
     ],
 )
 def test_a_description_of_something_else_is_refused(
