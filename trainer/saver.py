@@ -169,10 +169,10 @@ class Saver:
                 self._write_all(shards, work)
         except CheckpointError:
             raise
-        except RuntimeError as error:  # of the process group
+        except RuntimeError as error:  # most often of the process group
             raise CheckpointError(
-                f"step {work.step} not saved: another worker does not answer"
-                f" ({line_of(error)}); earlier checkpoints are whole"
+                f"step {work.step} not saved, another worker may be gone: {line_of(error)};"
+                " earlier checkpoints are whole"
             ) from error
 
     def _write_all(self, shards: Shards, work: _Work) -> None:
