@@ -101,7 +101,7 @@ class Model(Strict):
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: Optional[Architecture] = None
     tokenizer: Optional[str] = None  # default: the one beside the model
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, else fp32
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
     adapter: Optional[Adapter] = None

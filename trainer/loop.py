@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from trainer import probe
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
 from trainer.config import ConfigError, Train
@@ -21,9 +22,10 @@ from trainer.evaluate import cross_entropy
 from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import Metrics
 from trainer.objective import Objective
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import clip, make_optimizer, unscale
 from trainer.runtime import Runtime
 from trainer.saver import Files, Saver
+from trainer.scaler import Scaler
 from trainer.schedule import Horizon, learning_rate
 from trainer.sharded import Shards
 from trainer.shards import optimizer_state
@@ -83,7 +85,9 @@ class Loop:
             shards = Shards(model, self.optimizer, runtime, folder)
         self.saver = Saver(checkpoints, files, runtime, shards, config.save_async)
         self.guard = Guard()
+        self.scaler = Scaler() if runtime.precision == "fp16" else None
         self._largest: Optional[int] = None
+        self._has_room = False
         self.step = 0
         self.tokens = 0.0
         self.training_seconds = 0.0
@@ -105,6 +109,8 @@ class Loop:
     def _train(self) -> Outcome:
         if self.resume_from is not None:
             self._resume(self.resume_from)
+        if not self._has_room:
+            self.make_room()
         stopped = self._reason_to_stop()
         while stopped == "":
             rate, norm = self._one_step()
@@ -125,9 +131,24 @@ class Loop:
 
     def limit_micro_batch(self, rows: int) -> None:
         """At most `rows` in a micro-batch, of the same global batch; checkpoints remember it."""
-        self._largest = rows
-        self.stream.resize(rows)
+        self._resize(rows)
+        self._has_room = True
         self._event("micro_batch", micro_batch=rows)
+
+    def make_room(self) -> None:
+        """Try the longest rows, and cut smaller where they do not fit: before the first step, and
+        whenever rows become longer. Packed rows are all alike, so any step tries the longest."""
+        self._has_room = True
+        if not self.stream.rows.fixed:
+            probe.make_room(
+                self.model,
+                self.objective,
+                self.stream.rows,
+                self.runtime,
+                self.optimizer,
+                micro_batch=self.stream.micro_batch,
+                smaller=self._smaller,
+            )
 
     def _resume(self, found: Path) -> None:
         """Go on exactly where the checkpoint was written."""
@@ -140,6 +161,8 @@ class Loop:
         self.training_seconds, self.best = state["training_seconds"], state["best"]
         self.evaluation = state["evaluation"]
         self.guard.consecutive = state["consecutive"]
+        if self.scaler is not None and state.get("scaler") is not None:
+            self.scaler.load_state_dict(state["scaler"])
         if state["micro_batch"] is not None:
             self._largest = state["micro_batch"]
             self.stream.resize(min(self._largest, self.stream.micro_batch))
@@ -170,9 +193,8 @@ class Loop:
         started = time.perf_counter()
         config, step = self.config, self.step
         group = self.stream.next_group()
-        done = self._gradients(group, self._logged(step + 1))
-        self.runtime.reduce_gradients(self.model.parameters())
-        norm = self._clip()
+        done, norm = self._gradients(group, self._logged(step + 1))
+        clip(self.model, norm, config.clip)
         rate = learning_rate(
             config, self.horizon.progress(step, self.training_seconds), step, self.horizon
         )
@@ -190,46 +212,73 @@ class Loop:
         self.training_seconds += time.perf_counter() - started
         return rate, norm
 
-    def _gradients(self, group: list[Batch], log: bool) -> Accumulated:
-        """Forward and backward of a group; after an out-of-memory on any rank, again in halves."""
+    def _gradients(self, group: list[Batch], log: bool) -> tuple[Accumulated, Tensor]:
+        """The gradients of the global batch and their norm [0-dim]; after an out-of-memory on any
+        rank, again in halves."""
         progress = self.horizon.progress(self.step, self.training_seconds)
         while True:
             batches = unless_out_of_memory(
                 prepare, self.objective, group, self.runtime, self.step, progress
             )
             if not self.runtime.any(batches is None)[0] and batches is not None:
-                norm = normalisers(batches, self.runtime)
-                done = unless_out_of_memory(
-                    backward, self.model, self.objective, batches, norm, self.runtime, log
-                )
-                if not self.runtime.any(done is None)[0] and done is not None:
-                    return done
-                done = None
+                found = self._backward(batches, log)
+                if found is not None:
+                    return found
             batches = None
             self.optimizer.zero_grad(set_to_none=True)
             self.runtime.release_memory()
-            group = self._split(group)
+            group = cut(group, self._smaller(max(batch.rows for batch in group)))
 
-    def _split(self, group: list[Batch]) -> list[Batch]:
-        tried = max(batch.rows for batch in group)
+    def _backward(self, batches: list[Batch], log: bool) -> Optional[tuple[Accumulated, Tensor]]:
+        """What `_gradients` returns, from a prepared group; None after an out-of-memory on any
+        rank. Gradients that overflow in fp16 are dropped, and the same group goes through again
+        with the same random numbers and a smaller loss scale."""
+        weights = normalisers(batches, self.runtime)
+        random = rng_state() if self.scaler is not None else {}
+        while True:
+            scale = self.scaler.scale if self.scaler is not None else 1.0
+            done = unless_out_of_memory(
+                backward, self.model, self.objective, batches, weights, self.runtime, log, scale
+            )
+            if self.runtime.any(done is None)[0] or done is None:
+                return None
+            self.runtime.reduce_gradients(self.model.parameters())
+            norm = unscale(self.model, scale)
+            if self.scaler is None or not self._overflowed(self.scaler, done, norm):
+                return done, norm
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(random)
+
+    def _overflowed(self, scaler: Scaler, done: Accumulated, norm: Tensor) -> bool:
+        """Whether to try a smaller loss scale, which is then set. This waits for the device. Every
+        rank holds the same reduced gradients, so all decide the same."""
+        if bool(torch.isfinite(norm)):
+            scaler.passed()
+            return False
+        # The forward pass knows no scale: a loss that is not finite stays so at any.
+        (hopeless,) = self.runtime.any(not bool(torch.isfinite(done.total)))
+        if hopeless or not scaler.lower():
+            scaler.give_up()
+            return False
+        self._event("overflow_retry", step=self.step + 1, scale=scaler.scale)
+        self.say(f"step {self.step + 1}: fp16 overflow, again with loss scale {scaler.scale:g}")
+        return True
+
+    def _smaller(self, tried: int) -> int:
+        """The rows of a micro-batch from now on, after an out-of-memory with `tried` of them.
+        Errors: `ConfigError` when that was one row."""
         decision = self.guard.out_of_memory(tried)
         if not isinstance(decision, Retry):
             assert isinstance(decision, Abort)
             raise ConfigError(decision.reason)
-        self._largest = decision.micro_batch
-        self.stream.resize(self._largest)
+        self._resize(decision.micro_batch)
         self._event("oom_split", micro_batch=decision.micro_batch, tried=tried)
         self.say(f"out of memory with {tried} rows: going on with {decision.micro_batch}")
-        return cut(group, decision.micro_batch)
+        return decision.micro_batch
 
-    def _clip(self) -> Tensor:
-        """Scale the gradients to a norm of at most `clip`; the norm [0-dim] before that."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        if self.config.clip > 0:
-            scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale)
-        return norm
+    def _resize(self, rows: int) -> None:
+        self._largest = rows
+        self.stream.resize(rows)
 
     def _queue_flag(self, flag: Tensor) -> None:
         """Start copying a flag to the host; it is read one step later, when it has arrived."""
@@ -260,6 +309,7 @@ class Loop:
             shape = [self.stream.micro_batch, self.stream.rows.sequence_length]
             state = {**self._state([]), "model": self.model.state_dict(), "batch_shape": shape}
             where = crash_dump(self.folder, state)
+        self.runtime.barrier()  # a rank that leaves first would have torchrun end the others
         raise NonFiniteError(f"step {self.step}: {reason}; state and batch shapes are in {where}")
 
     def _log(self, rate: float, norm: Tensor) -> None:
@@ -267,6 +317,8 @@ class Loop:
         self._window = Window(self.training_seconds)
         self.tokens += tokens
         facts.update(lr=rate, grad_norm=float(norm), tokens=self.tokens)
+        if self.scaler is not None:
+            facts["scale"] = self.scaler.scale
         memory = self.runtime.memory_mb()
         if memory is not None:
             facts["gpu_mem_alloc_MB"] = memory
@@ -316,6 +368,7 @@ class Loop:
             self.runtime,
             micro_batch=self.stream.micro_batch,
             limit=self.config.evaluate_batches,
+            smaller=self._evaluate_smaller,
         )
         improved = math.isfinite(loss) and (self.best is None or loss < self.best)
         if improved:
@@ -328,6 +381,10 @@ class Loop:
             self.say(f"step {self.step}  val_loss {loss:.4f}  val_ppl {perplexity:.2f}")
         if improved:
             self._save(best=True)
+
+    def _evaluate_smaller(self, rows: int) -> None:
+        self._event("oom_split", micro_batch=rows, evaluation=True)
+        self.say(f"step {self.step}: out of memory in the evaluation: {rows} rows at a time")
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         """Save this step, unless it is saved. `wait`: nothing is being written on return."""
@@ -363,6 +420,7 @@ class Loop:
             "best": self.best,
             "evaluation": dict(self.evaluation),
             "consecutive": self.guard.consecutive,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "micro_batch": self._largest,  # what an out-of-memory taught; None: nothing yet
             "optimizer": self.optimizer.state_dict(),
             "stream": self.stream.state_dict(),

@@ -41,7 +41,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     hidden = hidden.index_select(0, batch.supervised)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
-        # The residual stream is fp32 under autocast; the head's products are to run in bf16.
+        # The residual stream is fp32 under autocast; the head's products are to run in 16 bits.
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     return hidden
 
@@ -129,7 +129,7 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
 
 
 def attention_implementation(config: Optional[Model], runtime: Runtime) -> str:
-    """`auto`: flash-attn on CUDA in bf16 when it is installed, else SDPA."""
+    """`auto`: flash-attn on CUDA in bf16 or fp16 when it is installed, else SDPA."""
     wanted = config.attention if config else "auto"
     flash = flash_attention_status(runtime)
     usable = flash.startswith("usable")
@@ -146,7 +146,7 @@ def flash_attention_status(runtime: Runtime) -> str:
         return "not usable (no CUDA device)"
     if importlib.util.find_spec("flash_attn") is None:
         return "not installed"
-    if runtime.precision != "bf16":
+    if runtime.precision == "fp32":
         return "not usable (precision is fp32)"
     return "usable"
 

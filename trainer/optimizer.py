@@ -1,9 +1,9 @@
-"""The optimizer."""
+"""The optimizer, and what happens to gradients before it."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config import Train
 
@@ -22,3 +22,22 @@ def make_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
         eps=config.epsilon,
         fused=True,
     )
+
+
+def unscale(model: nn.Module, scale: float) -> Tensor:
+    """Take the loss scale out of the gradients; their norm [0-dim], all of them as one vector."""
+    grads = _gradients(model)
+    if scale != 1.0:
+        torch._foreach_mul_(grads, 1 / scale)
+    return torch.nn.utils.get_total_norm(grads, foreach=True)
+
+
+def clip(model: nn.Module, norm: Tensor, largest: float) -> None:
+    """Shorten the gradients, whose norm is given, to one of at most `largest`; 0: leave them."""
+    if largest > 0:
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(_gradients(model), factor)
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]

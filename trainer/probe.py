@@ -1,4 +1,5 @@
-"""`micro_batch: auto`: how many of the longest rows fit in memory, found before the first step.
+"""How many of the longest rows fit in memory, found before the first step: all that may come with
+`micro_batch: auto`, or whether as many as the recipe says.
 
 Nothing of training changes: no weight, no optimizer state, no random number, no data position.
 """
@@ -6,7 +7,9 @@ Nothing of training changes: no weight, no optimizer state, no random number, no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Optional
 
 import numpy as np
 import torch
@@ -47,20 +50,12 @@ def largest_micro_batch(
     """The most rows, of 1, 2, 4, ... and `limit`, whose forward and backward fit on every rank,
     when the longest rows come together. All ranks must call it.
     Errors: `ConfigError` when one row does not fit."""
-    random, state = rng_state(), copy.deepcopy(objective.state_dict())
-    ballast = unless_out_of_memory(_moments, model)
-    fits, fitting = not runtime.any(ballast is None)[0], 0
-    for count in _doubling(limit):
-        fits = fits and _fits(model, objective, rows, count, runtime)
-        model.zero_grad(set_to_none=True)
-        runtime.release_memory()
-        if not fits:
-            break
-        fitting = count
-    del ballast
-    runtime.release_memory()
-    set_rng_state(random)
-    objective.load_state_dict(state)
+    fitting = 0
+    with _trial(model, objective, rows, runtime) as fits:
+        for count in _doubling(limit):
+            if not fits(count):
+                break
+            fitting = count
     if fitting == 0:
         decision = Guard().out_of_memory(1)
         assert isinstance(decision, Abort)
@@ -68,6 +63,24 @@ def largest_micro_batch(
     what = "the whole batch of a worker" if fitting == limit else "the next size does not fit"
     say(f"micro_batch auto: {fitting} rows ({what})")
     return fitting
+
+
+def make_room(
+    model: nn.Module,
+    objective: Objective,
+    rows: Rows,
+    runtime: Runtime,
+    optimizer: torch.optim.Optimizer,
+    *,
+    micro_batch: int,
+    smaller: Callable[[int], int],
+) -> None:
+    """Try `micro_batch` of the longest rows, and where they do not fit on every rank, what
+    `smaller` answers to the number that was tried; its errors end the search. All ranks must call
+    it. `optimizer`: of its state, what there is counts as it lies in memory."""
+    with _trial(model, objective, rows, runtime, optimizer) as fits:
+        while not fits(micro_batch):
+            micro_batch = smaller(micro_batch)
 
 
 def longest(rows: Rows, count: int) -> list[int]:
@@ -83,9 +96,40 @@ def _doubling(limit: int) -> list[int]:
     return [*(2**k for k in range((limit - 1).bit_length())), limit]
 
 
-def _moments(model: nn.Module) -> list[Tensor]:
+@contextmanager
+def _trial(
+    model: nn.Module,
+    objective: Objective,
+    rows: Rows,
+    runtime: Runtime,
+    optimizer: Optional[torch.optim.Optimizer] = None,
+) -> Iterator[Callable[[int], bool]]:
+    """The question whether so many of the longest rows fit on every rank, beside the optimizer's
+    moments. When it has been asked, everything is as it was before. All ranks must ask it."""
+    random, state = rng_state(), copy.deepcopy(objective.state_dict())
+    ballast = unless_out_of_memory(_moments, model, optimizer)
+    begun = not runtime.any(ballast is None)[0]
+
+    def fits(count: int) -> bool:
+        found = begun and _fits(model, objective, rows, count, runtime)
+        model.zero_grad(set_to_none=True)
+        runtime.release_memory()
+        return found
+
+    try:
+        yield fits
+    finally:
+        del ballast
+        runtime.release_memory()
+        set_rng_state(random)
+        objective.load_state_dict(state)
+
+
+def _moments(model: nn.Module, optimizer: Optional[torch.optim.Optimizer]) -> list[Tensor]:
     """As much memory as AdamW's two moments take, which it makes in the first step."""
-    return [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    there = optimizer.state if optimizer is not None else {}
+    missing = [p for p in model.parameters() if p.requires_grad and p not in there]
+    return [torch.empty_like(p) for p in missing for _ in range(2)]
 
 
 def _fits(model: nn.Module, objective: Objective, rows: Rows, count: int, runtime: Runtime) -> bool:

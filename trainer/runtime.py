@@ -17,6 +17,7 @@ from trainer.config import ConfigError
 
 #: Gradients are reduced in flat pieces of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Runtime:
     the device. Cpu and Cuda differ in so little that one class with a device serves both."""
 
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     rank: int = 0
     world_size: int = 1
     flags: Optional[Any] = None
@@ -37,7 +38,7 @@ class Runtime:
     @property
     def dtype(self) -> torch.dtype:
         """Of activations and of frozen models."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return _DTYPES[self.precision]
 
     def at(self, precision: str) -> Runtime:
         """This runtime at `precision`; `auto` is bf16 on a GPU that has it, else fp32.
@@ -46,17 +47,19 @@ class Runtime:
         has_bf16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not has_bf16:
             name = torch.cuda.get_device_name(self.device)
-            raise ConfigError(f"model.precision: bf16 is not supported by {name}; use fp32")
+            raise ConfigError(f"model.precision: bf16 is not supported by {name}; use fp16 or fp32")
         if precision == "bf16" or (precision == "auto" and cuda and has_bf16):
             return replace(self, precision="bf16")
+        if precision == "fp16":
+            return replace(self, precision="fp16")
         return replace(self, precision="fp32")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision: parameters stay fp32, matrix products run in bf16."""
+        """Mixed precision: parameters stay fp32, matrix products run in bf16 or fp16."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         mixed: contextlib.AbstractContextManager[Any] = torch.autocast(
-            self.device.type, dtype=torch.bfloat16
+            self.device.type, dtype=self.dtype
         )
         return mixed
 

@@ -47,20 +47,25 @@ def backward(
     norm: dict[str, Tensor],
     runtime: Runtime,
     log: bool = False,
+    scale: float = 1.0,
 ) -> Accumulated:
-    """Add this rank's gradients of the global batch's loss to `.grad`; no communication here, so
-    that one rank's out-of-memory cannot leave the others waiting in a collective."""
+    """Add this rank's gradients of the global batch's loss, times `scale`, to `.grad`; what is
+    returned knows no scale. No communication here, so that one rank's out-of-memory cannot leave
+    the others waiting in a collective."""
+    # The losses compute their gradient in the forward pass and round it to the precision of the
+    # hidden states: only weights that are scaled already keep small ones from becoming zero there.
+    scaled = norm if scale == 1.0 else {term: weight / scale for term, weight in norm.items()}
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     sums: dict[str, Tensor] = {}
     for batch in batches:
         with runtime.autocast():
-            loss = objective.loss(model, batch, norm, log)
+            loss = objective.loss(model, batch, scaled, log)
         loss.total.backward()
         total += loss.total.detach()
         for name, (value, term) in loss.sums.items():
             weight = norm[term].to(runtime.device).clamp(min=1.0)
             sums[name] = sums.get(name, torch.zeros_like(total)) + value.detach() / weight
-    return Accumulated(total, sums, norm[next(iter(norm))].to(runtime.device))
+    return Accumulated(total / scale, sums, norm[next(iter(norm))].to(runtime.device))
 
 
 def unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:

@@ -41,7 +41,7 @@ def up(
             return Exit.OK
     started = api.env().clock.now()
     run = api.up(path, overrides=overrides, on=on, new=new)
-    if run.created < started - 1:
+    if run.created < started:
         console.notice(
             f"{run.name} is live already, since {console.duration(started - run.created)}; "
             "attached to it (--new starts another)"

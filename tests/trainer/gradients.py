@@ -49,8 +49,10 @@ def of(
     resized: Optional[int] = None,
     wrong: bool = False,
     runtime: Runtime = CPU,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """The flat gradient. `micro_batch` None: all rows at once. `wrong`: mean of means."""
+    """The flat gradient, with `scale` taken out again. `micro_batch` None: all rows at once.
+    `wrong`: mean of means."""
     data = rows(tokenizer, texts, packing)
     stream = Stream(
         data,
@@ -81,9 +83,9 @@ def of(
             own = {term: weight * len(batches) for term, weight in batch.weights.items()}
             backward(student, objective, [batch], own, runtime)
     else:
-        backward(student, objective, batches, norm, runtime)
+        backward(student, objective, batches, norm, runtime, scale=scale)
     runtime.reduce_gradients(student.parameters())
-    return torch.cat([p.grad.flatten().double() for p in student.parameters()])
+    return torch.cat([p.grad.flatten().double() / scale for p in student.parameters()])
 
 
 def stored(

@@ -158,9 +158,12 @@ def test_activation_checkpointing_changes_nothing(
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
-def test_bf16_keeps_what_learns_in_fp32(lora: StageConfig, run_stage: Run) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_what_learns_in_fp32(
+    precision: Any, lora: StageConfig, run_stage: Run
+) -> None:
     assert lora.model is not None
-    outcome = run_stage(replace(lora, model=replace(lora.model, precision="bf16")))
+    outcome = run_stage(replace(lora, model=replace(lora.model, precision=precision)))
     assert math.isfinite(outcome.evaluation["val_loss"])
     stored = load_file(last(lora) / adapters.WEIGHTS)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}

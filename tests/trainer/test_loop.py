@@ -21,7 +21,6 @@ from trainer import stages
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints
 from trainer.config import ConfigError, Distill, Job, StageConfig, Train
-from trainer.loop import NonFiniteError
 from trainer.objective import Loss
 from trainer.objectives.next_token import NextToken
 from trainer.schedule import Horizon, learning_rate
@@ -136,7 +135,7 @@ def with_objective(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     return use
 
 
-def test_one_nan_is_skipped_and_two_in_a_row_end_the_run(
+def test_nans_that_are_not_in_a_row_are_skipped(
     stage: StageConfig, run_stage: Run, with_objective: Any, tmp_path: Path
 ) -> None:
     with_objective(Faulty(nan=(3, 7)))
@@ -145,25 +144,6 @@ def test_one_nan_is_skipped_and_two_in_a_row_end_the_run(
     skipped = [e["step"] for e in lines(tmp_path / "one", "event") if e["event"] == "nan_skipped"]
     assert skipped == [4, 8]
     assert all(math.isfinite(v["train_loss"]) for v in lines(tmp_path / "one", "step")[4:6])
-
-    with_objective(Faulty(nan=(3, 4)))
-    with pytest.raises(NonFiniteError, match=r"two steps in a row.*crash_dump\.pt"):
-        run_stage(in_folder(stage, tmp_path / "two"))
-    dump = torch.load(tmp_path / "two" / "crash_dump.pt", weights_only=True)
-    assert dump["batch_shape"] == [4, 128]
-    assert all(torch.isfinite(v).all() for v in dump["model"].values())
-
-
-def test_a_skipped_step_leaves_weights_and_optimizer_untouched(
-    stage: StageConfig, run_stage: Run, with_objective: Any, tmp_path: Path
-) -> None:
-    """A run whose last step is not finite ends with the weights of the run without that step."""
-    no_decay = {"schedule": "constant", "warmup": 0.0}
-    with_objective(Faulty())
-    run_stage(in_folder(stage, tmp_path / "nine", steps=9, **no_decay))
-    with_objective(Faulty(nan=(9,)))
-    run_stage(in_folder(stage, tmp_path / "ten", steps=10, **no_decay))
-    assert weights(tmp_path / "ten") == weights(tmp_path / "nine")
 
 
 def test_out_of_memory_splits_the_micro_batch_and_keeps_the_global_batch(

@@ -58,7 +58,9 @@ class _LogitDistance(torch.autograd.Function):  # type: ignore[misc]
         now = head_for(hidden, weight, dtype, chunk_rows)
         start = head_for(start_hidden, start_weight, dtype, chunk_rows)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        # float16 has no room for a gradient that the caller's factor has not yet multiplied.
+        narrow = hidden.dtype if hidden.dtype != torch.float16 else dtype
+        d_hidden = torch.zeros_like(hidden, dtype=narrow) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         for first in range(0, len(hidden), chunk_rows):
@@ -69,9 +71,9 @@ class _LogitDistance(torch.autograd.Function):  # type: ignore[misc]
             total += torch.linalg.vector_norm(gap) ** 2 / len(weight)
             d_rows = now.backward(gap.mul_(2 / len(weight)), h, wants_hidden, d_weight)
             if d_hidden is not None and d_rows is not None:
-                d_hidden[at] = d_rows.to(hidden.dtype)
+                d_hidden[at] = d_rows.to(narrow)
         ctx.gradients = d_hidden, d_weight
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
@@ -79,7 +81,7 @@ class _LogitDistance(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, scale: Tensor) -> tuple[Optional[Tensor], ...]:
         d_hidden, d_weight = ctx.gradients
         if d_hidden is not None:
-            d_hidden = d_hidden.mul_(scale)
+            d_hidden = d_hidden.mul_(scale).to(ctx.dtypes[0])
         if d_weight is not None:
-            d_weight = d_weight.mul_(scale).to(ctx.weight_dtype)
+            d_weight = d_weight.mul_(scale).to(ctx.dtypes[1])
         return d_hidden, d_weight, None, None, None
