@@ -122,15 +122,21 @@ def base_of(folder: str | Path) -> str:
     return base
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write the adapter of `model` as PEFT would."""
+def tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of the adapter of `model`, by their names in a file of PEFT."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     # Told not to save embeddings: otherwise PEFT asks the Hub whether their size has changed.
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def save(model: Any, folder: Path, values: Optional[dict[str, Tensor]] = None) -> None:
+    """Write the adapter of `model` as PEFT would. `values`: in place of the tensors it has now."""
+    from safetensors.torch import save_file
+
+    state = tensors(model) if values is None else values
+    written = {name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
@@ -150,12 +156,11 @@ def load(base: Any, folder: str | Path) -> Any:
 
 
 def _restore(model: Any, saved: Path) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = load_file(saved / WEIGHTS)
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    ours = {name: tuple(value.shape) for name, value in own.items()}
+    ours = {name: tuple(value.shape) for name, value in tensors(model).items()}
     theirs = {name: tuple(value.shape) for name, value in state.items()}
     if ours != theirs:
         name = min(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))

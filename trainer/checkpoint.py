@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from trainer.manifest import STATE, VERSION, seal, verify
+from trainer.manifest import STATE, VERSION, Known, seal, verify
 from trainer.store import (
     StoreError,
     atomic_write,
@@ -69,14 +69,15 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        write_model: Callable[[Path], None],
+        write_model: Callable[[Path], Known | None],
         state: dict[str, Any],
         val_loss: float | None = None,
         best: bool = False,
     ) -> Path:
         """Write `step-<step>`; a folder of that name is replaced. `write_model(folder)` writes what
-        `from_pretrained` reads; `state` holds tensors, numbers, strings, lists and dicts only.
-        Then `last.json` (and `best.json` if `best`) point at it and older ones are removed.
+        `from_pretrained` reads, and may return what it knows of files that are durable already;
+        `state` holds tensors, numbers, strings, lists and dicts only. Then `last.json` (and
+        `best.json` if `best`) point at it and older ones are removed.
 
         Returns the folder. Errors: `CheckpointError`, with the checkpoints before it as they were
         and nothing half-written left."""
@@ -86,9 +87,9 @@ class Checkpoints:
         with self._told(f"step {step}"):
             make_folder(self.root)
             temporary.mkdir()
-            write_model(temporary)
+            known = write_model(temporary)
             _save_tensors(state, temporary / STATE)
-            seal(temporary, step)
+            seal(temporary, step, known)
             self._publish(temporary, final, step)
         with self._told(f"the pointers to step {step}"):
             self._point("last", step, val_loss)

@@ -213,6 +213,8 @@ class Train(Strict):
     save_every: int = 0  # steps; 0: only at the end
     log_every: int = 10
     keep: int = 3  # newest checkpoints kept, besides the best one
+    save_async: bool = True  # write a checkpoint while the next steps run
+    sharded: bool = False  # all workers write the optimizer's state, each a part
     seed: int = 0
     limit_batches: Optional[int] = None  # read at most this many micro-batches of the data
     until: Optional[int] = None  # pause after this step; the schedule's horizon stays

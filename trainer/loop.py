@@ -24,8 +24,11 @@ from trainer.metrics import Metrics
 from trainer.objective import Objective
 from trainer.optimizer import clip, make_optimizer, unscale
 from trainer.runtime import Runtime
+from trainer.saver import Files, Saver
 from trainer.scaler import Scaler
 from trainer.schedule import Horizon, learning_rate
+from trainer.sharded import Shards
+from trainer.shards import optimizer_state
 from trainer.step import Accumulated, backward, cut, normalisers, prepare, unless_out_of_memory
 from trainer.window import Window
 
@@ -64,7 +67,7 @@ class Loop:
         metrics: Optional[Metrics],
         checkpoints: Optional[Checkpoints],
         resume_from: Optional[Path],
-        write_model: Callable[[Path], None],
+        files: Files,
         signalled: Callable[[], bool],
         stop_asked: Callable[[], bool],
         say: Callable[[str], None],
@@ -73,11 +76,14 @@ class Loop:
         self.config, self.folder, self.horizon = config, folder, horizon
         self.model, self.objective, self.stream = model, objective, stream
         self.validation, self.runtime, self.metrics = validation, runtime, metrics
-        self.checkpoints, self.write_model = checkpoints, write_model
-        self.resume_from = resume_from
+        self.checkpoints, self.resume_from = checkpoints, resume_from
         self.signalled, self.stop_asked, self.say = signalled, stop_asked, say
         self.measure = measure  # rows a second -> further facts of a logged step
         self.optimizer = make_optimizer(model, config)
+        shards = None
+        if config.sharded and runtime.world_size > 1:
+            shards = Shards(model, self.optimizer, runtime, folder)
+        self.saver = Saver(checkpoints, files, runtime, shards, config.save_async)
         self.guard = Guard()
         self.scaler = Scaler() if runtime.precision == "fp16" else None
         self._largest: Optional[int] = None
@@ -94,7 +100,14 @@ class Loop:
         self._window = Window(0.0)
 
     def run(self) -> Outcome:
-        """Train. Errors: `NonFiniteError`; `ConfigError` when one row does not fit in memory."""
+        """Train. Errors: `NonFiniteError`; `ConfigError` when one row does not fit in memory;
+        `CheckpointError`, at the latest at the step's end that follows a save."""
+        try:
+            return self._train()
+        finally:
+            self._end_saving()
+
+    def _train(self) -> Outcome:
         if self.resume_from is not None:
             self._resume(self.resume_from)
         if not self._has_room:
@@ -114,7 +127,7 @@ class Loop:
             stopped = "stop"
         if stopped is not None:
             self._event("stopped", reason=stopped)
-        self._save()
+        self._save(wait=True)
         return Outcome(stopped, self.step, self.training_seconds, self.evaluation)
 
     def limit_micro_batch(self, rows: int) -> None:
@@ -144,7 +157,8 @@ class Loop:
     def _resume(self, found: Path) -> None:
         """Go on exactly where the checkpoint was written."""
         state = load_state(found)
-        self.optimizer.load_state_dict(state["optimizer"])
+        held = optimizer_state(found, state, self.model, self.optimizer)
+        self.optimizer.load_state_dict(held)
         self.stream.load_state_dict(state["stream"])
         self.objective.load_state_dict(state["objective"])
         self.step, self.tokens = state["step"], state["tokens"]
@@ -164,6 +178,17 @@ class Loop:
         states = state["rng"]
         if len(states) == self.runtime.world_size:
             set_rng_state(states[self.runtime.rank])
+        else:
+            self.say(
+                f"the checkpoint is of {len(states)} workers, now there are"
+                f" {self.runtime.world_size}: random numbers (dropout) are others from here on"
+            )
+        rows = self.stream.rows_per_step
+        if (before := state.get("rows_per_step", rows)) != rows:
+            self.say(
+                f"WARNING: a step now takes {rows} rows, in the checkpoint {before}; change"
+                " micro_batch or accumulate to go on with the same training"
+            )
         self._event("resumed", checkpoint=found.name)
         self.say(f"resumed at step {self.step} from {found}")
 
@@ -328,7 +353,10 @@ class Loop:
         if self.horizon.seconds is not None:
             # Clocks differ between ranks; the learning rate must not.
             self.training_seconds = self.runtime.largest(self.training_seconds)
-        (signalled,) = self.runtime.any(self.signalled())
+        signalled, failed = self.runtime.any(self.signalled(), self.saver.failed)
+        if failed:
+            self.saver.wait()
+        self._tell_saved()
         if self.horizon.progress(self.step, self.training_seconds) >= 1.0:
             return None
         if signalled:
@@ -365,19 +393,31 @@ class Loop:
         self._event("oom_split", micro_batch=rows, evaluation=True)
         self.say(f"step {self.step}: out of memory in the evaluation: {rows} rows at a time")
 
-    def _save(self, best: bool = False) -> None:
-        if self._saved_at == self.step:
-            return
-        self._saved_at = self.step
-        states = self.runtime.gather(rng_state())
-        if self.checkpoints is not None:
+    def _save(self, best: bool = False, wait: bool = False) -> None:
+        """Save this step, unless it is saved. `wait`: nothing is being written on return."""
+        if self._saved_at != self.step:
+            self._saved_at = self.step
             loss = self.evaluation.get("val_loss") if self._evaluated_at == self.step else None
-            saved = self.checkpoints.save(
-                self.step, self.write_model, self._state(states), val_loss=loss, best=best
-            )
-            self._event("checkpoint", path=saved.name, best=best)
-            self.say(f"step {self.step}  saved {saved}" + (" (best)" if best else ""))
-        self.runtime.barrier()
+            state = self._state(self.runtime.gather(rng_state()))
+            self.saver.save(self.step, state, val_loss=loss, best=best, wait=wait)
+        if wait:
+            self.saver.wait()
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        """Report what is saved by now."""
+        while self.saver.news:
+            saved = self.saver.news.popleft()
+            if self.metrics is not None:
+                self.metrics.event("checkpoint", saved.step, path=saved.path.name, best=saved.best)
+            best = " (best)" if saved.best else ""
+            self.say(f"step {saved.step}  saved {saved.path}{best}")
+
+    def _end_saving(self) -> None:
+        """Nothing is being written when `run` is left, whatever the reason."""
+        error = self.saver.close()
+        if error is not None:  # the loop was on its way out with another one
+            self.say(f"WARNING: the last save failed: {error}")
 
     def _state(self, rng: list[Any]) -> dict[str, Any]:
         return {
@@ -391,6 +431,7 @@ class Loop:
             "micro_batch": self._largest,  # what an out-of-memory taught; None: nothing yet
             "optimizer": self.optimizer.state_dict(),
             "stream": self.stream.state_dict(),
+            "rows_per_step": self.stream.rows_per_step,
             "objective": self.objective.state_dict(),
             "rng": rng,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -18,13 +18,25 @@ STATE = "trainer_state.pt"
 T = TypeVar("T")
 
 
-def seal(folder: Path, step: int) -> None:
-    """Make every file of `folder` durable, then write the manifest that makes it a checkpoint."""
+#: name -> (bytes, sha256) of files that whoever wrote them has made durable.
+Known = Mapping[str, tuple[int, str]]
+
+
+def seal(folder: Path, step: int, known: Known | None = None) -> None:
+    """Make every file of `folder` durable, then write the manifest that makes it a checkpoint.
+    Errors: `OSError`, also where a file of `known` cannot be seen here as it was written."""
+    known = known or {}
+    for name, (size, _) in known.items():
+        if (found := (folder / name).stat().st_size) != size:
+            raise OSError(f"{folder / name} has {found} bytes here, {size} where it was written")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = _in_parallel(_sync_and_digest, paths)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    ours = [name for name in names if name not in known]
+    digests = dict(zip(ours, _in_parallel(_sync_and_digest, [folder / name for name in ours])))
+    digests.update((name, digest) for name, (_, digest) in known.items())
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests)
+        name: {"bytes": path.stat().st_size, "sha256": digests[name]}
+        for name, path in zip(names, paths)
     }
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)

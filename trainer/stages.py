@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import adapters, models, probe, sinks
+from trainer import models, probe, sinks
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
@@ -24,6 +24,7 @@ from trainer.evaluate import cross_entropy
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
 from trainer.metrics import Metrics, plain
+from trainer.model_files import ModelFiles
 from trainer.objective import Objective
 from trainer.objectives.distill import DistillOnline
 from trainer.objectives.distill_stored import DistillStored
@@ -172,13 +173,6 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             context.say(line)
         _say_what_learns(context, model)
 
-        def write_model(folder: Path) -> None:
-            if plan.adapter is not None:
-                adapters.save(model, folder)
-            else:
-                model.save_pretrained(folder)
-            tokens.save_pretrained(folder)
-
         loop = Loop(
             settings,
             folder=context.folder,
@@ -191,7 +185,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             metrics=context.metrics,
             checkpoints=checkpoints,
             resume_from=newest,
-            write_model=write_model,
+            files=ModelFiles(model, tokens, plan.adapter is not None),
             signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,

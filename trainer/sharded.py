@@ -1,0 +1,157 @@
+"""The optimizer's state, written by all workers, each its part, with torch.distributed.checkpoint.
+
+It is in the folder `state/` of a checkpoint, by the names of parameters, so that any number of
+workers can read it. The weights and everything plain stay with rank 0. The files are committed by
+the checkpoint's manifest, not by their own `.metadata`, which shards.py reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.checkpoint import CheckpointError
+from trainer.config import ConfigError
+from trainer.manifest import Known
+from trainer.runtime import Runtime
+from trainer.store import disk_full, sha256_file
+
+FOLDER = "state"
+#: In the plain state: the names of the optimizer's parameters, where their state is in shards.
+NAMES = "shards"
+#: Before the name of a parameter, as in torch's own flattened state of an optimizer.
+PREFIX = "state."
+
+
+class Shards:
+    """How this worker takes part. All workers make one, in the same order, before any saves: it
+    makes a process group of its own, for collectives in another thread than the loop's."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, runtime: Runtime, folder: Path) -> None:
+        self.names = parameter_names(model, optimizer)
+        self.rank, self.world_size = runtime.rank, runtime.world_size
+        check_one_folder(folder, runtime)
+        self._group = dist.new_group(backend="gloo")
+
+    def take(self, state: dict[str, Any], beside: int) -> dict[str, Tensor]:
+        """This worker's part of the optimizer's state, by name; the whole of it is taken out of
+        `state`. `beside`: bytes that rank 0 writes besides."""
+        optimizer = state["optimizer"]
+        whole: dict[str, Tensor] = {}
+        left: dict[int, dict[str, Any]] = {}
+        for index, entries in optimizer["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, Tensor):
+                    whole[f"{PREFIX}{self.names[index]}.{key}"] = value
+                else:
+                    left.setdefault(index, {})[key] = value
+        state["optimizer"] = {**optimizer, "state": left}
+        state[NAMES] = list(self.names)
+        writers = balance({n: v.nbytes for n, v in whole.items()}, self.world_size, beside)
+        return {name: value for name, value in whole.items() if writers[name] == self.rank}
+
+    def write(self, folder: Path, part: dict[str, Tensor]) -> Known:
+        """Write this worker's part into `folder`/`state`, with all the others; what is known of
+        everyone's files. Errors: `CheckpointError`, on every worker."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+        class Writer(dcp.FileSystemWriter):  # type: ignore[misc]
+            def write_data(self, *arguments: Any) -> Any:
+                try:
+                    return super().write_data(*arguments)
+                except Exception as error:
+                    # On its way to the other ranks, an error loses what it was raised from.
+                    if full := disk_full(error):
+                        raise OSError(errno.ENOSPC, full) from error
+                    raise
+
+            def storage_meta(self) -> None:
+                """Nothing: it would hold this machine's path."""
+
+        into = folder / FOLDER
+        # No copying ahead: that is for tensors on a GPU, and uses the loop's device.
+        writer = Writer(into, sync_files=True, per_thread_copy_ahead=0)
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        try:
+            dcp.save(part, storage_writer=writer, planner=planner, process_group=self._group)
+        except CheckpointException as failed:
+            rank, (error, _) = min(failed.failures.items())
+            raise CheckpointError(
+                f"{into}: rank {rank} could not write its part of the state: {line_of(error)}"
+            ) from error
+        known: dict[str, tuple[int, str]] = {}
+        for mine in self._gather(self._digests(into)):
+            if isinstance(mine, str):
+                raise CheckpointError(mine)
+            known.update(mine)
+        return known
+
+    def tell(self, line: str) -> str:
+        """What rank 0 says, on every worker."""
+        said = [line]
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        return said[0]
+
+    def _digests(self, into: Path) -> dict[str, tuple[int, str]] | str:
+        try:
+            paths = sorted(into.glob(f"__{self.rank}_*"))
+            return {
+                f"{FOLDER}/{path.name}": (path.stat().st_size, sha256_file(path)) for path in paths
+            }
+        except OSError as error:
+            return f"{into}: rank {self.rank} cannot read what it wrote: {line_of(error)}"
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def parameter_names(model: nn.Module, optimizer: Any) -> list[str]:
+    """The names of the optimizer's parameters, in the order of its state's numbers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def balance(sizes: Mapping[str, int], world_size: int, beside: int = 0) -> dict[str, int]:
+    """Which rank writes what: name -> rank, the same on every rank. The largest first, each to the
+    rank with the fewest bytes so far; rank 0 begins with `beside`."""
+    loads = [(beside if rank == 0 else 0, rank) for rank in range(world_size)]
+    heapq.heapify(loads)
+    writers = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, rank = heapq.heappop(loads)
+        writers[name] = rank
+        heapq.heappush(loads, (load + sizes[name], rank))
+    return writers
+
+
+def check_one_folder(folder: Path, runtime: Runtime) -> None:
+    """Errors: `ConfigError` on every rank when one does not see what rank 0 writes in `folder`."""
+    token = runtime.gather(f".seen-{secrets.token_hex(8)}")[0]
+    if runtime.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
+    runtime.barrier()
+    seen = runtime.gather((folder / token).exists())
+    if runtime.main:
+        (folder / token).unlink()
+    if blind := [str(rank) for rank, sees in enumerate(seen) if not sees]:
+        raise ConfigError(
+            f"train.sharded: rank {', '.join(blind)} does not see the folder {folder} of rank 0;"
+            " put the output on a disk that all workers share, or set `sharded: false`"
+        )
+
+
+def line_of(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
