@@ -50,7 +50,7 @@ from trainer.config import (
 TEMPERATURE = 2.0
 ALPHA = 0.1  # the weight of the cross-entropy
 STEPS = 250
-SAMPLES = 64
+SAMPLES = 256
 #: The student runs of as many steps on the same rows, each with the kind of its targets.
 EQUAL_STEPS = ("ce", "online", "top64", "sampled", "top8", "top8-renormalised")
 STUDENTS = (*EQUAL_STEPS, "ce-time")
@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     options = parser.parse_args()
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep}: is not empty; its stages would be taken for this run's")
+        parser.error(f"--keep {options.keep}: is not empty; name a new folder")
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     started, load = time.time(), os.getloadavg()[0]

@@ -52,7 +52,9 @@ def test_distillation_beats_cross_entropy_on_scarce_text_and_samples_beat_eight_
 STUDENTS = ("ce", "online", "sampled", "top8", "renormalised")
 
 
-def experiment(tokenizer: str, folder: Path, run: Callable[..., Any], seed: int) -> dict[str, float]:
+def experiment(
+    tokenizer: str, folder: Path, run: Callable[..., Any], seed: int
+) -> dict[str, float]:
     """Students of equal steps on the same few rows; what the stage `evaluate` says of them."""
     random = np.random.default_rng(seed)
     chain = random.dirichlet(np.full(64, 0.3), size=64)
