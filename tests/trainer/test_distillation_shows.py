@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.distillation import renormalise
+from benchmarks.distillation import claims, renormalise, table
 from trainer.config import (
     Architecture,
     Data,
@@ -45,7 +45,8 @@ def test_distillation_beats_cross_entropy_on_scarce_text_and_samples_beat_eight_
     for name in ("online", "sampled"):
         assert last[name] < scores["ce@best.val_loss"] - 0.3
     assert abs(last["sampled"] - last["online"]) < 0.05
-    assert ece["sampled"] < ece["renormalised"] - 0.05
+    assert ece["sampled"] < ece["renormalised"] - 0.04
+    assert ece["top8"] < ece["renormalised"] - 0.04
     assert last["sampled"] < last["renormalised"] - 0.05
 
 
@@ -71,7 +72,7 @@ def experiment(
     student = StageConfig(
         id="student", stage="pretrain", output="", data=data,
         model=Model(init="random", tokenizer=tokenizer, architecture=shape),
-        train=Train(steps=200, micro_batch=8, lr=5e-3, warmup=10, evaluate_every=25, keep=1,
+        train=Train(steps=200, micro_batch=8, lr=3e-3, warmup=10, evaluate_every=25, keep=1,
                     seed=seed, report_to=()),
     )  # fmt: skip
 
@@ -144,6 +145,17 @@ def write_teacher(folder: Path, chain: NDArray[np.float64], tokenizer: str) -> N
         model.lm_head.weight.copy_(follows.log().t() / 8)
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
+
+
+def test_the_page_shows_the_committed_results_and_they_hold() -> None:
+    root = Path(__file__).resolve().parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "distillation.json").read_text())
+    assert table(results["over_seeds"]) in (root / "docs" / "distillation.md").read_text()
+    assert claims(results["runs"]) == []
+    worse = json.loads(json.dumps(results["runs"]))
+    for runs in worse.values():
+        runs["online"]["ce_last"] = runs["ce"]["ce_best"]
+    assert len(claims(worse)) == 2 * len(worse)
 
 
 def test_the_calibration_error_is_the_textbook_one() -> None:
