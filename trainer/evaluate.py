@@ -1,8 +1,10 @@
-"""Held-out cross-entropy, in the loop and as the stage `evaluate`."""
+"""What a model makes of held-out text: cross-entropy, in the loop and as the stage `evaluate`, and
+there how far its probabilities can be trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,25 @@ from torch import Tensor, nn
 from trainer.batch import Batch
 from trainer.config import ConfigError
 from trainer.data.stream import Rows, validation_batches
+from trainer.losses.heads import head_for
 from trainer.losses.linear import sparse_target
 from trainer.models import head_weight, hidden_states
 from trainer.runtime import Runtime
 from trainer.step import cut, unless_out_of_memory
 
+#: Bins of equal width for the calibration error, as Guo et al. have them.
+BINS = 15
+#: Bytes of one buffer of logits.
+_BUFFER = 64 * 2**20
+_Smaller = Callable[[int], None]
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+
+class Score(NamedTuple):
+    loss: float  # nats per supervised token
+    tokens: int
+    ece: float  # in [0, 1]
+
+
 def cross_entropy(
     model: nn.Module,
     rows: Rows,
@@ -24,7 +38,7 @@ def cross_entropy(
     *,
     micro_batch: int,
     limit: int = 0,
-    smaller: Callable[[int], None] = lambda rows: None,
+    smaller: _Smaller = lambda rows: None,
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats per supervised token over `rows` (at most `limit` micro-batches a
     rank; 0: all), and the number of those tokens, over all ranks. The model's mode is restored.
@@ -32,22 +46,107 @@ def cross_entropy(
     Out of memory, a rank goes on with halves of its micro-batch: sums over rows do not depend on
     the cut. `smaller` is then told the smallest that any rank came to. Errors: `ConfigError`, on
     all ranks, when one row does not fit."""
+
+    def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        ones = torch.ones_like(labels, dtype=torch.float32).unsqueeze(1)
+        return sparse_target(hidden, weight, labels.unsqueeze(1), ones).loss.reshape(1)
+
+    tokens, (loss,) = _sums(model, rows, runtime, summed, 1, micro_batch, limit, smaller)
+    return loss / max(tokens, 1), tokens
+
+
+def score(
+    model: nn.Module,
+    rows: Rows,
+    runtime: Runtime,
+    *,
+    micro_batch: int,
+    smaller: _Smaller = lambda rows: None,
+) -> Score:
+    """Cross-entropy and calibration over all of `rows`, over all ranks; memory and errors as in
+    `cross_entropy`.
+
+    `ece` is the expected calibration error of the most probable token (Guo et al. 2017, arXiv
+    1706.04599): the N supervised tokens are put into bins ((m - 1) / 15, m / 15] by the probability
+    that the model gives to its own first choice, and ece = sum over m of
+    |B_m| / N * |accuracy(B_m) - confidence(B_m)|, with the share of first choices that are right
+    and the mean of their probabilities. 0: a choice made with probability p is right p of the time.
+    """
+
+    def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        logprobs, confidence, right = predictions(hidden, weight, labels)
+        return torch.cat([-logprobs.double().sum(0, True), calibration_gaps(confidence, right)])
+
+    tokens, sums = _sums(model, rows, runtime, summed, 1 + BINS, micro_batch, 0, smaller)
+    apart = sum(abs(gap) for gap in sums[1:])
+    return Score(sums[0] / max(tokens, 1), tokens, apart / max(tokens, 1))
+
+
+def predictions(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For hidden [N, H], weight [V, H] and labels [N]: log softmax(z)[label] (nats), the largest
+    probability, and whether it is the label's; each [N], from fp32 logits of a chunk at a time."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    chunk = max(16, _BUFFER // (4 * len(weight)))
+    head = head_for(hidden, weight, dtype, min(chunk, max(len(hidden), 1)))
+    logprobs, confidence = hidden.new_zeros((2, len(hidden)), dtype=dtype)
+    right = torch.zeros_like(labels, dtype=torch.bool)
+    for first in range(0, len(hidden), chunk):
+        at = slice(first, first + chunk)
+        every = torch.ones_like(hidden[at, :1], dtype=torch.bool)
+        z = head.logits(head.operand(hidden[at], every))
+        top, lse = z.max(dim=1), z.logsumexp(dim=1)
+        logprobs[at] = z.gather(1, labels[at].unsqueeze(1)).squeeze(1) - lse
+        confidence[at] = (top.values - lse).exp()
+        right[at] = top.indices == labels[at]
+    return logprobs, confidence, right
+
+
+def calibration_gaps(confidence: Tensor, right: Tensor) -> Tensor:
+    """Of each of the `BINS` bins, how many choices in it were right, less the sum of their
+    probabilities [BINS], float64: the sum of absolute values over N is the calibration error.
+    confidence [N] in (0, 1]; right [N], bool."""
+    sure = confidence.double()
+    # A bin holds its upper end; rounding may put a probability a hair above 1.
+    bins = (sure * BINS).ceil().long().clamp(1, BINS) - 1
+    gaps = torch.zeros(BINS, dtype=torch.float64, device=confidence.device)
+    return gaps.index_add_(0, bins, right.double() - sure)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _sums(
+    model: nn.Module,
+    rows: Rows,
+    runtime: Runtime,
+    summed: Callable[[Tensor, Tensor, Tensor], Tensor],
+    width: int,
+    micro_batch: int,
+    limit: int,
+    smaller: _Smaller,
+) -> tuple[int, list[float]]:
+    """The supervised tokens of `rows`, and the sums [width] of what `summed` gives for the hidden
+    states [n, H], the head [V, H] and the labels [n] of a micro-batch, over all ranks."""
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    tokens = torch.zeros((), dtype=torch.float64)
-    fitting = micro_batch  # 0: not even one row
+    totals = torch.zeros(width, dtype=torch.float64, device=runtime.device)
+    tokens, fitting = 0, micro_batch  # fitting 0: not even one row
+
+    def batch_sums(host: Batch) -> tuple[int, Tensor]:
+        batch = host.to(runtime.device)
+        with runtime.autocast():
+            hidden = hidden_states(model, batch)
+        return len(batch.labels), summed(hidden, head_weight(model).detach(), batch.labels)
+
     for batch in validation_batches(rows, micro_batch, runtime.rank, runtime.world_size, limit):
         waiting = cut([batch], fitting)
         while waiting and fitting:
-            found = unless_out_of_memory(_summed, model, waiting[0], runtime)
+            found = unless_out_of_memory(batch_sums, waiting[0])
             if found is None:
                 runtime.release_memory()
                 fitting = waiting[0].rows // 2
                 waiting = cut(waiting, max(fitting, 1))
                 continue
-            total += found[0]
-            tokens += found[1]
+            tokens += found[0]
+            totals += found[1]
             del waiting[0]
         if not fitting:
             break
@@ -60,17 +159,6 @@ def cross_entropy(
         )
     if smallest < micro_batch:
         smaller(smallest)
-    sums = runtime.all_sum({"loss": total, "tokens": tokens})
-    count = int(sums["tokens"])
-    return float(sums["loss"]) / max(count, 1), count
-
-
-def _summed(model: nn.Module, host: Batch, runtime: Runtime) -> tuple[Tensor, int]:
-    """The sum of the cross-entropy over a batch's supervised tokens, and their number."""
-    batch = host.to(runtime.device)
-    labels = batch.labels
-    with runtime.autocast():
-        hidden = hidden_states(model, batch)
-    ones = torch.ones_like(labels, dtype=torch.float32).unsqueeze(1)
-    loss = sparse_target(hidden, head_weight(model).detach(), labels.unsqueeze(1), ones).loss
-    return loss, len(labels)
+    parts = {"tokens": torch.tensor(float(tokens)), **{str(i): x for i, x in enumerate(totals)}}
+    sums = {name: float(value) for name, value in runtime.all_sum(parts).items()}
+    return int(sums.pop("tokens")), list(sums.values())

@@ -20,7 +20,7 @@ from trainer.data import chat, read
 from trainer.data.shapes import Skipped, View
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
-from trainer.evaluate import cross_entropy
+from trainer.evaluate import score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
 from trainer.metrics import Metrics, plain
@@ -260,13 +260,19 @@ def evaluate(context: Context) -> Outcome:
         )
         attention = models.attention_implementation(config.model, context.runtime)
         model = models.load_frozen(reference, context.runtime, attention)
-        loss, count = cross_entropy(model, rows, context.runtime, micro_batch=8)
+
+        def smaller(rows: int, label: str = label) -> None:
+            context.say(f"{label}: out of memory: {rows} rows at a time")
+
+        found = score(model, rows, context.runtime, micro_batch=8, smaller=smaller)
         size = models.parameter_count(model)
-        row = {"model": label, "parameters": size, "val_loss": loss, "val_tokens": count}
-        row.update(_history(reference))
-        table.append(row)
-        results[f"{label}.val_loss"] = loss
-        context.say(f"{label}: val_loss {loss:.4f} over {count} tokens, {size:,} parameters")
+        row = {"model": label, "parameters": size, "val_loss": found.loss, "ece": found.ece}
+        table.append({**row, "val_tokens": found.tokens, **_history(reference)})
+        results.update({f"{label}.val_loss": found.loss, f"{label}.ece": found.ece})
+        context.say(
+            f"{label}: val_loss {found.loss:.4f}, ece {found.ece:.4f} over {found.tokens} tokens,"
+            f" {size:,} parameters"
+        )
     if context.metrics is not None:
         context.metrics.table(table)
     return Outcome(None, 0, time.perf_counter() - started, results)

@@ -15,11 +15,13 @@ from numpy.typing import DTypeLike
 from torch import Tensor, nn
 
 from trainer.batch import Batch
-from trainer.config import Targets
+from trainer.config import ConfigError, Targets
 from trainer.data.stream import Rows
+from trainer.guard import Guard, Retry
 from trainer.losses.heads import head_for
 from trainer.models import head_weight, hidden_states
 from trainer.runtime import Runtime
+from trainer.step import cut, unless_out_of_memory
 from trainer.teacher import Answer, ShardWriter, segments, tokenizer_hash
 
 #: Rows of a shard, the unit of what an interrupted stage need not do again.
@@ -78,11 +80,20 @@ def write_targets(
                 settings.seed * 1_000_003 + shard
             )
             for first in range(0, len(indices), settings.micro_batch):
-                part = indices[first : first + settings.micro_batch]
-                _one_batch(
-                    writer, rows.batch(part), settings, teacher, runtime,
-                    generator, common["vocabulary"],
-                )  # fmt: skip
+                waiting = [rows.batch(indices[first : first + settings.micro_batch])]
+                while waiting:
+                    drawn = generator.get_state()
+                    found = unless_out_of_memory(
+                        _one_batch, waiting[0], settings, teacher, runtime,
+                        generator, common["vocabulary"],
+                    )  # fmt: skip
+                    if found is None:
+                        generator.set_state(drawn)
+                        waiting = _smaller(waiting, runtime, say)
+                        continue
+                    for key, answer in found:
+                        writer.add(key, answer)
+                    del waiting[0]
             done = writer.close()
             say(f"targets: shard {shard + 1}/{count}, {done['tokens']:,} tokens")
         else:
@@ -95,25 +106,41 @@ def write_targets(
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _one_batch(
-    writer: ShardWriter,
     host: Batch,
     settings: Targets,
     teacher: nn.Module,
     runtime: Runtime,
     generator: torch.Generator,
     vocabulary: int,
-) -> None:
+) -> list[tuple[int, Answer]]:
+    """The chunks of a batch: their keys and the answers for them."""
     batch = host.to(runtime.device)
     with runtime.autocast():
         hidden = hidden_states(teacher, batch)
     answer = answers(hidden, head_weight(teacher)[:vocabulary], settings, generator)
     borders = np.cumsum(np.concatenate([[0], answer.counts]))
+    found = []
     for segment in segments(host):
         entries = slice(int(borders[segment.begin]), int(borders[segment.end]))
         part = Answer(
             answer.counts[segment.begin : segment.end], answer.ids[entries], answer.p[entries]
         )
-        writer.add(segment.key, part)
+        found.append((segment.key, part))
+    return found
+
+
+def _smaller(waiting: list[Batch], runtime: Runtime, say: Callable[[str], None]) -> list[Batch]:
+    """The same rows after an out-of-memory, the first batch in halves."""
+    runtime.release_memory()
+    tried = waiting[0].rows
+    decision = Guard().out_of_memory(tried)
+    if not isinstance(decision, Retry):
+        raise ConfigError(
+            "targets: one row does not fit in the device's memory: lower data.sequence_length, or"
+            " take a larger accelerator"
+        )
+    say(f"targets: out of memory with {tried} rows: {decision.micro_batch} at a time")
+    return [*cut(waiting[:1], decision.micro_batch), *waiting[1:]]
 
 
 def answers(
