@@ -23,7 +23,7 @@ def rows(hub: Hub) -> Iterator[dict[str, Any]]:
     except ImportError as error:
         raise DataError(
             f"{name}: datasets of the hub are read with the package `datasets`, which cannot be"
-            " imported; pip install datasets, or give a `path` to a copy"
+            " imported; pip install 'launch-llm[hub]', or give a `path` to a copy"
         ) from error
     try:
         found = load_dataset(hub.name, hub.config, split=hub.split)
