@@ -167,7 +167,9 @@ def load(base: Any, folder: str | Path) -> Any:
         with _without_warnings():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"cannot load the adapter '{folder}': {trouble(folder, error)}") from error
+        raise ConfigError(
+            f"cannot load the adapter '{folder}': {trouble(folder, error)}"
+        ) from error
 
 
 def trouble(name: str | Path, error: Exception) -> str:

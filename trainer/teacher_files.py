@@ -110,7 +110,7 @@ def _array(path: Path) -> Any:
     except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{path}: cannot be read, it is damaged or no {path.suffix} file of numbers: {line}"
+            f"{path}: cannot be read: {line}; write the logits of this sample again"
         ) from error
 
 

@@ -39,11 +39,11 @@ SUFFIXES = (".jsonl", ".txt")
 _SUFFIX_WORDS = "`.jsonl` (one JSON object per line) and `.txt` (one document per file) are read"
 
 
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_UTF_16_WORDS = "UTF-16; convert the file (iconv -f UTF-16 -t UTF-8)"
+_UTF_16 = "UTF-16; convert the file (iconv -f UTF-16 -t UTF-8)"
 #: How files begin that are taken for text by mistake; none of these is UTF-8.
 _KINDS = {
-    **dict.fromkeys(_UTF_16, _UTF_16_WORDS),
+    b"\xff\xfe": _UTF_16,
+    b"\xfe\xff": _UTF_16,
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it",
     b"\x89PNG": "a PNG image; give text",
@@ -306,9 +306,10 @@ def _rows(dataset: Hub) -> Iterator[_Unread]:
 
 
 def _object(line: bytes, key: str, at: str) -> dict[str, Any]:
-    if b"\0" in line and not line.startswith(_UTF_16):  # JSON writes it as \u0000
+    content = _decode(line, at).strip()
+    if "\0" in content:  # JSON writes it as \u0000
         raise DataError(f"{at}: not text: byte 0x00 at {line.index(0)}; give a .jsonl file")
-    return parse(_decode(line, at).strip(), key, at)
+    return parse(content, key, at)
 
 
 def _shaped(
