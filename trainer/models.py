@@ -125,12 +125,18 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
             raise ConfigError(f"the base model of the adapter '{reference}': {error}") from error
         return adapters.load(base, name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention
+        model, facts = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = adapters.trouble(name, error)
         raise ConfigError(f"cannot load the model '{reference}': {why}") from error
+    if missing := sorted(facts["missing_keys"]):  # Transformers draws them at random, and goes on
+        raise ConfigError(
+            f"cannot load the model '{reference}': its files lack {len(missing)} of its tensors,"
+            f" such as {missing[0]}; fetch or write them again"
+        )
+    return model
 
 
 def attention_implementation(config: Optional[Model], runtime: Runtime) -> str:

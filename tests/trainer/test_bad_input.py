@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.trainer.conftest import in_folder
 from trainer.__main__ import main
@@ -192,6 +193,27 @@ def test_a_model_whose_file_is_cut_off_is_named_wherever_it_is_read(
         code, line = fails(config)
         assert code == 64, config.stage
         assert f"'{name}': model.safetensors is damaged" in line
+
+
+def test_a_model_that_lacks_a_tensor_or_has_another_shape_is_not_filled_at_random(
+    base: StageConfig, fails: Fails, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    Path(resolve(base.output)).rename(folder)
+    (folder / "MANIFEST.json").unlink()
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    config = replace(base, output=str(tmp_path / "out"), model=Model(name=str(folder)))
+    save_file(
+        {k: v for k, v in whole.items() if k != name},
+        folder / "model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    code, line = fails(config)
+    assert code == 64 and f"lack 1 of its tensors, such as {name}" in line
+    shorter = {**whole, name: whole[name][:-1].clone()}
+    save_file(shorter, folder / "model.safetensors", metadata={"format": "pt"})
+    code, line = fails(config)
+    assert code == 64 and f"cannot load the model '{folder}': " in line
 
 
 def test_a_cut_off_checkpoint_is_passed_over_for_the_one_before(
