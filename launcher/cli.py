@@ -137,6 +137,9 @@ def up(
     new: Annotated[
         bool, typer.Option("--new", help="Start another run even if this one is live already.")
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out bad lines of the data, and count them.")
+    ] = False,
     overrides: SetOption = None,
     on: OnOption = None,
     as_json: JsonOption = False,
@@ -147,9 +150,10 @@ def up(
     """
     from launcher.commands import drive
 
+    values = [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])]
     if dry_run:
-        return drive.dry_run(recipe, overrides or (), on, detach=detach, as_json=as_json)
-    return drive.up(recipe, overrides or (), on, detach=detach, yes=yes, new=new, as_json=as_json)
+        return drive.dry_run(recipe, values, on, detach=detach, as_json=as_json)
+    return drive.up(recipe, values, on, detach=detach, yes=yes, new=new, as_json=as_json)
 
 
 @app.command()

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from launcher.recipe import load
+from trainer.config import STAGES
+
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def stages(recipe: Path) -> list[str]:
+    """What the stages of a recipe do, in order."""
+    return [stage.stage for stage in load(recipe).recipe.stages]
 
 
 def launch(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +34,13 @@ def test_it_validates_plans_and_passes_the_dry_run(recipe: Path, tmp_path: Path)
     done = launch(tmp_path, "up", str(recipe), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "dry run: " in done.stdout and "Traceback" not in done.stderr
+    count = len(stages(recipe))
+    assert f"passed: {count} stage{'s' if count > 1 else ''} in" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_stage_has_a_recipe_whose_dry_run_reaches_it() -> None:
+    assert {stage for recipe in RECIPES for stage in stages(recipe)} == set(STAGES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -43,8 +43,12 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         base_model_name_or_path=resolve(base),
     )
     expected = expected_count(layers, adapter.rank)
-    with _without_warnings():
-        wrapped = get_peft_model(model, config)
+    try:
+        with _without_warnings():
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:  # some targets go only together
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.adapter.targets: {line}") from error
     found = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     if found != expected:
         raise RuntimeError(
@@ -82,6 +86,23 @@ def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
             raise ConfigError(f"model.adapter.targets: no linear layer '{target}'; {near}")
         found.update({name: linear[name] for name in hits})
     return found
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """A line about the experts that `attach` did not reach: most of such a model, and named
+    targets pass over it when the experts are one tensor."""
+    sizes = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+    frozen = sum(
+        size for name, size in sizes.items() if ".experts." in name and ".base_layer." not in name
+    )
+    if not frozen:
+        return []
+    share = frozen / sum(sizes.values())
+    return [f"adapter: the experts stay frozen, {frozen:,} parameters ({share:.0%} of the model)"]
 
 
 def expected_count(layers: dict[str, tuple[int, int]], rank: int) -> int:
@@ -146,13 +167,32 @@ def save(model: Any, folder: Path, values: Optional[dict[str, Tensor]] = None) -
 def load(base: Any, folder: str | Path) -> Any:
     """`base` with the adapter of `folder`, to be read. Errors: `ConfigError` where they differ."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         with _without_warnings():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot load the adapter '{folder}': {line}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ConfigError(
+            f"cannot load the adapter '{folder}': {trouble(folder, error)}"
+        ) from error
+
+
+def trouble(name: str | Path, error: Exception) -> str:
+    """Why `error` came of reading the model or adapter `name`, in one line: libraries take a folder
+    that is not there for a name of the Hub, and do not say which file is cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(name)
+    if str(name).startswith(("/", "./", "../", "~")) and not folder.is_dir():
+        return "no such folder"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as damage:
+            return f"{path.name} is damaged ({damage}); fetch or write it again"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _restore(model: Any, saved: Path) -> None:

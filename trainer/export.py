@@ -62,8 +62,8 @@ def stored_or_error(reference: str) -> torch.dtype:
     try:
         return stored_dtype(reference)
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot load the model '{reference}': {line}") from error
+        why = adapters.trouble(resolve(reference), error)
+        raise ConfigError(f"cannot load the model '{reference}': {why}") from error
 
 
 def _check_written(model: Any, tokens: Any, folder: Path) -> None:

@@ -89,8 +89,8 @@ def refuse_quantised(reference: str) -> None:
     try:
         configuration = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot read the base model '{reference}': {line}") from error
+        why = adapters.trouble(name, error)
+        raise ConfigError(f"cannot read the base model '{reference}': {why}") from error
     found = getattr(configuration, "quantization_config", None)
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None

@@ -61,7 +61,8 @@ def load_tokenizer(reference: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises many kinds for "not there"
-        raise ConfigError(f"no tokenizer at '{reference}': {_first_line(error)}") from error
+        why = adapters.trouble(name, error)
+        raise ConfigError(f"no tokenizer at '{reference}': {why}") from error
 
 
 def load_model(
@@ -95,6 +96,8 @@ def load_model(
     if config.adapter is not None:
         assert config.name is not None
         model = adapters.attach(model, config.adapter, config.name, adapter_from)
+        for line in adapters.left_out(model):
+            say(line)
     for line in freeze(model, config.freeze):
         say(line)
     model.to(runtime.device).train()
@@ -111,6 +114,7 @@ def load_frozen(reference: str, runtime: Runtime, attention: str) -> nn.Module:
 
 def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
     """A causal language model at a model reference, on the CPU; an adapter comes on its base."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     name = resolve(reference)
@@ -121,11 +125,18 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
             raise ConfigError(f"the base model of the adapter '{reference}': {error}") from error
         return adapters.load(base, name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention
+        model, facts = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model '{reference}': {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = adapters.trouble(name, error)
+        raise ConfigError(f"cannot load the model '{reference}': {why}") from error
+    if missing := sorted(facts["missing_keys"]):  # Transformers draws them at random, and goes on
+        raise ConfigError(
+            f"cannot load the model '{reference}': its files lack {len(missing)} of its tensors,"
+            f" such as {missing[0]}; fetch or write them again"
+        )
+    return model
 
 
 def attention_implementation(config: Optional[Model], runtime: Runtime) -> str:
@@ -209,7 +220,8 @@ def _load_configuration(reference: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolve(reference))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model '{reference}': {_first_line(error)}") from error
+        why = adapters.trouble(resolve(reference), error)
+        raise ConfigError(f"cannot load the model '{reference}': {why}") from error
 
 
 def _from_config(configuration: Any, attention: str) -> Any:
@@ -242,7 +254,3 @@ def has_tokenizer(reference: str) -> bool:
 def vocabulary_size(reference: str) -> int:
     """The number of logits of the model at a model reference. Errors: `ConfigError`."""
     return int(_load_configuration(reference).get_text_config().vocab_size)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
@@ -178,7 +179,14 @@ def start(names: tuple[str, ...], about: About) -> dict[str, Background]:
         without_secrets(about.parameters, os.environ),
     )
     kinds = {name: TRACKERS[name] for name in names if name in TRACKERS}
-    return {name: Background(lambda kind=kind: kind(clean)) for name, kind in kinds.items()}  # type: ignore[misc]
+    return {name: Background(partial(_begin, kind, clean)) for name, kind in kinds.items()}
+
+
+def _begin(kind: Callable[[About], Tracker], about: About) -> Tracker:
+    try:
+        return kind(about)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; pip install 'launch-llm[tracking]'") from error
 
 
 def without_secrets(value: Any, environ: Mapping[str, str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional
@@ -100,7 +101,9 @@ def _array(path: Path) -> Any:
         if path.suffix == ".npy":
             mapped = np.load(path, mmap_mode="c", allow_pickle=False)
             return torch.from_numpy(mapped)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about protocols of pickles: they are not run
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path}: holds more than tensors, and is not opened: it could run code; save the"
@@ -108,7 +111,9 @@ def _array(path: Path) -> Any:
         ) from error
     except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: cannot be read: {line}") from error
+        raise DataError(
+            f"{path}: cannot be read: {line}; write the logits of this sample again"
+        ) from error
 
 
 def _words(found: Any) -> str:

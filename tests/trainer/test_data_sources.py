@@ -137,13 +137,31 @@ def test_without_the_library_a_dataset_of_the_hub_is_one_clear_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("hf:org/name/main:train: datasets of the hub are read with")
+    assert "pip install 'launch-llm[hub]'" in done.stdout
     assert done.stdout.count("\n") == 1, done.stderr
+
+
+def test_a_dataset_with_configurations_gives_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = ("small", "large")
+    card = [f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in names]
+    for name in names:
+        write_lines(tmp_path / "set" / name / "part.jsonl", [{"text": f"{name} text"}])
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{''.join(card)}---\n")
+    for name in names:
+        source = Source(hf=Hub(str(tmp_path / "set"), name))
+        assert [d.text for d in documents((source,))] == [f"{name} text"]
+    with pytest.raises(DataError, match=r"set:train: cannot be loaded: [^\n]*small[^\n]*$"):
+        list(documents((Source(hf=Hub(str(tmp_path / "set"))),)))
 
 
 def test_a_dataset_is_read_by_name_configuration_and_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_lines(tmp_path / "set" / "train.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
     write_lines(tmp_path / "set" / "test.jsonl", [{"prompt": "c", "completion": "d"}])
@@ -151,6 +169,8 @@ def test_a_dataset_is_read_by_name_configuration_and_split(
     found = list(documents((Source(hf=Hub(name, split="test")),), View(default="auto")))
     assert [(d.id, d.text) for d in found] == [("0", "cd")]
     assert len(list(documents((Source(hf=Hub(name)),), View(default="auto")))) == 3
+    with pytest.raises(DataError, match=r"set/other:train: cannot be loaded: [^\n]+$"):
+        list(documents((Source(hf=Hub(name, "other")),), View(default="auto")))
     with pytest.raises(DataError, match=r":nope: cannot be loaded: [^\n]+$"):
         list(documents((Source(hf=Hub(name, split="nope")),)))
     with pytest.raises(DataError, match=r"row 0: no key 'text'; keys here: 'completion', 'prompt'"):

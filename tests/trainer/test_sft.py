@@ -176,6 +176,7 @@ def test_a_dry_run_replaces_what_is_not_here_by_questions_with_answers(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     manifest = tmp_path / "manifest.jsonl"
     here = tmp_path / "here.jsonl"
+    here.write_text(json.dumps(talk("a", "b")) + "\n")
     manifest.write_text(f'{{"path": "gs://b/x.jsonl"}}\n{{"path": "{here}", "type": "messages"}}\n')
     train = (Source(hf=Hub("org/chats")), Source(manifest=str(manifest)))
     data = replace(sft.data, train=train, validation=(), chat_template=None)

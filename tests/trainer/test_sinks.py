@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import socket
 import struct
 import sys
 import threading
@@ -76,6 +77,7 @@ def test_trackers_that_are_not_installed_cost_one_warning_each(
     for name in ("mlflow", "wandb"):
         (told,) = [line for line in outcome.lines if f"{name} is off from here on" in line]
         assert "ModuleNotFoundError" in told
+        assert "pip install 'launch-llm[tracking]'" in told
     assert any((tmp_path / "out" / "tensorboard").iterdir())
 
 
@@ -176,6 +178,25 @@ def test_mlflow_has_the_same_numbers_names_and_parameters(tracked: Any) -> None:
     recorded = [(line["global_step"], line["train_loss"]) for line in lines(folder, "step")]
     assert [(m.step, m.value) for m in history] == recorded
     assert run.data.metrics["val_loss"] == lines(folder, "eval")[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["no-server", "no-place"])
+def test_mlflow_out_of_reach_costs_one_warning_and_no_number(
+    full: bool, stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
+    (tmp_path / "file").touch()
+    with socket.socket() as reserved:  # bound and not listening: it refuses
+        reserved.bind(("127.0.0.1", 0))
+        server = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        nowhere = (tmp_path / "file" / "mlruns").as_uri()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere if full else server)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        config = in_folder(stage, tmp_path / "out", steps=3, report_to=("mlflow",))
+        outcome = run_stage(config)
+    (told,) = [line for line in outcome.lines if "mlflow is off from here on" in line]
+    assert str(tmp_path / "out" / "metrics") in told
+    assert outcome.stopped is None and len(lines(tmp_path / "out", "step")) == 3
 
 
 def test_wandb_offline_has_the_same_numbers_names_and_parameters(

@@ -155,7 +155,10 @@ def _said(render: Any, messages: list[Message], turn: int, at: str) -> tuple[str
     """The text up to the end of turn `turn`, and the part of it that the model says."""
     asked, text = render(messages[:turn], True), render(messages[: turn + 1], False)
     where = f"{at}: messages[{turn}]"
-    hidden = DataError(f"{where}: the chat template leaves out what the assistant says")
+    hidden = DataError(
+        f"{where}: the chat template leaves out what the assistant says, so there is nothing to"
+        " learn; give another with data.chat_template: chatml, or a Jinja file"
+    )
     if not text.startswith(asked):
         if text == render(messages[:turn], False):
             raise hidden

@@ -19,15 +19,17 @@ def rows(hub: Hub) -> Iterator[dict[str, Any]]:
     hub is out of reach or has no such dataset, configuration or split."""
     name = hub_name(hub)
     try:
-        from datasets import load_dataset
+        from datasets import disable_progress_bars, load_dataset
     except ImportError as error:
         raise DataError(
             f"{name}: datasets of the hub are read with the package `datasets`, which cannot be"
-            " imported; pip install datasets, or give a `path` to a copy"
+            " imported; pip install 'launch-llm[hub]', or give a `path` to a copy"
         ) from error
+    disable_progress_bars()  # a log is read as lines
     try:
         found = load_dataset(hub.name, hub.config, split=hub.split)
     except Exception as error:  # the library raises many kinds for "not there" and "offline"
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # The second line is where it lists the configurations that there are.
+        why = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
         raise DataError(f"{name}: cannot be loaded: {why}") from error
     yield from map(dict, found)

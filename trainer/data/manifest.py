@@ -38,14 +38,28 @@ def _listed(manifest: Source, given: str) -> list[Source]:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8"
         raise DataError(f"{given}: cannot be read: {why}") from error
-    found = [
-        _entry(manifest, parse(line, "path", f"{path}:{number}"), path.parent, f"{path}:{number}")
-        for number, line in enumerate(content.split("\n"), 1)
-        if line.strip()
-    ]
+    found: list[Source] = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            at = f"{path}:{number}"
+            found.append(_entry(manifest, parse(line, "path", at), path.parent, at))
+            _require_files(found[-1], at)
     if not found:
         raise DataError(f"{given}: an empty manifest; write a source on each line")
     return found
+
+
+def _require_files(source: Source, at: str) -> None:
+    """Errors: `DataError` that names the line of the manifest, where it lists what is not there.
+    Places on other machines are the reader's to refuse: a dry run replaces them."""
+    from trainer.data.read import shards
+
+    if source.path is None or "://" in source.path:
+        return
+    try:
+        shards(source)
+    except DataError as error:
+        raise DataError(f"{at}: {error}") from error
 
 
 def _entry(manifest: Source, record: dict[str, Any], base: Path, at: str) -> Source:

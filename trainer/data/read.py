@@ -39,6 +39,17 @@ SUFFIXES = (".jsonl", ".txt")
 _SUFFIX_WORDS = "`.jsonl` (one JSON object per line) and `.txt` (one document per file) are read"
 
 
+_UTF_16 = "UTF-16; convert the file (iconv -f UTF-16 -t UTF-8)"
+#: How files begin that are taken for text by mistake; none of these is UTF-8.
+_KINDS = {
+    b"\xff\xfe": _UTF_16,
+    b"\xfe\xff": _UTF_16,
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it",
+    b"\x89PNG": "a PNG image; give text",
+    b"\xff\xd8\xff": "a JPEG image; give text",
+}
+
 _Result = TypeVar("_Result")
 
 
@@ -295,7 +306,10 @@ def _rows(dataset: Hub) -> Iterator[_Unread]:
 
 
 def _object(line: bytes, key: str, at: str) -> dict[str, Any]:
-    return parse(_decode(line, at).strip(), key, at)
+    content = _decode(line, at).strip()
+    if "\0" in content:  # JSON writes it as \u0000
+        raise DataError(f"{at}: not text: byte 0x00 at {line.index(0)}; give a .jsonl file")
+    return parse(content, key, at)
 
 
 def _shaped(
@@ -331,6 +345,9 @@ def _decode(content: bytes, at: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
+        for mark, words in _KINDS.items():
+            if content.startswith(mark):
+                raise DataError(f"{at}: not text: begins like {words}") from error
         raise DataError(
             f"{at}: not UTF-8: byte 0x{content[error.start]:02x} at {error.start};"
             " convert the file (iconv -t UTF-8)"
