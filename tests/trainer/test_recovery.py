@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from tests.trainer.faults import Faults
 from tests.trainer.test_loop import lines
 from trainer import scaler
 from trainer.checkpoint import load_state
-from trainer.config import Distill, Job, KeepLogits, StageConfig, to_dict
+from trainer.config import Distill, Job, KeepLogits, StageConfig, Targets, to_dict
 from trainer.losses.distance import logit_distance
 from trainer.manifest import STATE, seal
 from trainer.scaler import Scaler
@@ -223,6 +224,32 @@ def test_out_of_memory_in_the_teachers_pass_splits_the_step(
     assert calm.codes == split.codes == [0, 0], split.said
     assert [e["micro_batch"] for e in split.events("oom_split")] == [2]
     assert apart(split.weights(), calm.weights()) < 2e-6
+
+
+def test_out_of_memory_while_targets_are_stored_changes_none_of_them(
+    run: Any, tiny: Any, tmp_path: Path
+) -> None:
+    assert run(tiny("teacher", steps=1), 1).codes == [0]
+    asked = Targets(teacher=str(tmp_path / "teacher"), top_k=4, micro_batch=4)
+
+    def stored(name: str, fault: Optional[dict[str, Any]]) -> tuple[Ran, list[Any]]:
+        stage = replace(tiny(name), stage="targets", model=None, train=None, targets=asked)
+        ran = run(stage, 1, fault)
+        assert ran.codes == [0], ran.said
+        files = sorted((ran.folder / "targets").glob("shard-*/*.npy"))
+        return ran, [np.load(file).astype(np.float64) for file in files]
+
+    _, calm = stored("calm", None)
+    fault = {"kind": "oom", "hidden": 32, "learning": False, "calls": [], "rows": 1}
+    split, halved = stored("split", fault)
+    assert "targets: out of memory with 2 rows: 1 at a time" in split.said
+    assert len(calm) == len(halved) == 5
+    for ours, theirs in zip(halved, calm):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+
+    fault = {**fault, "rows": 0}
+    stage = replace(tiny("none"), stage="targets", model=None, train=None, targets=asked)
+    assert run(stage, 1, fault).codes == [64]
 
 
 def test_fp16_distils_and_evaluates_as_fp32_does(run: Any, tiny: Any, tmp_path: Path) -> None:
