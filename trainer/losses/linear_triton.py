@@ -134,6 +134,8 @@ def check(device: torch.device) -> None:
             for k, with_ghost in ((1, False), (3, False), (1, True), (3, True)):
                 ids = torch.randperm(v, generator=g)[: n * k].view(n, k).to(device)
                 ids[1, 0] = -100
+                if not with_ghost:
+                    ids[2, -1] = ids[2, 0]  # an id may occur twice
                 w = normal(n, k).abs().masked_fill(ids < 0, 0)
                 ghost = normal(n).abs() if with_ghost else None
                 ours, theirs = (
