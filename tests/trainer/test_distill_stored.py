@@ -31,8 +31,8 @@ from trainer.config import (
 from trainer.data import DataError
 from trainer.data.stream import Rows, build_rows
 from trainer.interrupts import listening
+from trainer.losses.answers import divergence
 from trainer.losses.distance import logit_distance
-from trainer.losses.ghost import ghost_target
 from trainer.losses.linear import sparse_target
 from trainer.models import load_tokenizer
 from trainer.objectives.distill import DistillOnline, alpha_at
@@ -74,26 +74,59 @@ def test_top_k_with_the_rest_as_one_is_the_textbook_divergence(k: int, dtype: to
     teacher_logits = F.linear(case["teacher_hidden"], case["teacher_weight"]).detach()
     teacher = torch.softmax(teacher_logits / 2, dim=1)
     p, ids = teacher.topk(k, dim=1)
-    rows = torch.rand(len(p), dtype=dtype) * (torch.arange(len(p)) % 4 > 0)
+    known = torch.arange(len(p)) % 4 > 0
+    missing = ids.masked_fill(~known.unsqueeze(1), -1)
     hidden, weight = (case[n].detach().clone().requires_grad_() for n in ("hidden", "weight"))
-    result = ghost_target(hidden, weight, ids, p, rows, temperature=2.0, chunk_rows=8)
-    result.loss.backward()
+    result = divergence(hidden, weight, missing, p, known, temperature=2.0, chunk_rows=8)
+    result.backward()
     h, w = (case[n].detach().clone().requires_grad_() for n in ("hidden", "weight"))
     q = torch.softmax(F.linear(h, w) / 2, dim=1)
     kl = (p * (p / q.gather(1, ids)).log()).sum(dim=1)
     if k < 211:
-        known = torch.zeros_like(q, dtype=torch.bool).scatter_(1, ids, True)
-        rest, rest_q = 1 - p.sum(dim=1), q.masked_fill(known, 0).sum(dim=1)
+        named = torch.zeros_like(q, dtype=torch.bool).scatter_(1, ids, True)
+        rest, rest_q = 1 - p.sum(dim=1), q.masked_fill(named, 0).sum(dim=1)
         kl = kl + rest * (rest / rest_q).log()
-    loss = (rows * kl).sum()
+    loss = kl[known].sum()
     loss.backward()
     limit = 1e-10 if dtype == torch.float64 else 2e-5
     assert hidden.grad is not None and weight.grad is not None
     assert h.grad is not None and w.grad is not None
     assert distance(hidden.grad, h.grad) < limit and distance(weight.grad, w.grad) < limit
-    assert abs(float((result.loss - loss).detach())) < limit * float(loss.detach())
-    kl = kl.detach()
-    assert abs(float(result.kl - kl[rows != 0].sum())) < limit * float(kl.sum())
+    assert abs(float((result - loss).detach())) < limit * float(loss.detach())
+
+
+def test_rounding_does_not_pull_from_a_student_that_knows_the_answers() -> None:
+    """All but 1e-9 of the probability lies in the answers, in teacher and student: 1 - sum q is
+    rounding there, and so is 1 - sum p where the whole vocabulary is stored."""
+    head = torch.zeros(50, 2)
+    head[:2] = torch.tensor([[20.0, 0.0], [21.0, 1.0]])
+    hidden = torch.tensor([[1.0, 0.5]]).requires_grad_()
+    q = torch.softmax(F.linear(hidden.detach(), head), dim=1)
+    for ids in (torch.tensor([[0, 1]]), torch.arange(50).unsqueeze(0)):
+        p = q.gather(1, ids)
+        kl = divergence(hidden, head, ids, p * (1 - 1e-7), torch.tensor([True]), temperature=1.0)
+        (found,) = torch.autograd.grad(kl, [hidden])
+        assert float(kl.detach().abs()) < 1e-5 and float(found.abs().max()) < 1e-4
+
+
+def test_the_distance_to_a_teacher_is_reported_before_it_has_a_weight(
+    tokenizer: str, texts: str
+) -> None:
+    data = gradients.rows(tokenizer, texts, packing=True)
+    for sampler in ("top_k", "sample"):
+        found = []
+        for alpha in (0.5, 1.0):
+            kept = gradients.stored(
+                tokenizer, data, torch.float64, alpha=alpha, sampler=sampler, top_k=8
+            )
+            (batch,) = prepare(kept, [data.batch(range(len(data)))], gradients.CPU, 0)
+            student = gradients.model(tokenizer, torch.float64, seed=1)
+            found.append(kept.loss(student, batch, batch.weights, log=True))
+        ours, none = (float(loss.sums["kd_loss"][0]) for loss in found)
+        assert ours == pytest.approx(none, rel=1e-12) and ours > 0
+        assert float(found[1].total.detach()) == pytest.approx(
+            float(found[1].sums["ce_loss"][0] / batch.weights["ce"]), rel=1e-12
+        )
 
 
 def test_sampled_targets_have_the_dense_gradient_as_their_mean() -> None:

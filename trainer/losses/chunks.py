@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
@@ -80,3 +81,22 @@ def spend(ctx: Any, scale: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
         )
     released: tuple[Optional[Tensor], Optional[Tensor]] = gradients.release(scale)
     return released
+
+
+def wanted(ctx: Any, recording: bool) -> tuple[bool, bool]:
+    """Whether hidden states and head, the first two inputs, need a gradient. Without `recording`
+    (no_grad) needs_input_grad still tells of the inputs alone."""
+    hidden, weight = ctx.needs_input_grad[:2]
+    return recording and hidden, recording and weight
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """The dtype of logits and sums: float64 where an input has it, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would turn the products, and with them the logits, into bf16."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)  # type: ignore[no-any-return]

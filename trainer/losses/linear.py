@@ -16,14 +16,13 @@ computed with weight zero, unless the caller names the rows that count.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.chunks import Gradients, Plan, spend
+from trainer.losses.chunks import Gradients, Plan, accumulator, no_autocast, spend, wanted
 from trainer.losses.heads import head_for
 from trainer.losses.rows import rows_for
 
@@ -79,7 +78,7 @@ def sparse_target(
             f"with N = {len(hidden)}, the rows of hidden"
         )
     _check_ids("sparse_target", ids, weight)
-    w = w.detach().to(_accumulator(hidden, weight)).masked_fill(ids < 0, 0)
+    w = w.detach().to(accumulator(hidden, weight)).masked_fill(ids < 0, 0)
     counts = (w != 0).any(dim=1)
     if ghost is not None:
         _check_ghost(ghost, ids)
@@ -88,7 +87,7 @@ def sparse_target(
     if rows is not None:
         counts = torch.ones_like(counts)
     plan = Plan(counts, rows, weight, chunk_rows)
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         return SparseTarget(
             *_SparseTarget.apply(
                 hidden, weight, ids, w, ghost, float(temperature), plan, torch.is_grad_enabled()
@@ -177,7 +176,7 @@ def dense_kl(
         )
     _check_ids("dense_kl", labels, weight)
     plan = Plan(labels >= 0, rows, weight, chunk_rows)
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         return DenseKL(
             *_DenseKL.apply(
                 hidden,
@@ -209,7 +208,7 @@ class _SparseTarget(torch.autograd.Function):  # type: ignore[misc]
         plan: Plan,
         recording: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-        gradients = Gradients(hidden, weight, w.dtype, _wanted(ctx, recording))
+        gradients = Gradients(hidden, weight, w.dtype, wanted(ctx, recording))
         result = _sparse_rows(hidden, weight, ids, w, ghost, temperature, plan, gradients)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*(tensor for tensor in result if tensor is not None))
@@ -239,11 +238,11 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, ids, rows)
         ctx.options = temperature, chunk_rows
-        dtype = _accumulator(hidden, weight)
+        dtype = accumulator(hidden, weight)
         plan = Plan(ids >= 0, rows, weight, chunk_rows)
         w = torch.zeros_like(ids, dtype=dtype).unsqueeze(1)
         nothing = Gradients(hidden, weight, dtype, (False, False))
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             result = _sparse_rows(
                 hidden, weight, ids.unsqueeze(1), w, None, temperature, plan, nothing
             )
@@ -256,8 +255,8 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         temperature, chunk_rows = ctx.options
         w = -gradient.masked_fill(ids < 0, 0)  # of the sum of w * -logprob
         plan = Plan((ids >= 0) & (w != 0), rows, weight, chunk_rows)
-        gradients = Gradients(hidden, weight, w.dtype, _wanted(ctx, True))
-        with _no_autocast(hidden.device):
+        gradients = Gradients(hidden, weight, w.dtype, wanted(ctx, True))
+        with no_autocast(hidden.device):
             _sparse_rows(
                 hidden, weight, ids.unsqueeze(1), w.unsqueeze(1), None, temperature, plan, gradients
             )
@@ -312,11 +311,11 @@ class _DenseKL(torch.autograd.Function):  # type: ignore[misc]
         plan: Plan,
         recording: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-        dtype = _accumulator(hidden, weight, teacher_hidden, teacher_weight)
+        dtype = accumulator(hidden, weight, teacher_hidden, teacher_weight)
         student = head_for(hidden, weight, dtype, plan.chunk_rows)
         teacher = head_for(teacher_hidden, teacher_weight, dtype, plan.chunk_rows)
         operations = rows_for(hidden.device, dtype)
-        gradients = Gradients(hidden, weight, dtype, _wanted(ctx, recording))
+        gradients = Gradients(hidden, weight, dtype, wanted(ctx, recording))
         common = min(len(weight), len(teacher_weight))
         ce, kl, l2 = hidden.new_zeros((3, len(hidden)), dtype=dtype)
         for at in plan.chunks():
@@ -351,25 +350,6 @@ class _DenseKL(torch.autograd.Function):  # type: ignore[misc]
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Optional[Tensor], ...]:
         return (*spend(ctx, scale), *[None] * 10)
-
-
-def _wanted(ctx: Any, recording: bool) -> tuple[bool, bool]:
-    """Whether hidden states and head need a gradient. Without `recording` (no_grad)
-    needs_input_grad still tells of the inputs alone."""
-    hidden, weight = ctx.needs_input_grad[:2]
-    return recording and hidden, recording and weight
-
-
-def _accumulator(*tensors: Tensor) -> torch.dtype:
-    """The dtype of logits and sums: float64 where an input has it, else fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # Autocast would turn the products, and with them the logits, into bf16.
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)  # type: ignore[no-any-return]
 
 
 def _check_head(

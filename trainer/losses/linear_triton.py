@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.losses.rows import DenseRows, Own, SparseRows, TorchRows
+from trainer.losses.rows import DenseRows, TorchRows
 
 #: The vocabulary is a constant of the kernels: they are compiled once for each.
 #: Columns that one program reads at a time: enough loads in flight for one row per multiprocessor.
@@ -25,44 +25,26 @@ WARPS = 8
 class TritonRows(TorchRows):
     """The operations of `TorchRows` on fp32 logits."""
 
-    def sparse(
+    def exponentials(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        # z stays as it is: its own logsumexp is the top, which leaves a total of 1.
+        lse, _ = logsumexp(z, z.shape[1], temperature)
+        top = lse.unsqueeze(1).clamp_min(torch.finfo(z.dtype).min)
+        return top, (lse != -torch.inf).to(z.dtype).unsqueeze(1)
+
+    def gradient(
         self,
         z: Tensor,
-        ids: Tensor,
-        w: Tensor,
-        ghost: Optional[Tensor],
+        top: Tensor,
         temperature: float,
-        wanted: bool,
+        level: Tensor,
+        picked: Tensor,
+        mine: Tensor,
         dtype: torch.dtype,
-    ) -> SparseRows:
-        if ghost is None:
-            picked = z.gather(1, ids.clamp_min(0)) / temperature
-            lse, _ = logsumexp(z, z.shape[1], temperature)
-            logprobs = picked - lse.unsqueeze(1)
-            if not wanted:
-                return SparseRows(logprobs, lse, None, None)
-            factor = w.sum(dim=1, keepdim=True) / temperature
-            mine = factor * logprobs.exp() - w / temperature
-            if ids.shape[1] == 1:
-                return SparseRows(
-                    logprobs, lse, None, softmax(z, lse, factor, temperature, dtype, ids, mine)
-                )
-            dz = softmax(z, lse, factor, temperature, z.dtype)
-            dz.scatter_add_(1, ids.clamp_min(0), w / -temperature)  # an id may occur twice
-            return SparseRows(logprobs, lse, None, dz)
-        own = Own.take(z, ids)
-        rest, _ = logsumexp(z, z.shape[1], temperature)
-        shares = own._replace(logits=own.logits / temperature).shares(rest.unsqueeze(1))
-        dz = None
-        if wanted:
-            factor, mine = shares.gradient(w, ghost.unsqueeze(1), temperature)
-            rest.clamp_min_(torch.finfo(z.dtype).min)  # -inf where no token is left
-            if ids.shape[1] == 1:
-                dz = softmax(z, rest, factor, temperature, dtype, ids, mine)
-            else:
-                dz = softmax(z, rest, factor, temperature, z.dtype)
-                dz.scatter_add_(1, own.picked, mine)
-        return SparseRows(shares.logprobs, shares.lse, shares.ghost.squeeze(1), dz)
+    ) -> Tensor:
+        if picked.shape[1] == 1:
+            return softmax(z, top, level, temperature, dtype, picked, mine)
+        # In fp32 until all is added: an id may occur twice.
+        return softmax(z, top, level, temperature, z.dtype).scatter_add_(1, picked, mine)
 
     def dense(
         self,
@@ -121,12 +103,12 @@ def softmax(
     ids: Optional[Tensor] = None,
     values: Optional[Tensor] = None,
 ) -> Tensor:
-    """factor [n, 1] * exp(z / temperature - lse [n]) in `dtype`, over z itself where it has that
-    dtype; at ids [n, 1] that are not negative it is values [n, 1] instead."""
+    """factor [n, 1] * exp(z / temperature - lse [n, 1]) in `dtype`, over z itself where it has that
+    dtype; at ids [n, 1] values [n, 1] are added."""
     out = _output(z, dtype)
     one = ids is not None and values is not None
     _softmax_kernel[(len(z),)](
-        z, out, z.stride(0), out.stride(0), lse, factor.contiguous(),
+        z, out, z.stride(0), out.stride(0), lse.contiguous(), factor.contiguous(),
         ids.contiguous() if ids is not None else lse,
         values.contiguous() if values is not None else lse,
         1 / temperature, COLUMNS=z.shape[1], ONE=one, BLOCK=BLOCK, num_warps=WARPS,
@@ -152,6 +134,8 @@ def check(device: torch.device) -> None:
             for k, with_ghost in ((1, False), (3, False), (1, True), (3, True)):
                 ids = torch.randperm(v, generator=g)[: n * k].view(n, k).to(device)
                 ids[1, 0] = -100
+                if not with_ghost:
+                    ids[2, -1] = ids[2, 0]  # an id may occur twice
                 w = normal(n, k).abs().masked_fill(ids < 0, 0)
                 ghost = normal(n).abs() if with_ghost else None
                 ours, theirs = (
@@ -236,7 +220,7 @@ def _softmax_kernel(  # type: ignore[no-untyped-def]
         value = tl.load(z + row * stride + at, mask=at < COLUMNS, other=float("-inf"))
         result = size * tl.exp(value * scale - level)
         if ONE:
-            result = tl.where(at == own, own_value, result)
+            result += tl.where(at == own, own_value, 0.0)
         tl.store(out + row * stride_out + at, result.to(out.dtype.element_ty), mask=at < COLUMNS)
 
 

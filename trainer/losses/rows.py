@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class DenseRows(NamedTuple):
     dz: Optional[Tensor]  # [n, V]
 
 
+#: Bytes of logits that a core of a CPU works on at a time: about its second-level cache.
+CACHE = 2**20
+
+
 class TorchRows:
     """The operations on any device. `dtype` [of both] is what the gradient may be rounded to; this
     class keeps the one of the logits."""
@@ -43,21 +48,36 @@ class TorchRows:
     ) -> SparseRows:
         """Logits z [n, V] (overwritten), ids and w [n, K] (w is 0 where ids are negative), ghost
         [n]: the arguments of `linear.sparse_target`, of one chunk."""
+        own = Own.take(z, ids, temperature, ghost is not None)
+        top, total = self.exponentials(z, temperature)
+        shares = own.shares(top, total, ghost is not None)
+        dz = None
+        if wanted:
+            level, mine = shares.gradient(w, ghost, total, temperature)
+            dz = self.gradient(z, top, temperature, level, own.picked, mine, dtype)
+        return SparseRows(shares.logprobs, shares.lse, shares.ghost, dz)
+
+    def exponentials(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """`top` [n, 1], and `total` [n, 1], the sum of exp(z / temperature - top) over a row: 0
+        where all of it is -inf. Here z is overwritten by these exponentials."""
         if temperature != 1:
             z.mul_(1 / temperature)
-        if ghost is not None:
-            return _with_ghost(z, ids, w, ghost.unsqueeze(1), temperature, wanted)
-        picked = ids.clamp_min(0)
-        top = z.amax(dim=1, keepdim=True)
-        logprobs = z.sub_(top).gather(1, picked)
-        total = z.exp_().sum(dim=1, keepdim=True)
-        logprobs.sub_(total.log())
-        lse = (top + total.log()).squeeze(1)
-        if not wanted:
-            return SparseRows(logprobs, lse, None, None)
-        target = w / temperature
-        z.mul_(target.sum(dim=1, keepdim=True) / total).scatter_add_(1, picked, -target)
-        return SparseRows(logprobs, lse, None, z)
+        top = z.amax(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+        return top, z.sub_(top).exp_().sum(dim=1, keepdim=True)
+
+    def gradient(
+        self,
+        z: Tensor,
+        top: Tensor,
+        temperature: float,
+        level: Tensor,
+        picked: Tensor,
+        mine: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """level [n, 1] * exp(z / temperature - top), of the z that `exponentials` left, with `mine`
+        [n, K] added at the tokens `picked`."""
+        return z.mul_(level).scatter_add_(1, picked, mine)
 
     def dense(
         self,
@@ -104,6 +124,17 @@ class TorchRows:
         return self._buffer[: len(like)]
 
 
+class CachedRows(TorchRows):
+    """The operations on a CPU, a few rows at a time: their logits stay in its caches from the first
+    pass to the last, where each of ten passes would read a whole chunk from memory."""
+
+    def sparse(self, *arguments: Any) -> SparseRows:
+        return SparseRows(*_in_slices(super().sparse, *arguments))
+
+    def dense(self, *arguments: Any, **options: Any) -> DenseRows:
+        return DenseRows(*_in_slices(super().dense, *arguments, **options))
+
+
 def rows_for(device: torch.device, dtype: torch.dtype) -> TorchRows:
     """The operations for logits of `dtype` on `device`: on CUDA the fused ones, where Triton is
     installed and they have given the right numbers once in this process."""
@@ -111,7 +142,7 @@ def rows_for(device: torch.device, dtype: torch.dtype) -> TorchRows:
         from trainer.losses.linear_triton import TritonRows
 
         return TritonRows()
-    return TorchRows()
+    return CachedRows() if device.type == "cpu" else TorchRows()
 
 
 @functools.cache
@@ -129,59 +160,73 @@ def _fused(device: torch.device) -> bool:
     return True
 
 
-def _with_ghost(
-    z: Tensor, ids: Tensor, w: Tensor, ghost: Tensor, temperature: float, wanted: bool
-) -> SparseRows:
-    """The row's own tokens are taken out of z, so that the probability of the others is a sum of
-    theirs, never one minus something close to one."""
-    own = Own.take(z, ids)
-    top = z.amax(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # -inf: no token is left
-    rest = z.sub_(top).exp_().sum(dim=1, keepdim=True)
-    shares = own.shares(top + rest.log())
-    if wanted:
-        others, mine = shares.gradient(w, ghost, temperature)
-        z.mul_(others / rest.clamp_min(1)).scatter_add_(1, own.picked, mine)
-    return SparseRows(shares.logprobs, shares.lse, shares.ghost.squeeze(1), z if wanted else None)
+def _in_slices(operation: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+    """`operation` on slices of rows of its tensors, the first of which is z; its results, joined,
+    and last among them the gradient, which was written over z."""
+    z = arguments[0]
+    size = max(1, CACHE // (z.element_size() * z.shape[1])) * torch.get_num_threads()
+    parts = []
+    for start in range(0, len(z), size):
+        at = slice(start, start + size)
+        rows = (x[at] if isinstance(x, Tensor) else x for x in arguments)
+        parts.append(operation(*rows, **options))
+    *columns, gradients = zip(*parts)
+    joined = [None if column[0] is None else torch.cat(column) for column in columns]
+    return [*joined, None if gradients[0] is None else z]
 
 
 class Own(NamedTuple):
-    """The logits [n, K] of a row's own, distinct tokens; negative ids stand for none."""
+    """The logits [n, K], divided by the temperature, of the tokens that a row names; negative ids
+    stand for none."""
 
     logits: Tensor
     picked: Tensor
     missing: Tensor
 
     @classmethod
-    def take(cls, z: Tensor, ids: Tensor) -> Own:
-        """Leaves -inf in z where a token was taken."""
+    def take(cls, z: Tensor, ids: Tensor, temperature: float, alone: bool) -> Own:
+        """With `alone` -inf is left in z where a token was taken, so that the probability of the
+        others is a sum of theirs, never one minus something close to one."""
         picked, missing = ids.clamp_min(0), ids < 0
-        own = cls(z.gather(1, picked), picked, missing)
-        # Added, since a negative id must leave token 0 as it is.
-        z.scatter_add_(1, picked, torch.full_like(own.logits, -torch.inf).masked_fill_(missing, 0))
-        return own
+        logits = z.gather(1, picked)
+        if alone:
+            # Added, since a negative id must leave token 0 as it is.
+            gone = torch.full_like(logits, -torch.inf).masked_fill_(missing, 0)
+            z.scatter_add_(1, picked, gone)
+        return cls(logits.mul_(1 / temperature), picked, missing)
 
-    def shares(self, rest_lse: Tensor) -> Shares:
-        """`rest_lse` [n, 1]: logsumexp of the tokens that are left."""
-        own_lse = self.logits.masked_fill(self.missing, -torch.inf).logsumexp(1, keepdim=True)
-        gap, zero = own_lse - rest_lse, torch.zeros_like(rest_lse)
-        logprobs = (self.logits - own_lse) - torch.logaddexp(zero, -gap)
-        lse = torch.logaddexp(rest_lse, own_lse).squeeze(1)
-        return Shares(logprobs, lse, -torch.logaddexp(zero, gap), self.missing)
+    def shares(self, top: Tensor, total: Tensor, alone: bool) -> Shares:
+        """`top` and `total` [n, 1]: the exponentials of what is left in z, as sums of rows."""
+        if not alone:
+            logprobs = (self.logits - top).sub_(total.log())
+            return Shares(logprobs, (top + total.log()).squeeze(1), None, self.missing)
+        rest = top + total.log()
+        mine = self.logits.masked_fill(self.missing, -torch.inf).logsumexp(1, keepdim=True)
+        gap, zero = mine - rest, torch.zeros_like(rest)
+        logprobs = (self.logits - mine) - torch.logaddexp(zero, -gap)
+        lse = torch.logaddexp(rest, mine).squeeze(1)
+        return Shares(logprobs, lse, -torch.logaddexp(zero, gap).squeeze(1), self.missing)
 
 
 class Shares(NamedTuple):
     logprobs: Tensor  # [n, K]
     lse: Tensor  # [n]
-    ghost: Tensor  # [n, 1]
+    ghost: Optional[Tensor]  # [n]
     missing: Tensor  # [n, K]
 
-    def gradient(self, w: Tensor, ghost: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """With W = ghost + sum of w: the gradient of an own token, (W * softmax - w) / T [n, K],
-        and the factor [n, 1] of the softmax over the others alone, (W * their share - ghost) / T,
-        that gives theirs."""
-        whole = w.sum(dim=1, keepdim=True) + ghost
+    def gradient(
+        self, w: Tensor, ghost: Optional[Tensor], total: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """With W = the sum of w, and of the ghost's weight: the gradient by z is (W * softmax -
+        target) / T. As a factor [n, 1] of the exponentials of z, and what is added [n, K] at the
+        row's own tokens, whose exponentials are gone where there is a ghost."""
+        whole = w.sum(dim=1, keepdim=True)
+        if ghost is None or self.ghost is None:
+            return whole / temperature / total, w / -temperature
+        whole += ghost.unsqueeze(1)
+        others = whole * self.ghost.exp().unsqueeze(1) - ghost.unsqueeze(1)
         mine = (whole * self.logprobs.exp() - w).masked_fill(self.missing, 0)
-        return (whole * self.ghost.exp() - ghost) / temperature, mine / temperature
+        return others / temperature / total.clamp_min(1), mine / temperature
 
 
 #: Tensors [n, V] and factors [n, 1]: the gradient of a divergence by z / T is the sum of products.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trainer.batch import Batch
 from trainer.config import Distill
-from trainer.losses.ghost import ghost_target
+from trainer.losses.answers import divergence
 from trainer.losses.linear import sparse_target
 from trainer.models import head_weight, hidden_states
 from trainer.objective import Loss, share
@@ -51,25 +51,19 @@ class DistillStored:
         ce_weight = share(alpha, norm["ce"]).to(hidden.device, dtype)
         # T^2: softened gradients keep their size when T changes.
         kd_weight = share((1 - alpha) * temperature**2, norm["kd"]).to(hidden.device, dtype)
-        rows, ids = kd_weight * status.to(dtype), batch.extra["ids"]
         labels = batch.labels.unsqueeze(1)
         ce = sparse_target(hidden, head, labels, ce_weight.expand(len(labels), 1))
-        if self.answers.sampled:
-            p = batch.extra["p"].to(dtype)
-            drawn = sparse_target(hidden, head, ids, p * rows.unsqueeze(1), temperature=temperature)
-            total, kd = drawn.loss, -(p * drawn.logprobs).sum()
-        else:
-            total, kd = ghost_target(
-                hidden, head, ids, batch.extra["p"], rows, temperature=temperature
-            )
+        ids, p = batch.extra["ids"], batch.extra["p"]
+        others = None if self.answers.sampled else status
+        kd = divergence(hidden, head, ids, p, others, temperature=temperature)
         sums = {
             "ce_loss": (-ce.logprobs.sum(), "ce"),
-            "kd_loss": (kd * temperature**2, "kd"),
+            "kd_loss": (kd.detach() * temperature**2, "kd"),
             "teacher_missing": ((~status).sum(), "ce"),
         }
         if self.config.alpha_schedule != "constant":
             sums["kd_alpha"] = (alpha * batch.weights["ce"].to(hidden.device), "ce")
-        loss = Loss(ce.loss + total, sums)
+        loss = Loss(ce.loss + kd_weight * kd, sums)
         return loss if self.keep is None else self.keep.add(loss, model, hidden, batch, norm)
 
     def state_dict(self) -> dict[str, Any]:
