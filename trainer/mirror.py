@@ -166,8 +166,9 @@ class Mirror:
         # The other lane's work may be what this one waits for: each goes on until all is there.
         while self._left() > 0 and self.behind():
             delay = self.step(lane.name)
+            lane.wake.clear()
             if self.behind():
-                lane.wake.wait(min(delay, self._left(), 1.0))
+                lane.wake.wait(max(min(delay, self._left(), 1.0), 0.0))
 
     def _drain(self) -> None:
         while self._left() > 0 and self.behind():

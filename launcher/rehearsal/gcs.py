@@ -123,11 +123,13 @@ class Gcs:
         after = base64.urlsafe_b64decode(token).decode() if token else ""
         start, end = request.arg("startOffset"), request.arg("endOffset")
         rows: dict[str, str | None] = {}  # name or common prefix -> object name, None for a prefix
+        common = set()
         for name in self.objects.names(bucket):
             if not name.startswith(prefix) or name < start or (end and name >= end):
                 continue
             at = name.find(delimiter, len(prefix)) if delimiter else -1
             row = name if at < 0 else name[: at + len(delimiter)]
+            common |= {row} if at >= 0 else set()
             if row > after and (at < 0 or row not in rows):
                 rows[row] = name if at < 0 else None
             if row == name and at >= 0 and request.arg("includeTrailingDelimiter") == "true":
@@ -137,7 +139,7 @@ class Gcs:
         metas = [self.objects.get(bucket, name) for name in found if name is not None]
         body: dict[str, Any] = {"kind": "storage#objects"}
         body["items"] = [linked(meta, request.base) for meta in metas]
-        body["prefixes"] = [row for row in page if row.endswith(delimiter) and delimiter]
+        body["prefixes"] = [row for row in page if row in common]
         if more:
             body["nextPageToken"] = base64.urlsafe_b64encode(page[-1].encode()).decode()
         return answer({key: value for key, value in body.items() if value})
@@ -255,8 +257,9 @@ class Gcs:
             where = f"{request.base}{request.path}?{query}"
             return Response(200, b"", {"Location": where, "X-GUploader-UploadID": upload.id})
         if kind == "multipart":
-            said, content = _two_parts(request.body)
+            said, kind_of, content = _two_parts(request.body)
             wanted = Request("", "", {}, request.headers, said, "").json()
+            wanted.setdefault("contentType", kind_of)
         elif kind == "media":
             wanted, content = {"contentType": request.headers.get("Content-Type")}, request.body
         else:
@@ -347,18 +350,18 @@ def _conditions(request: Request, start: str = "if") -> Conditions:
     )
 
 
-def _two_parts(body: bytes) -> tuple[bytes, bytes]:
-    """Metadata and content of a multipart body. Clients disagree about quotes around the boundary
-    and about line ends, so both are taken from the body itself."""
+def _two_parts(body: bytes) -> tuple[bytes, str | None, bytes]:
+    """Metadata, type and content of a multipart body. Clients disagree about quotes around the
+    boundary and about line ends, so both are taken from the body itself."""
     line, _, _ = body.partition(b"\n")
     end = b"\r\n" if line.endswith(b"\r") else b"\n"
     mark = line.rstrip(b"\r")
     pieces = body[len(mark) :].split(end + mark)
     if not mark.startswith(b"--") or len(pieces) < 3:
         raise HttpError(400, "Parse Error: the body is not multipart/related with two parts")
-    content = (end + mark).join(pieces[1:-1])
-    said, content = (part.partition(end * 2)[2] for part in (pieces[0], content))
-    return said, content
+    said = pieces[0].partition(end * 2)[2]
+    head, _, content = (end + mark).join(pieces[1:-1]).partition(end * 2)
+    return said, email.message_from_bytes(head.strip() + b"\n\n")["Content-Type"], content
 
 
 def _said_hashes(request: Request, wanted: dict[str, Any]) -> None:

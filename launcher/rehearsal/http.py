@@ -187,15 +187,12 @@ class _Connection(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         asked = f"{self.command} {urllib.parse.unquote(path)}{'?' + query if query else ''}"
         fault = owner.faults.next(asked)
-        status = 0
-        try:
-            response = self._respond(path, query, fault)
-            if response is not None:
-                status = response.status
-                self._write(response, fault)
-        finally:
-            owner.log.append((self.command, self.path, status))
-        if response is None:
+        response = self._respond(path, query, fault)
+        # Before the answer leaves: who has it may look.
+        owner.log.append((self.command, self.path, response.status if response else 0))
+        if response is not None:
+            self._write(response, fault)
+        else:
             _cut(self.connection)
             self.close_connection = True
 
