@@ -184,11 +184,10 @@ class Gcs:
             "ETag": meta["etag"],
             "Accept-Ranges": "bytes",
         }
-        if request.fault and request.fault.kind == "corrupt":
-            content = _damaged(content)
+        harm = _damaged if request.fault and request.fault.kind == "corrupt" else bytes
         wanted = _WANTED.match(request.headers.get("Range", ""))
         if wanted is None or wanted.groups() == ("", ""):
-            return Response(200, content, headers)
+            return Response(200, harm(content), headers)
         first, last = wanted.groups()
         start = int(first) if first else max(size - int(last), 0)
         stop = min(int(last) + 1, size) if first and last else size
@@ -197,7 +196,7 @@ class Gcs:
             beyond.headers["Content-Range"] = f"bytes */{size}"
             return beyond
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        return Response(206, content[start:stop], headers)
+        return Response(206, harm(content[start:stop]), headers)
 
     def _copy(self, request: Request, bucket: str, name: str, below: list[str]) -> Response:
         objects = self.objects

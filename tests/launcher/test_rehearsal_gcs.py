@@ -435,12 +435,12 @@ def test_gcsfs_writes_reads_moves_and_removes(
         token="anon", endpoint_url=server.url, skip_instance_cache=True, use_listings_cache=False
     )
     data = os.urandom(6 << 20)
-    with files.open("b/folder/large #?", "wb", block_size=5 << 20) as file:
+    with files.open("b/folder/large é #", "wb", block_size=5 << 20) as file:
         file.write(data)
-    assert files.cat("b/folder/large #?") == data
-    with pytest.raises(FileExistsError), files.open("b/folder/large #?", "xb") as file:
+    assert files.cat("b/folder/large é #") == data
+    with pytest.raises(FileExistsError), files.open("b/folder/large é #", "xb") as file:
         file.write(b"x")
-    files.mv("b/folder/large #?", "b/moved")
+    files.mv("b/folder/large é #", "b/moved")
     assert files.find("b") == ["b/moved"] and files.info("b/moved")["size"] == len(data)
     files.rm("b/moved")
     assert files.find("b") == []

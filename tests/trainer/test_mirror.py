@@ -224,6 +224,25 @@ def test_cut_off_at_any_request_the_store_holds_whole_checkpoints_only(
     assert whole(store) == ["checkpoints/step-10", "checkpoints/step-20"]
 
 
+@pytest.mark.parametrize("requests", range(3, 11))
+def test_a_mirror_that_was_killed_is_followed_by_one_that_goes_on(
+    server: GcsServer, tmp_path: Path, requests: int
+) -> None:
+    store = new_store(ONE_TRY)
+    checkpoint(tmp_path, 10)
+    append(tmp_path / "metrics" / "0001.jsonl", "1\n")
+    server.faults = DiesAfter(requests)
+    Watched(tmp_path, store).look(1)
+    server.faults = Script()
+    sent = set(store.list())
+    append(tmp_path / "metrics" / "0001.jsonl", "2\n")
+    server.log.clear()
+    assert Watched(tmp_path, store).mirror.close() == []
+    assert joined(store, "metrics/") == b"1\n2\n" and whole(store) == ["checkpoints/step-10"]
+    again = [row for row in server.log if row[0] == "POST"]
+    assert len(again) == len(set(store.list()) - sent) + ("metrics/0001-00000.jsonl" in sent)
+
+
 def test_an_outage_is_told_once_and_caught_up(server: GcsServer, tmp_path: Path) -> None:
     store = new_store(ONE_TRY)
     watched = Watched(tmp_path, store)

@@ -346,9 +346,10 @@ def test_a_cut_download_goes_on_and_is_verified(server: GcsServer, tmp_path: Pat
     # The library does not look at what it had to continue: we do.
     cut_then_bad = [Fault("cut_download", at_bytes=1_000_000), Fault("corrupt")]
     server.faults = Script([("GET .*alt=media", fault) for fault in cut_then_bad])
-    server.objects.content("runs", "resumed/k")
+    server.log.clear()
     store.get_file("k", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
+    assert [status for _, target, status in server.log if "alt=media" in target] == [200, 206, 200]
 
 
 def test_storms_pass_and_outages_are_transient(server: GcsServer) -> None:
