@@ -299,12 +299,18 @@ class Mirror:
             facts = json.loads(data)
             folder = relative.rpartition("/")[0]
             if path.name != "run_meta.json":
-                if f"{folder}/{facts['path']}" not in self._complete:
+                if not self._stands(f"{folder}/{facts['path']}"):
                     return
             elif facts.get("completed") and self._open(folder, relative):
                 return
         self._put(relative, data)
         self._sent[relative] = stamp
+
+    def _stands(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is complete in the store: this mirror's, or an earlier machine's."""
+        if (self.folder / checkpoint).exists():
+            return checkpoint in self._complete
+        return f"{self.prefix}{checkpoint}/{MANIFEST}" in (self._found or ())
 
     def _open(self, folder: str, but: str) -> list[str]:
         below = f"{folder}/" if folder else ""

@@ -339,6 +339,25 @@ def test_another_machine_goes_on_from_the_newest_whole_checkpoint(
     assert whole(store) == [f"kd/checkpoints/step-{n}" for n in (20, 30, 40)]
 
 
+@pytest.mark.parametrize("pointer", [True, False])
+def test_the_best_checkpoint_of_an_earlier_machine_is_not_pruned(
+    server: GcsServer, tmp_path: Path, pointer: bool
+) -> None:
+    store, second = new_store(), tmp_path / "second"
+    for step in (10, 20, 30):
+        checkpoint(tmp_path / "first", step, best=step == 10)
+    assert Watched(tmp_path / "first", store).mirror.close() == []
+    restore(store, second)
+    shutil.rmtree(second / "checkpoints" / "step-10")
+    if not pointer:
+        (second / "checkpoints" / "best.json").unlink()
+    checkpoint(second, 40)
+    watched = Watched(second, store)
+    watched.look(3)
+    assert whole(store) == [f"checkpoints/step-{n}" for n in (10, 30, 40)]
+    assert watched.mirror.behind() == []
+
+
 @pytest.mark.parametrize("harm", ["damaged", "missing", "manifest", "outside"])
 def test_a_broken_checkpoint_is_passed_over(server: GcsServer, tmp_path: Path, harm: str) -> None:
     store, warnings = new_store(), list[str]()
@@ -385,7 +404,12 @@ def test_a_file_damaged_after_it_was_sealed_never_becomes_a_checkpoint(
     store = new_store()
     watched = Watched(tmp_path, store)
     (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(b"x" * 1000)
+    atomic_write(tmp_path / "run_meta.json", '{"completed": true}')
     watched.look(4)
+    assert not store.exists("run_meta.json")  # a stage is not complete without it
+    atomic_write(tmp_path / "run_meta.json", '{"completed": false}')
+    watched.look()
+    assert store.exists("run_meta.json")
     assert whole(store) == [] and not store.exists("checkpoints/last.json")
     assert [line for line in watched.warnings if "its manifest says sha256" in line]
     assert len(watched.warnings) == 1

@@ -83,6 +83,12 @@ parts = st.text(st.sampled_from("ab.-é #?%+&=~:*"), min_size=1, max_size=4).fil
 #: Values lie one folder deep under names that are no values themselves.
 keys = st.tuples(parts.map(lambda p: f"d{p}"), parts.map(lambda p: f"f{p}")).map("/".join)
 acts = st.sampled_from(["put", "file", "once", "delete"])
+#: Few keys, so that the steps meet each other.
+plans = st.lists(keys, min_size=1, max_size=3, unique=True).flatmap(
+    lambda few: st.lists(
+        st.tuples(acts, st.sampled_from(few), st.binary(max_size=9)), min_size=1, max_size=8
+    )
+)
 
 
 def play(store: Store, steps: list[tuple[str, str, bytes]], scratch: Path) -> dict[str, bytes]:
@@ -120,7 +126,7 @@ def test_a_store_behaves_like_a_dictionary(make: Make) -> None:
     store = make()
 
     @settings(max_examples=25, derandomize=True, deadline=None)
-    @given(st.lists(st.tuples(acts, keys, st.binary(max_size=9)), max_size=8))
+    @given(plans)
     def check(steps: list[tuple[str, str, bytes]]) -> None:
         for key in store.list():
             store.delete(key)
