@@ -139,7 +139,7 @@ def test_a_run_is_copied_with_every_name(server: GcsServer, tmp_path: Path) -> N
     assert not server.log  # nothing changed: nothing is asked
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=30, derandomize=True, deadline=None)
 @given(st.lists(st.tuples(st.text("ab\n", max_size=9), st.booleans()), max_size=12))
 def test_parts_are_the_file_whenever_they_were_sent(writes: list[tuple[str, bool]]) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
