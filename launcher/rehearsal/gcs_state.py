@@ -67,6 +67,7 @@ class Upload:
     total: Optional[int] = None
     done: Optional[dict[str, Any]] = None
     received: bytearray = field(default_factory=bytearray)
+    saved: int = 0  # bytes of `received` that lie in the folder, if there is one
 
 
 @dataclass
@@ -244,9 +245,15 @@ class Objects:
     def save_upload(self, upload: Upload) -> None:
         if self.folder is None:
             return
-        facts = asdict(upload) | {"received": len(upload.received)}
         part = self.folder / "uploads" / f"{upload.id}.part"
-        _write(part, bytes(upload.received) if upload.done is None else b"")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("r+b" if part.exists() else "wb") as file:
+            file.seek(min(upload.saved, len(upload.received)))
+            file.write(memoryview(upload.received)[upload.saved :])
+            file.truncate(len(upload.received))
+        upload.saved = len(upload.received)
+        facts = {name: value for name, value in vars(upload).items() if name != "received"}
+        facts["conditions"] = asdict(upload.conditions)
         _write(part.with_suffix(".json"), json.dumps(facts).encode())
 
     def _pace(self, bucket: str, name: str) -> None:
@@ -291,7 +298,9 @@ class Objects:
         for file in (folder / "uploads").glob("*.json"):
             facts = json.loads(file.read_bytes())
             facts["conditions"] = Conditions(**facts["conditions"])
-            facts["received"] = bytearray(file.with_suffix(".part").read_bytes())
+            part = file.with_suffix(".part").read_bytes()
+            facts["received"] = bytearray(part[: facts["saved"]])
+            facts["saved"] = len(facts["received"])
             self.uploads[facts["id"]] = Upload(**facts)
         self._begun = len(self.uploads)
 
