@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import os
 import re
 import secrets
@@ -41,6 +42,15 @@ class DiskFull(StoreError):
     """No room for the bytes that were to be written. Nothing half-written is left."""
 
 
+class Denied(StoreError):
+    """No credentials, or not the right to do this. Trying again changes nothing."""
+
+
+class Transient(StoreError):
+    """A service that was asked for a while and did not answer. Whether a write was applied is not
+    known; the same call may be made again later."""
+
+
 class Store(Protocol):
     """Keys are relative and use `/`. Every method raises `StoreError`, one line, when it fails."""
 
@@ -56,6 +66,11 @@ class Store(Protocol):
 
     def get_bytes(self, key: str) -> bytes:
         """The value. Errors: `NotFound`."""
+        ...
+
+    def get_file(self, key: str, target: Path) -> None:
+        """Write the value to a local file, whole or not at all; missing folders are made.
+        Errors: `NotFound`, `DiskFull`."""
         ...
 
     def create_once(self, key: str, data: bytes) -> bool:
@@ -107,15 +122,19 @@ class FileStore:
         path = self._path(key)
         with _one_line(f"cannot read {source}"):
             size = source.stat().st_size
-        with _temporary(path, size) as temporary:
+        with replacing(path, size) as temporary:
             shutil.copyfile(source, temporary)
-            fsync(temporary)
-            temporary.replace(path)
-            fsync(path.parent)
 
     def get_bytes(self, key: str) -> bytes:
         with _one_line(f"cannot read {key} in {self.uri}"):
             return self._path(key).read_bytes()
+
+    def get_file(self, key: str, target: Path) -> None:
+        with _one_line(f"cannot read {key} in {self.uri}"):
+            source = self._path(key)
+            size = source.stat().st_size
+        with replacing(target, size) as temporary:
+            shutil.copyfile(source, temporary)
 
     def create_once(self, key: str, data: bytes) -> bool:
         if self.exists(key):
@@ -162,12 +181,17 @@ class FileStore:
         return self._path(key)
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if "\0" in key or not all(part not in ("", ".", "..") for part in parts):
-            raise StoreError(f"key {key!r}: must be relative, with no empty part, '.' or '..'")
-        if any(part.startswith(TEMPORARY) for part in parts):
-            raise StoreError(f"key {key!r}: names that start with '{TEMPORARY}' are reserved")
+        check_key(key)
         return self.folder / key
+
+
+def check_key(key: str) -> None:
+    """What every store asks of a key. Errors: `StoreError`."""
+    parts = key.split("/")
+    if "\0" in key or not all(part not in ("", ".", "..") for part in parts):
+        raise StoreError(f"key {key!r}: must be relative, with no empty part, '.' or '..'")
+    if any(part.startswith(TEMPORARY) for part in parts):
+        raise StoreError(f"key {key!r}: names that start with '{TEMPORARY}' are reserved")
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -179,6 +203,18 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         _write(temporary, content)
         temporary.replace(target)
         fsync(target.parent)
+
+
+@contextlib.contextmanager
+def replacing(target: str | Path, size: int) -> Iterator[Path]:
+    """A file to write about `size` bytes to; when the block ends well it is made durable and takes
+    the name `target`, else it is removed. Errors: `DiskFull`, `StoreError`."""
+    path = Path(target).absolute()
+    with _temporary(path, size) as temporary:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
 
 
 def fsync_dir(folder: str | Path) -> None:
@@ -314,5 +350,17 @@ def _open_file(uri: str) -> Store:
     return FileStore(urllib.parse.unquote(parts.path))
 
 
-#: scheme -> what opens a URI of it. A factory imports its client when it is called.
-FACTORIES: dict[str, Callable[[str], Store]] = {"file": _open_file}
+def _open_in(module: str) -> Callable[[str], Store]:
+    def factory(uri: str) -> Store:
+        store: Store = importlib.import_module(module).open_uri(uri)
+        return store
+
+    return factory
+
+
+#: scheme -> what opens a URI of it. A store imports its client when it first needs it.
+FACTORIES: dict[str, Callable[[str], Store]] = {
+    "file": _open_file,
+    "gs": _open_in("trainer.store_gcs"),
+    "s3": _open_in("trainer.store_s3"),
+}

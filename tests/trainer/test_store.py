@@ -68,8 +68,9 @@ def test_paths_and_file_uris_name_the_same_store(tmp_path: Path, prefix: str) ->
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("gs://bucket/x", "no store for gs://; allowed: a local path, file://"),
-        ("s3://bucket", "no store for s3://"),
+        ("ftp://h/x", "no store for ftp://; allowed: a local path, file://, gs://, s3://"),
+        ("gs://", "gs://: names no bucket; write gs://BUCKET/FOLDER"),
+        ("s3:///x", "names no bucket; write s3://BUCKET/FOLDER"),
         ("file://host/x", "write file:///absolute/path"),
         ("file://", "write file:///absolute/path"),
     ],

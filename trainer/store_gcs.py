@@ -1,0 +1,246 @@
+"""gs:// on google-cloud-storage.
+
+Credentials are the application default ones; none are looked for when STORAGE_EMULATOR_HOST names
+a server, as the official tools do. Retries are the library's, bounded by `Patience`; added to them:
+a lost reply of create-once, an upload session that the service forgot, damage on the way.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any, BinaryIO
+
+from trainer.store import Denied, NotFound, StoreError, Transient
+from trainer.store_remote import (
+    SHA256,
+    WRITER,
+    Content,
+    Damaged,
+    Exists,
+    Patience,
+    RemoteStore,
+    changed,
+    first_line,
+)
+
+#: Large files are sent in pieces of this many bytes; a cut connection costs at most one.
+CHUNK_BYTES = 32 << 20
+_REQUEST_SECONDS = (10.0, 60.0)  # to connect, between two bytes
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_LOGIN = "log in: gcloud auth application-default login"
+
+
+def open_uri(uri: str) -> GcsStore:
+    """The store at gs://BUCKET/FOLDER; the rest of the name is taken as it is, '#', '?', '%' and
+    spaces too. Errors: `StoreError` for a URI without a bucket."""
+    return GcsStore(uri)
+
+
+class GcsStore(RemoteStore):
+    """Values are objects. `chunk_bytes`: a multiple of 256 KiB."""
+
+    scheme = "gs"
+
+    def __init__(
+        self, uri: str, patience: Patience | None = None, *, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        super().__init__(uri, patience)
+        self.chunk_bytes = chunk_bytes
+
+    def _connect(self) -> Any:
+        try:
+            storage = import_module("google.cloud.storage")
+            auth = import_module("google.auth")
+        except ImportError as error:
+            raise StoreError(
+                f"{self.uri}: gs:// needs google-cloud-storage; install it: pip install "
+                "'launch-llm[google]'"
+            ) from error
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            return storage.Client()
+        try:
+            credentials, project = auth.default(scopes=[_SCOPE])
+        except auth.exceptions.DefaultCredentialsError as error:
+            raise Denied(f"{self.uri}: no Google credentials on this machine; {_LOGIN}") from error
+        return storage.Client(project=project, credentials=credentials)
+
+    def _send(self, name: str, content: Content, writer: str | None) -> None:
+        errors = import_module("google.api_core.exceptions")
+        media = import_module("google.cloud.storage.exceptions")
+        blob = self._blob(name)
+        blob.chunk_size = self.chunk_bytes
+        blob.metadata = {SHA256: content.sha256, **({WRITER: writer} if writer else {})}
+        with content.open() as file:
+            try:
+                blob.upload_from_file(
+                    file,
+                    size=content.size,
+                    if_generation_match=None if writer is None else 0,
+                    checksum="auto",
+                    timeout=_REQUEST_SECONDS,
+                    retry=self._retry(),
+                )
+            except errors.PreconditionFailed as error:
+                if writer is None:
+                    raise
+                raise Exists from error
+            except media.DataCorruption as error:
+                raise Damaged(first_line(error)) from error
+            except ValueError as error:  # fewer bytes than were measured
+                raise changed(content) from error
+            except errors.GoogleAPICallError as error:
+                if _forgotten(error) or _mismatch(error):
+                    raise Damaged(_said(error)) from error
+                raise
+            self._same(blob, content, file)
+
+    def _same(self, blob: Any, content: Content, file: BinaryIO) -> None:
+        """What the service holds is what was measured before, not only what was sent."""
+        if content.source:
+            file.seek(0)
+            if int(blob.size) != content.size or blob.crc32c != _crc32c(file, content.size):
+                raise changed(content)
+        elif int(blob.size) != content.size:
+            raise Damaged(f"{blob.size} bytes arrived of {content.size}")
+
+    def _receive(self, name: str, into: BinaryIO) -> None:
+        media = import_module("google.cloud.storage.exceptions")
+        blob, summing = self._blob(name), _Summing(into)
+        try:
+            blob.download_to_file(
+                summing, checksum="auto", timeout=_REQUEST_SECONDS, retry=self._retry()
+            )
+        except media.DataCorruption as error:
+            raise Damaged(first_line(error)) from error
+        # The library verifies no download that it had to continue after a cut.
+        if blob.crc32c and blob.crc32c != summing.crc32c:
+            raise Damaged(f"crc32c {summing.crc32c} instead of {blob.crc32c}")
+
+    def _look(self, name: str) -> tuple[int, Mapping[str, str]]:
+        blob = self._blob(name)
+        blob.reload(timeout=_REQUEST_SECONDS, retry=self._retry())
+        return int(blob.size), blob.metadata or {}
+
+    def _names(self, prefix: str) -> Iterable[str]:
+        found = self.client.list_blobs(
+            self.bucket,
+            prefix=prefix,
+            fields="items(name),nextPageToken",
+            timeout=_REQUEST_SECONDS,
+            retry=self._retry(),
+        )
+        return (blob.name for blob in found)
+
+    def _remove(self, name: str) -> None:
+        self._blob(name).delete(timeout=_REQUEST_SECONDS, retry=self._retry())
+
+    def _blob(self, name: str) -> Any:
+        return self.client.bucket(self.bucket).blob(name)
+
+    def _retry(self) -> Any:
+        patience = self.patience
+        retry = import_module("google.cloud.storage.retry").DEFAULT_RETRY
+        waits = retry.with_delay(initial=patience.first, maximum=patience.longest, multiplier=2.0)
+        return waits.with_timeout(patience.total)
+
+    def _meaning(
+        self, error: Exception, failed: str, name: str, writing: bool
+    ) -> StoreError | None:
+        auth = import_module("google.auth.exceptions")
+        core = import_module("google.api_core.exceptions")
+        requests = import_module("requests.exceptions")
+        if isinstance(error, auth.TransportError):
+            return Transient(f"{failed}: the login service does not answer; try again later")
+        if isinstance(error, auth.GoogleAuthError):
+            return Denied(f"{failed}: the Google credentials are refused or have expired; {_LOGIN}")
+        if isinstance(error, core.RetryError):
+            cause = error.cause
+            if isinstance(cause, Exception) and not isinstance(cause, core.RetryError):
+                return self._meaning(cause, failed, name, writing)
+        code = _status(error)
+        if code == 404 and _no_bucket(error):
+            make = f"gcloud storage buckets create gs://{self.bucket}"
+            return StoreError(
+                f"{failed}: there is no bucket {self.bucket}; correct the name, or make it: {make}"
+            )
+        if code == 404:
+            return NotFound(f"{failed}: it does not exist")
+        if code == 401:
+            return Denied(f"{failed}: the Google credentials are refused or have expired; {_LOGIN}")
+        if code == 403:
+            return Denied(f"{failed}: access denied ({_said(error)}); {self._grant(writing)}")
+        away = (requests.RequestException, ConnectionError, TimeoutError)
+        if code in (408, 429) or code >= 500 or isinstance(error, away):
+            waited = f"asked for {self.patience.total:g} s"
+            return Transient(
+                f"{failed}: the service does not answer as it should, {waited} ({_said(error)}); "
+                "try again later"
+            )
+        return StoreError(f"{failed}: {_said(error)}") if code else None
+
+    def _grant(self, writing: bool) -> str:
+        role = "roles/storage.objectUser" if writing else "roles/storage.objectViewer"
+        where = f"gcloud storage buckets add-iam-policy-binding gs://{self.bucket}"
+        return f"grant {role} to this identity: {where} --member=MEMBER --role={role}"
+
+
+def _status(error: Any) -> int:
+    # What the retries give up on is the media layer's error, which the library wraps elsewhere.
+    response = getattr(error, "response", None)
+    return int(getattr(error, "code", None) or getattr(response, "status_code", None) or 0)
+
+
+def _no_bucket(error: Exception) -> bool:
+    return "bucket does not exist" in str(error)
+
+
+def _forgotten(error: Any) -> bool:
+    """An upload session that the service does not know any more: it is begun again."""
+    return error.code in (404, 410) and "upload_id=" in str(error)
+
+
+def _mismatch(error: Any) -> bool:
+    return bool(error.code == 400 and "match calculated" in str(error))
+
+
+def _said(error: Exception) -> str:
+    """What the service said, without the URL that the library puts before it."""
+    listed = getattr(error, "errors", None)
+    if listed and isinstance(listed[0], dict) and listed[0].get("message"):
+        return str(listed[0]["message"]).splitlines()[0][:200]
+    text = getattr(getattr(error, "response", None), "text", "")
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(text)["error"]["message"]).splitlines()[0][:200]
+    return first_line(error)
+
+
+def _crc32c(file: BinaryIO, size: int) -> str:
+    checksum = import_module("google_crc32c").Checksum()
+    while size and (piece := file.read(min(size, 1 << 20))):
+        checksum.update(piece)
+        size -= len(piece)
+    return base64.b64encode(checksum.digest()).decode()
+
+
+class _Summing:
+    """A file to write to that knows the crc32c of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._checksum = import_module("google_crc32c").Checksum()
+
+    @property
+    def crc32c(self) -> str:
+        return base64.b64encode(self._checksum.digest()).decode()
+
+    def write(self, data: bytes) -> int:
+        self._checksum.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
