@@ -6,11 +6,14 @@ engine's root, and the stages' own word is written where the engine reads it."""
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,14 +75,35 @@ def recipe(**given: object) -> Recipe:
     return replace(made, **given)  # type: ignore[arg-type]
 
 
+class SharedClock:
+    """A virtual clock that a forked child and the server in its parent have in common."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+        self._set(1_795_000_000.0)
+
+    def now(self) -> float:
+        return float(struct.unpack("d", self._memory[:])[0])
+
+    def sleep(self, seconds: float) -> None:
+        self._set(self.now() + seconds)
+
+    def _set(self, now: float) -> None:
+        self._memory[:] = struct.pack("d", now)
+
+
 def drive(it: Scene, made: Recipe | None = None) -> Run:
+    return engine.drive(begin(it, made), it.env, load)
+
+
+def begin(it: Scene, made: Recipe | None = None) -> str:
+    """The id of a run whose first record is written."""
     made = made or recipe()
     bundle = Bundle(it.home / "b.tar.gz", "ab" * 32, 7)
     bundle.path.write_bytes(b"trainer")
     env = Env(it.home, {**it.server.environ(), **os.environ}, it.clock, "ann", sys.executable)
     it.env = env
-    run_id = start.create(Loaded(made, to_dict(made), "f" * 64, it.home), bundle, env)["id"]
-    return engine.drive(run_id, env, load)
+    return str(start.create(Loaded(made, to_dict(made), "f" * 64, it.home), bundle, env)["id"])
 
 
 def attempts(run: Run) -> list[tuple[str, str, str]]:
@@ -161,3 +185,30 @@ def test_whatever_is_cut_or_lost_no_job_is_doubled_and_none_is_left(it: Scene, s
     names = Counter(job["displayName"] for job in it.server.vertex.created)
     assert set(names.values()) == {1} and len(names) == 2
     assert nothing_is_left(it)
+
+
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_it_ends_with_the_same_jobs_and_no_orphan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The driver is killed before and after each record, and between each reply and its record."""
+    monkeypatch.setattr(runs, "FakeBackend", OnBucket)  # whose answers are instants of danger
+
+    def killed(instant: int) -> int:
+        with scene(tmp_path / str(instant), SharedClock()) as it:
+            it.home.mkdir()
+            it.server.vertex.fates.append(Stub(2, 2, 20, PREEMPTED))
+            run_id = begin(it)
+            act = partial(engine.drive, run_id, it.env, load)
+            lived = runs.killed_at(instant, act)
+            run = act()
+            assert run.phase is Phase.SUCCEEDED, (instant, run.why)
+            names = Counter(job["displayName"] for job in it.server.vertex.created)
+            assert set(names.values()) == {1} and len(names) == 2, (instant, names)
+            assert nothing_is_left(it), instant
+            return lived
+
+    instants = killed(0)
+    assert instants > 30
+    for instant in range(1, instants + 1, step):
+        assert killed(instant) == instant
