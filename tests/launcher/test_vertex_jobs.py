@@ -178,8 +178,8 @@ def test_it_is_a_backend_that_creates(it: Scene) -> None:
     assert isinstance(it.backend, Backend) and it.backend.can.create
     results = {row.name: row.result for row in it.backend.check(it.env)}
     assert results == {
-        "vertex credentials": "warn", "vertex project": "pass", "vertex api": "pass",
-        "vertex quota": "pass",
+        "credentials": "warn", "project": "pass", "api": "pass",
+        "quota": "pass",
     }  # fmt: skip
     it.server.vertex.off.add("proj")
     rows = list(it.backend.check(it.env))

@@ -22,21 +22,21 @@ def rows(env: Env) -> Iterator[Check]:
         found = google.credentials(env.environ)
         yield _life(found, env)
     except LaunchError as error:
-        yield Check("vertex credentials", "fail", str(error), error.hint)
+        yield Check("credentials", "fail", str(error), error.hint)
         return
     project = jobs.project_of(env.environ)
     if project is None:
-        yield Check("vertex project", "warn", "the environment names none",
+        yield Check("project", "warn", "the environment names none",
                     "set hardware.vertex.project or GOOGLE_CLOUD_PROJECT")  # fmt: skip
         return
-    yield Check("vertex project", "pass", project)
+    yield Check("project", "pass", project)
     place = DEFAULT_PLACES[0]
     try:
         jobs.reach(env, project, place)
     except LaunchError as error:
-        yield Check("vertex api", "fail", str(error), error.hint)
+        yield Check("api", "fail", str(error), error.hint)
         return
-    yield Check("vertex api", "pass", f"jobs of {project} in {place} can be listed")
+    yield Check("api", "pass", f"jobs of {project} in {place} can be listed")
     yield _quota(env, project)
 
 
@@ -45,7 +45,7 @@ def _life(found: Any, env: Env) -> Check:
     service account, or the machine's own identity, goes on."""
     kind = type(found).__name__
     if kind == "AnonymousCredentials":
-        return Check("vertex credentials", "warn", "none are sent (they are switched off)",
+        return Check("credentials", "warn", "none are sent (they are switched off)",
                      "unset CLOUDSDK_AUTH_DISABLE_CREDENTIALS")  # fmt: skip
     with google.signals("Google credentials", ""):
         if not found.valid:
@@ -57,10 +57,10 @@ def _life(found: Any, env: Env) -> Check:
         minutes = f"; the token lives {left / 60:.0f} more minutes and is renewed"
     if found.__class__.__module__ in _LOGINS:
         return Check(
-            "vertex credentials", "warn", f"a user's login{minutes}, until the login itself ends",
+            "credentials", "warn", f"a user's login{minutes}, until the login itself ends",
             "for runs of many hours use a service account; a job goes on without its driver",
         )  # fmt: skip
-    return Check("vertex credentials", "pass", f"{kind}{minutes}")
+    return Check("credentials", "pass", f"{kind}{minutes}")
 
 
 def _quota(env: Env, project: str) -> Check:
@@ -73,9 +73,9 @@ def _quota(env: Env, project: str) -> Check:
             params={"pageSize": 500},
         )  # fmt: skip
     except LaunchError as error:
-        return Check("vertex quota", "warn", str(error), error.hint or "look in the console")
+        return Check("quota", "warn", str(error), error.hint or "look in the console")
     ours = [m["metric"] for m in answer.get("metrics", ()) if m["metric"].startswith(_METRIC)]
     if not ours:
-        return Check("vertex quota", "warn", "no quota for training is listed",
+        return Check("quota", "warn", "no quota for training is listed",
                      "look for custom_model_training in the console")  # fmt: skip
-    return Check("vertex quota", "pass", f"{len(ours)} quotas of custom training can be read")
+    return Check("quota", "pass", f"{len(ours)} quotas of custom training can be read")
