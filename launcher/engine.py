@@ -276,7 +276,8 @@ class Engine:
         # A running job may say something new at every look; the journal is no log.
         news = why != attempt.why and phase is not Phase.RUNNING
         if news or (phase, held, seen.exit_code) != known:
-            self._phase(job, attempt, phase, held, why, seen.exit_code)
+            cause = seen.cause if phase is seen.phase else ""
+            self._phase(job, attempt, phase, held, why, seen.exit_code, cause)
         self._note_stages(job, phase)
 
     def _judged(self, job: JobState, seen: Seen) -> tuple[Phase, str]:

@@ -24,8 +24,6 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _REMEMBERED = 50_000
 #: Looks in a row that may fail before `Transient` is passed on.
 _PATIENCE = 20
-#: A run is read once more so many seconds after its end: the last lines may arrive late.
-_DRAIN = 1.0
 #: Seconds without a line after which a run whose driver is dead is no longer followed.
 _SILENCE = 20.0
 
@@ -125,9 +123,11 @@ def looks(
                 f"`launch resume {run.name}` drives on; `launch status {run.name}` says how it is",
             )
         clock.sleep(every)
-    late = run.ended + _DRAIN - clock.now()
+    # Once more, some seconds after the end: the last lines may arrive late.
+    drain = max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
+    late = run.ended + drain - clock.now()
     if late > 0:
-        clock.sleep(min(late, _DRAIN))
+        clock.sleep(min(late, drain))
         yield run, _patiently(reader, run)
 
 

@@ -17,7 +17,7 @@ from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.rules import STAGE_REFERENCE
 from launcher.run import JSON_VERSION
-from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex
+from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex, seconds
 from trainer.config import Job, StageConfig, to_dict
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def placed(spec: JobSpec, budget: Budget, offer: Offer) -> JobSpec:
     limits = [] if budget.hours is None else [budget.hours]
     if budget.usd is not None and offer.usd_per_hour:
         limits.append(budget.usd / offer.usd_per_hour)
-    return replace(spec, hours=min(limits, default=None))
+    wait = None if budget.wait is None else seconds(budget.wait) / 3600
+    return replace(spec, hours=min(limits, default=None), wait_hours=wait)
 
 
 def cloud_project(asked: Hardware, env: Env) -> Optional[str]:

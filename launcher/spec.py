@@ -42,12 +42,14 @@ class Local(Strict):
 @dataclass(frozen=True)
 class Vertex(Strict):
     """Vertex AI custom jobs. Unset fields: `project` from the environment, `machine` from the
-    hardware table, `image` from the backend's dated default."""
+    hardware table, `image` from the backend's dated default. `network`:
+    projects/NUMBER/global/networks/NAME, for a peered VPC."""
 
     project: Optional[str] = None
     image: Optional[str] = None
     machine: Optional[str] = None
     service_account: Optional[str] = None
+    network: Optional[str] = None
 
 
 @dataclass(frozen=True)

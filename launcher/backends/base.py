@@ -69,6 +69,7 @@ class Capabilities:
     native_retry: bool = False
     idempotent_create: bool = False
     create: bool = True  # False: this version plans its jobs and does not send them
+    drain: float = 1.0  # seconds after a job's end until its last log lines are there
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class JobSpec:
     env: Mapping[str, str]
     secrets: Mapping[str, str]
     hours: Optional[float] = None  # the most that the budget allows; `${deadline}` is never more
+    wait_hours: Optional[float] = None  # how long the job may queue for capacity
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Seen:
-    """One look at a job. `held` pairs each live resource with its state; `exit_code` is boot's."""
+    """One look at a job. `held` pairs each live resource with its state; `exit_code` is boot's.
+    `cause`: why it is over, in the words of `launcher.retry`, where the phase alone does not
+    tell."""
 
     phase: Phase
     held: tuple[tuple[Ref, Held], ...] = ()
     why: str = ""
     exit_code: Optional[int] = None
     raw: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import api, cli, console
 from launcher.backends.base import Held, Phase
+from launcher.backends.vertex import VertexBackend
 from launcher.errors import LaunchError
 from launcher.run import Driver, Run, StageState
 from tests.launcher.fake_backend import World
@@ -106,6 +108,7 @@ def test_a_backend_that_only_plans_says_so_before_it_asks(
     launch: Invoke, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "confirm", lambda *words: pytest.fail("asked"))
+    monkeypatch.setattr(VertexBackend, "can", replace(VertexBackend.can, create=False))
 
     outcome = launch("up", "kd-l4")
 

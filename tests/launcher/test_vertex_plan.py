@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
-import os
-import subprocess
-import sys
-import tarfile
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,13 +11,14 @@ import pytest
 
 import launcher.plan as planning
 from launcher import backends, recipe, start
-from launcher.backends.base import Backend, Env, Intent, JobHandle, LogQuery, Ref
-from launcher.backends.vertex import _FETCH, IMAGES, VertexBackend
+from launcher.backends.base import Env, Intent
+from launcher.backends.vertex import VertexBackend, request
+from launcher.backends.vertex.request import FETCH, IMAGES
 from launcher.bundle import Bundle
 from launcher.claim import claimed
 from launcher.clock import ManualClock
 from launcher.engine import Engine
-from launcher.errors import BadRequest, Denied, NoCapacity
+from launcher.errors import BadRequest, NoCapacity
 from launcher.spec import Hardware, Vertex
 from tests.launcher.test_plan import BUNDLE, environment
 from trainer.config import to_dict
@@ -71,14 +65,13 @@ def test_the_custom_job_of_one_node_is_exactly_this() -> None:
                                 "acceleratorCount": 1},
                 "containerSpec": {
                     "imageUri": "eu/own:1",
-                    "command": ["python3", "-c", _FETCH],
-                    "args": [f"{root}/bundles/{BUNDLE.sha256}.tar.gz", BUNDLE.sha256,
+                    "command": ["python3", "-c", FETCH],
+                    "args": [f"gs://bkt/launch/bundles/{BUNDLE.sha256}.tar.gz", BUNDLE.sha256,
                              f"{root}/boot/kd-l4-0000ff-j0-a2.json"],
                 },
                 "replicaCount": "1",
             }],
-            "scheduling": {"strategy": "SPOT", "restartJobOnWorkerRestart": False,
-                           "disableRetries": True, "timeout": "43200s"},
+            "scheduling": {"strategy": "SPOT", "timeout": "43200s"},
             "serviceAccount": "t@proj.iam",
         },
     }  # fmt: skip
@@ -102,9 +95,14 @@ def test_what_the_job_reads_is_uploaded_before_it_and_does_not_bill() -> None:
 
 
 def test_several_nodes_are_a_chief_and_a_pool_of_the_same_machine() -> None:
-    first, second = body("hardware.nodes=4")["jobSpec"]["workerPoolSpecs"]
+    network = "hardware.vertex.network=projects/1/global/networks/n"
+    job = body("hardware.nodes=4", network)["jobSpec"]
+    first, second = job["workerPoolSpecs"]
     assert (first["replicaCount"], second["replicaCount"]) == ("1", "3")
     assert {**first, "replicaCount": "3"} == second
+    # A worker that starts alone would wait for peers that are in the middle of a step.
+    assert job["scheduling"]["restartJobOnWorkerRestart"] is True
+    assert job["network"] == "projects/1/global/networks/n"
 
 
 def test_capacity_chooses_the_strategy_and_the_budget_the_timeout() -> None:
@@ -116,6 +114,10 @@ def test_capacity_chooses_the_strategy_and_the_budget_the_timeout() -> None:
     assert body(offer=2)["jobSpec"]["scheduling"]["strategy"] == "STANDARD"
     flex = body("hardware.capacity=[flex]", "budget.hours=0.5")["jobSpec"]["scheduling"]
     assert (flex["strategy"], flex["timeout"]) == ("FLEX_START", "1800s")
+    assert flex["maxWaitDuration"] == "7200s"  # budget.wait: 2h
+    assert "maxWaitDuration" not in body(offer=2)["jobSpec"]["scheduling"]
+    no_wait = body("hardware.capacity=[flex]", "budget.wait=null")["jobSpec"]["scheduling"]
+    assert "maxWaitDuration" not in no_wait
     no_hours = ("budget.hours=null", "budget.usd=null")
     assert "timeout" not in body(*no_hours)["jobSpec"]["scheduling"]
     with pytest.raises(BadRequest, match="ends after 168 hours"):
@@ -199,70 +201,25 @@ def at(year: int) -> Env:
     return replace(ENV, clock=ManualClock(moment))
 
 
-def test_warnings_tell_of_the_image_the_project_and_the_limits() -> None:
+def test_warnings_tell_of_a_dated_image_and_of_the_project() -> None:
     backend, spec = VertexBackend(), Hardware("vertex", "L4:1")
-    late, early = list(backend.warnings(spec, at(2027))), list(backend.warnings(spec, at(2026)))
-    assert any("does not submit" in line for line in late)
+    dated = replace(spec, vertex=Vertex(image=IMAGES[-1].uri))
+    late, early = list(backend.warnings(dated, at(2027))), list(backend.warnings(dated, at(2026)))
     assert any("no project" in line for line in late)
-    assert any(IMAGES[-1].uri in line and "2026-07-24, is past;" in line for line in late)
+    assert any("has torch 2.4" in line and "2026-07-24, is past;" in line for line in late)
     assert any("2026-07-24, is not past yet" in line for line in early)
-    named = replace(spec, vertex=Vertex(project="p", image="own:1"))
-    assert list(backend.warnings(named, at(2027))) == late[:1]
+    own = replace(spec, vertex=Vertex(project="p", image="own:1"))
+    assert list(backend.warnings(own, at(2027))) == []
 
 
-def test_it_is_a_backend_that_submits_nothing() -> None:
-    backend = backends.load("vertex")
-    assert isinstance(backend, Backend)
-    job = JobHandle("0f", "n-0f-j0", 1, "gs://b/r", ())
-    ref = Ref("vertex", "custom_job", "n", "us-central1", "0f")
-    for call in (
-        lambda: backend.create(planned()[-1], ENV), lambda: backend.observe(job, ENV),
-        lambda: backend.logs(job, LogQuery(), ENV), lambda: backend.stop(job, ENV, 1.0),
-        lambda: backend.delete(ref, ENV),
-    ):  # fmt: skip
-        with pytest.raises(Denied, match="plans Vertex AI jobs but does not submit") as caught:
-            call()
-        assert "--on local" in caught.value.hint
-    assert list(backend.sweep(ENV)) == []
-    assert [check.result for check in backend.check(ENV)] == ["warn"]
-
-
-def test_the_container_command_starts_the_bundles_boot_with_its_specification(
-    tmp_path: Path,
+def test_without_an_image_whose_torch_suffices_there_is_no_plan(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The one-liner really runs here: its HTTP is answered by a stub of urllib in sitecustomize."""
-    boot = b"import json, sys; print(sys.argv[1], json.load(open(sys.argv[2])))"
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        member = tarfile.TarInfo("trainer/boot.py")
-        member.size = len(boot)
-        archive.addfile(member, io.BytesIO(boot))
-    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(file.getvalue()))
-    (tmp_path / "spec.json").write_text('{"schema": 1}')
-    (tmp_path / "sitecustomize.py").write_text(f"""
-import io, urllib.request
-def urlopen(request, timeout):
-    url = request.full_url
-    if "metadata.google.internal" in url:
-        assert request.get_header("Metadata-flavor") == "Google"
-        return io.BytesIO(b'{{"access_token": "t0"}}')
-    assert request.get_header("Authorization") == "Bearer t0"
-    start = "https://storage.googleapis.com/storage/v1/b/bkt/o/runs%2F"
-    assert url.startswith(start) and url.endswith("?alt=media"), url
-    return open({str(tmp_path)!r} + "/" + url[len(start):-len("?alt=media")], "rb")
-urllib.request.urlopen = urlopen
-""")
-    script = _FETCH.replace("/tmp/launch", str(tmp_path / "launch"))
-    good = hashlib.sha256(file.getvalue()).hexdigest()
-
-    def start(sha256: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-c", script, "gs://bkt/runs/b.tar.gz", sha256]
-        return subprocess.run(
-            [*argv, "gs://bkt/runs/spec.json"], capture_output=True, text=True, timeout=60,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        )  # fmt: skip
-
-    ran = start(good)
-    assert (ran.returncode, ran.stdout) == (0, "run {'schema': 1}\n"), ran.stderr
-    bad = start("0" * 64)
-    assert bad.returncode == 1 and "is damaged: its sha256 differs" in bad.stderr
+    with pytest.raises(BadRequest, match=r"newest prebuilt image has torch 2\.4") as caught:
+        planned("hardware.vertex.image=null")
+    assert "hardware.vertex.image" in str(caught.value)
+    assert "docker/Dockerfile" in caught.value.hint
+    newer = replace(IMAGES[-1], uri="us/newer:1", torch="2.10")
+    monkeypatch.setattr(request, "IMAGES", (*IMAGES, newer))
+    spec = body("hardware.vertex.image=null")["jobSpec"]["workerPoolSpecs"][0]
+    assert spec["containerSpec"]["imageUri"] == "us/newer:1"

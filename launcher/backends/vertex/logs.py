@@ -1,0 +1,168 @@
+"""Log lines of a job from Cloud Logging: each once, in time order, however late or often they come.
+
+An entry may become readable seconds after its time. So the newest seconds are held back, each look
+reads again what lies shortly before the last line given, and what was given is known by its
+insert id. A page of a list request costs one turn of `quota`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from launcher import google
+from launcher.backends.base import Env, JobHandle, Line, LogQuery, Ref
+from launcher.backends.vertex import quota
+from launcher.backends.vertex.request import JOB
+from launcher.errors import Transient
+
+#: Seconds: entries younger than this wait for those that are late.
+SETTLE = 5.0
+#: Seconds before the last line that are read again.
+OVERLAP = 30.0
+#: Seconds after the end of a job until its last entries are there.
+DRAIN = 30.0
+_PAGE = 1000
+
+
+@dataclass(repr=False)
+class _Given:
+    """Insert id -> its number among the lines given; shared by all cursors of one reader."""
+
+    numbers: dict[str, tuple[int, float]] = field(default_factory=dict)
+    count: int = 0
+
+    def __repr__(self) -> str:
+        return "given"  # cursors are compared by their repr
+
+    def add(self, insert_id: str, time: float) -> int:
+        self.count += 1
+        self.numbers[insert_id] = (self.count, time)
+        return self.count
+
+    def until(self, number: int) -> _Given:
+        """What was given up to that number; an older cursor goes on from there by itself."""
+        if number == self.count:
+            return self
+        kept = {name: entry for name, entry in self.numbers.items() if entry[0] <= number}
+        return _Given(kept, number)
+
+    def forget(self, before: float) -> None:
+        kept = {name: entry for name, entry in self.numbers.items() if entry[1] >= before}
+        self.numbers = kept
+
+
+@dataclass(frozen=True)
+class _Entry:
+    time: float
+    insert_id: str
+    worker: int
+    text: str
+
+
+def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
+    """What there is after `query.cursor`. Errors: `Transient` when it is not this reader's turn, or
+    for what passes; the lines given before it stand."""
+    ref = next((ref for ref in reversed(job.refs) if ref.kind == JOB), None)
+    if ref is None:
+        return
+    cursor = query.cursor
+    known = cursor.get("given")
+    given = known.until(int(cursor["number"])) if isinstance(known, _Given) else _Given()
+    until = env.clock.now() - SETTLE
+    for page in _pages(ref, query, env, until):
+        for entry in sorted(page, key=lambda entry: (entry.time, entry.insert_id)):
+            if _was_given(entry, cursor, given):
+                continue
+            number = given.add(entry.insert_id, entry.time)
+            newest = max(entry.time, float(cursor.get("time", 0.0)))
+            cursor = {"time": newest, "id": entry.insert_id, "number": number, "given": given}
+            if query.worker in (None, entry.worker):
+                yield Line(entry.worker, entry.time, entry.text, cursor)
+    if cursor:
+        given.forget(float(cursor["time"]) - 2 * OVERLAP)
+
+
+def _was_given(entry: _Entry, cursor: Mapping[str, Any], given: _Given) -> bool:
+    if entry.insert_id in given.numbers:
+        return True
+    if given.count or not cursor:
+        return False
+    # A cursor from another process has no memory: what sorts after it is new.
+    return (entry.time, entry.insert_id) <= (float(cursor["time"]), str(cursor["id"]))
+
+
+def _pages(ref: Ref, query: LogQuery, env: Env, until: float) -> Iterator[list[_Entry]]:
+    project = str(ref.data["project"])
+    who = f"{os.getpid()} {ref.data['job_id']} {query.worker}"
+    base = google.endpoint(env.environ, "logging", "https://logging.googleapis.com")
+    session = google.session(env.environ)
+    body: dict[str, Any] = {
+        "resourceNames": [f"projects/{project}"], "filter": _filter(ref, query, until),
+        "orderBy": "timestamp asc", "pageSize": _PAGE,
+    }  # fmt: skip
+    while True:
+        quota.take(env.home, project, who, env.clock.now())
+        what = f"reading the logs of {ref.name}"
+        url = f"{base}/v2/entries:list"
+        answer = google.call(session, "POST", url, what, ref.place, json=body)
+        yield [_entry(raw) for raw in answer.get("entries", ())]
+        if not answer.get("nextPageToken"):
+            return
+        body = {**body, "pageToken": answer["nextPageToken"]}
+
+
+def _filter(ref: Ref, query: LogQuery, until: float) -> str:
+    lines = ['resource.type="ml_job"', f'resource.labels.job_id="{ref.data["job_id"]}"']
+    starts = [float(query.cursor["time"]) - OVERLAP] if query.cursor else []
+    if query.since is not None:
+        starts.append(query.since)
+    if starts:
+        lines.append(f'timestamp>="{_stamp(max(starts))}"')
+    else:  # without a bound the service looks at the last day only
+        lines.append('timestamp>="1970-01-01T00:00:00Z"')
+    lines.append(f'timestamp<="{_stamp(until)}"')
+    if query.worker is not None:
+        pool = "workerpool0-0" if query.worker == 0 else f"workerpool1-{query.worker - 1}"
+        tasks = [pool, "service"] if query.worker == 0 else [pool]
+        lines.append(f"({' OR '.join(f'resource.labels.task_name={_quoted(t)}' for t in tasks)})")
+    return " AND ".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def _entry(raw: Mapping[str, Any]) -> _Entry:
+    task = str(raw.get("resource", {}).get("labels", {}).get("task_name", ""))
+    payload = raw.get("jsonPayload", {})
+    text = raw.get("textPayload", payload.get("message"))
+    time = _seconds(str(raw.get("timestamp", "")))
+    return _Entry(time, str(raw.get("insertId", "")), worker_of(task), str(text or "").rstrip("\n"))
+
+
+def worker_of(task: str) -> int:
+    """`workerpool0-0` is worker 0, `workerpool1-2` worker 3; what the service itself says about the
+    job goes with worker 0."""
+    pool, _, index = task.removeprefix("workerpool").partition("-")
+    if not (pool.isdigit() and index.isdigit()):
+        return 0
+    return 0 if pool == "0" else 1 + int(index)
+
+
+def _seconds(text: str) -> float:
+    """RFC 3339 in UTC; the service gives up to nine digits of a second."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    try:
+        start = datetime.strptime(whole, "%Y-%m-%dT%H:%M:%S").replace(tzinfo=timezone.utc)
+        return start.timestamp() + (float(f"0.{fraction}") if fraction else 0.0)
+    except ValueError as error:
+        raise Transient(f"a log entry has the time {text!r}", 5.0) from error
+
+
+def _stamp(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

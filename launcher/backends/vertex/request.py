@@ -1,0 +1,262 @@
+"""The exact requests of a job on Vertex AI, and its priced places. Pure: nothing is sent here.
+
+Field names are those of the REST resource projects.locations.customJobs (v1): 64-bit integers are
+strings, durations end in `s`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+from urllib.parse import quote, urlencode
+
+from launcher import hardware
+from launcher.backends.base import Intent, JobSpec, Offer, Plan
+from launcher.errors import BadRequest, NoCapacity
+from launcher.spec import Hardware, Vertex
+
+NAME = "vertex"
+JOB, OBJECT = "custom_job", "gcs_object"
+DEFAULT_PLACES = ("us-central1",)
+_CLOUD = "gcp"
+_ACCELERATOR_TYPES = {
+    "L4": "NVIDIA_L4",
+    "A100-40GB": "NVIDIA_TESLA_A100",
+    "A100-80GB": "NVIDIA_A100_80GB",
+    "H100": "NVIDIA_H100_80GB",
+    "H100-MEGA": "NVIDIA_H100_MEGA_80GB",
+    "H200": "NVIDIA_H200_141GB",
+    "B200": "NVIDIA_B200",
+}
+_STRATEGIES = {"standard": "STANDARD", "spot": "SPOT", "flex": "FLEX_START"}
+_LONGEST_HOURS = 7 * 24  # the service's own limit, and its default
+
+
+#: The oldest torch that the trainer runs on.
+_TORCH = (2, 9)
+
+
+@dataclass(frozen=True)
+class Image:
+    """A prebuilt training image; after `available_until` it may be removed."""
+
+    uri: str
+    torch: str
+    available_until: datetime.date
+
+
+#: From Google's page of supported frameworks, read 2026-11-21; the last entry is the newest.
+IMAGES = (
+    Image("us-docker.pkg.dev/vertex-ai/training/pytorch-gpu.2-3.py310:latest", "2.3",
+          datetime.date(2026, 4, 24)),
+    Image("us-docker.pkg.dev/vertex-ai/training/pytorch-gpu.2-4.py310:latest", "2.4",
+          datetime.date(2026, 7, 24)),
+)  # fmt: skip
+
+#: Runs in the container before anything of ours is there: takes the bundle from the bucket with
+#: the job's identity, and starts the boot.py inside it. `sha256` is of the tar inside the gzip.
+#: The two variables are those of Google's own libraries.
+FETCH = """\
+import gzip, hashlib, io, json, os, sys, tarfile, tempfile, time, urllib.error, urllib.parse
+import urllib.request
+def get(url, **headers):
+    for wait in (1, 2, 4, 8, None):  # the network of a fresh machine may need a moment
+        try:
+            request = urllib.request.Request(url, headers=headers)
+            return urllib.request.urlopen(request, timeout=300).read()
+        except urllib.error.URLError as error:
+            code = getattr(error, "code", None)
+            if wait is None or (code is not None and code < 500 and code != 429):
+                sys.exit("cannot read " + url.partition("?")[0] + ": " + str(error))
+        time.sleep(wait)
+metadata = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+identity = get("http://" + metadata + "/computeMetadata/v1/instance/service-accounts/default/token",
+               **{"Metadata-Flavor": "Google"})
+bearer = {"Authorization": "Bearer " + json.loads(identity)["access_token"]}
+storage = os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com").rstrip("/")
+def read(uri):
+    bucket, _, name = uri[len("gs://"):].partition("/")
+    name = urllib.parse.quote(name, safe="")
+    return get("%s/storage/v1/b/%s/o/%s?alt=media" % (storage, bucket, name), **bearer)
+bundle, sha256, spec = sys.argv[1:]
+data = gzip.decompress(read(bundle))
+if hashlib.sha256(data).hexdigest() != sha256:
+    sys.exit("the bundle " + bundle + " is damaged: its sha256 differs")
+boot = tarfile.open(fileobj=io.BytesIO(data)).extractfile("trainer/boot.py").read()
+folder = tempfile.mkdtemp(prefix="launch-")
+paths = [os.path.join(folder, name) for name in ("boot.py", "boot.json")]
+for path, content in zip(paths, (boot, read(spec))):
+    with open(path, "wb") as file:
+        file.write(content)
+os.execv(sys.executable, [sys.executable, paths[0], "run", paths[1]])
+"""
+
+
+def offers(spec: Hardware) -> Iterator[Offer]:
+    """Capacities in the order of the recipe, and of each the places in the order of the
+    recipe. Prices are those of Compute Engine; what Vertex AI adds is not in the table."""
+    accelerator = hardware.parse(spec.accelerator)
+    machine = _machine(spec)
+    for capacity in spec.capacity:
+        if capacity not in _STRATEGIES:
+            raise BadRequest("hardware.capacity", f"vertex has no '{capacity}' capacity",
+                             f"allowed: {', '.join(_STRATEGIES)}")  # fmt: skip
+        for place in spec.places or DEFAULT_PLACES:
+            price, source = _price(accelerator, machine, place, capacity)
+            rate = None if price is None else price * spec.nodes
+            yield Offer(NAME, place, str(accelerator), capacity, rate, source, machine)
+
+
+def plan(spec: JobSpec, offer: Offer) -> Plan:
+    """Two objects in the run's bucket (bundle, boot specification), then the custom job, which
+    is what bills. The bundle lies outside the run, so that the next run need not send it."""
+    if spec.hours is not None and spec.hours > _LONGEST_HOURS:
+        raise BadRequest("budget.hours", f"a Vertex AI job ends after {_LONGEST_HOURS} hours",
+                         "set fewer; the run goes on from its last checkpoint")  # fmt: skip
+    image = _image(spec.hardware)
+    root, bundle = str(spec.boot["root"]).rstrip("/"), spec.boot["bundle"]
+    bucket = root.removeprefix("gs://").partition("/")[0]
+    bundle_uri = f"gs://{bucket}/launch/bundles/{bundle['sha256']}.tar.gz"
+    boot_uri = f"{root}/boot/{spec.name}-a${{attempt}}.json"
+    boot = {**spec.boot, "bundle": {**bundle, "url": bundle_uri}}
+    facts = {"project": project_of(spec.hardware), "labels": labels(spec)}
+    sha256 = {"sha256": bundle["sha256"]}
+    intents = (
+        _object(bundle_uri, offer.place, {"file": bundle["url"], **facts, **sha256}),
+        _object(boot_uri, offer.place, {"json": boot, **facts}),
+        Intent(JOB, f"{spec.name}-a${{attempt}}", offer.place, {
+            "method": "POST",
+            "url": _jobs_url(spec.hardware, offer.place),
+            "body": _custom_job(spec, offer, image, (bundle_uri, bundle["sha256"], boot_uri)),
+        }),
+    )  # fmt: skip
+    return Plan(offer, intents)
+
+
+def warnings(spec: Hardware, today: datetime.date) -> Iterator[str]:
+    """What a plan for `spec` should say today."""
+    vertex = spec.vertex or Vertex()
+    if not vertex.project:
+        yield "no project: set hardware.vertex.project or GOOGLE_CLOUD_PROJECT"
+    for image in IMAGES:
+        if vertex.image == image.uri:
+            ends = "is past" if today > image.available_until else "is not past yet"
+            yield (
+                f"hardware.vertex.image {image.uri} has torch {image.torch} (the trainer needs "
+                f"{_torch()}), and its end of availability, {image.available_until}, {ends}; "
+                "name an image of your own"
+            )
+
+
+def project_of(spec: Hardware) -> str:
+    """The project, or a hole where none is known yet."""
+    return (spec.vertex and spec.vertex.project) or "${project}"
+
+
+def labels(spec: JobSpec) -> dict[str, str]:
+    """What every resource of a job carries; values as the API allows them."""
+    given = {**spec.labels, "launch-job": spec.name, "launch-attempt": "${attempt}"}
+    return {key: label(value) for key, value in given.items()}
+
+
+def label(value: str) -> str:
+    """A label value: at most 63 of lower-case letters, digits, `_` and `-`."""
+    if value == "${attempt}":
+        return "a${attempt}"  # a text, also after the hole has taken its number
+    return re.sub(r"[^a-z0-9_-]", "-", value.lower())[:63]
+
+
+def _image(spec: Hardware) -> str:
+    """The recipe's image, or the newest prebuilt one if the trainer runs on its torch."""
+    if spec.vertex and spec.vertex.image:
+        return spec.vertex.image
+    newest = IMAGES[-1]
+    if tuple(int(part) for part in newest.torch.split(".")) >= _TORCH:
+        return newest.uri
+    raise BadRequest(
+        "hardware.vertex.image",
+        f"is unset, and the newest prebuilt image has torch {newest.torch}: the trainer needs "
+        f"{_torch()}",
+        "build docker/Dockerfile, push it to Artifact Registry, and name it there",
+    )
+
+
+def _torch() -> str:
+    return ".".join(map(str, _TORCH))
+
+
+def _machine(spec: Hardware) -> str:
+    named = spec.vertex.machine if spec.vertex else None
+    machine = named or hardware.machine(hardware.parse(spec.accelerator), _CLOUD)
+    if machine is None:
+        raise NoCapacity(_CLOUD, f"no machine holds {spec.accelerator}; see hardware.accelerator")
+    return machine
+
+
+def _price(
+    accelerator: hardware.Accelerator, machine: str, place: str, capacity: str
+) -> tuple[Optional[float], str]:
+    """USD an hour of one machine, and where the price comes from or why there is none."""
+    for price in hardware.prices(accelerator, _CLOUD):
+        if price.machine != machine or price.region != place:
+            continue
+        dollars = {"standard": price.on_demand, "spot": price.spot}.get(capacity)
+        if dollars is not None:
+            return dollars, (
+                f"Compute Engine, without what Vertex AI adds; {price.source}, {price.snapshot}"
+            )
+    return None, f"no dated {capacity} price for {machine} in {place}"
+
+
+def _object(uri: str, place: str, source: Mapping[str, Any]) -> Intent:
+    """An upload that never replaces an object: one that exists is the one meant."""
+    bucket, _, name = uri.removeprefix("gs://").partition("/")
+    query = urlencode({"uploadType": "media", "name": name, "ifGenerationMatch": 0}, safe="${}")
+    url = f"https://storage.googleapis.com/upload/storage/v1/b/{quote(bucket)}/o?{query}"
+    return Intent(OBJECT, uri, place, {"method": "POST", "url": url, **source}, False)
+
+
+def _jobs_url(asked: Hardware, place: str) -> str:
+    host = f"https://{place}-aiplatform.googleapis.com/v1"
+    return f"{host}/projects/{project_of(asked)}/locations/{place}/customJobs"
+
+
+def _custom_job(
+    spec: JobSpec, offer: Offer, image: str, boot: tuple[str, str, str]
+) -> dict[str, Any]:
+    vertex = spec.hardware.vertex or Vertex()
+    accelerator = hardware.parse(spec.hardware.accelerator)
+    worker = {
+        "machineSpec": {
+            "machineType": offer.machine,
+            "acceleratorType": _ACCELERATOR_TYPES[accelerator.kind.name],
+            "acceleratorCount": accelerator.count,
+        },
+        "containerSpec": {
+            "imageUri": image,
+            "command": ["python3", "-c", FETCH],
+            "args": list(boot),
+        },
+    }
+    pools = [{**worker, "replicaCount": "1"}]
+    if spec.hardware.nodes > 1:
+        pools.append({**worker, "replicaCount": str(spec.hardware.nodes - 1)})
+    # The service starts a failed worker again by itself, and that stays on (no disableRetries): it
+    # is faster than a new job, and boot resumes.
+    scheduling: dict[str, Any] = {"strategy": _STRATEGIES[offer.capacity]}
+    if spec.hardware.nodes > 1:
+        # The peers of a restarted worker are in the middle of a step: all have to start again.
+        scheduling["restartJobOnWorkerRestart"] = True
+    if spec.hours is not None:
+        scheduling["timeout"] = "${deadline}s"
+    if offer.capacity == "flex" and spec.wait_hours is not None:
+        scheduling["maxWaitDuration"] = f"{round(spec.wait_hours * 3600)}s"
+    job: dict[str, Any] = {"workerPoolSpecs": pools, "scheduling": scheduling}
+    if vertex.service_account:
+        job["serviceAccount"] = vertex.service_account
+    if vertex.network:
+        job["network"] = vertex.network
+    return {"displayName": f"{spec.name}-a${{attempt}}", "labels": labels(spec), "jobSpec": job}

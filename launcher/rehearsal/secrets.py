@@ -1,0 +1,79 @@
+"""Secret Manager as far as a job reads it (versions.access), and the metadata server from which a
+machine in the cloud takes the token that it reads with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from launcher.google import library
+from launcher.rehearsal.http import HttpError, Request, Response, answer
+from launcher.rehearsal.routes import dispatch, routes
+
+_types = library("google.cloud.secretmanager_v1.types")
+_TRANSPORT = library(
+    "google.cloud.secretmanager_v1.services.secret_manager_service.transports.rest_base"
+)._BaseSecretManagerServiceRestTransport
+TOKEN = "rehearsal-token"
+EMAIL = "rehearsal@rehearsal.iam.gserviceaccount.com"
+_NAME = re.compile(r"projects/([^/]+)/(?:locations/[^/]+/)?secrets/([^/]+)/versions/[^/]+")
+_FLAVOR = {"Metadata-Flavor": "Google"}
+_ACCOUNT = "/computeMetadata/v1/instance/service-accounts"
+
+
+class Secrets:
+    """`values` by `project/name`; `denied` names those that may not be read."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values, self.denied = dict(values), set[str]()
+        message = _types.AccessSecretVersionRequest
+        self._routes = routes(_TRANSPORT, "AccessSecretVersion", message, self._access)
+
+    def handle(self, request: Request) -> Optional[Response]:
+        return dispatch(self._routes, request)
+
+    def _access(self, asked: Any) -> Any:
+        found = _NAME.fullmatch(asked.name)
+        key = f"{found[1]}/{found[2]}" if found else asked.name
+        if key in self.denied:
+            raise HttpError(
+                403, f"Permission 'secretmanager.versions.access' denied for resource {asked.name}"
+            )
+        if key not in self.values:
+            raise HttpError(404, f"Secret [{asked.name}] not found or has no versions.")
+        data = self.values[key].encode()
+        payload = _types.SecretPayload(data=data, data_crc32c=library("google_crc32c").value(data))
+        return _types.AccessSecretVersionResponse(name=asked.name, payload=payload)
+
+
+class Metadata:
+    """The metadata server of a machine: one service account with a token."""
+
+    def __init__(self, project: str = "rehearsal") -> None:
+        self.project = project
+
+    def handle(self, request: Request) -> Optional[Response]:
+        path = request.path.rstrip("/")
+        if path == "" and request.method == "GET":  # how libraries ask whether it is there
+            return Response(200, b"computeMetadata/\n", dict(_FLAVOR))
+        if not path.startswith("/computeMetadata/"):
+            return None
+        if request.headers.get("Metadata-Flavor") != "Google":
+            raise HttpError(403, "Missing Metadata-Flavor:Google header.")
+        response = self._answer(path)
+        response.headers.update(_FLAVOR)
+        return response
+
+    def _answer(self, path: str) -> Response:
+        if path == f"{_ACCOUNT}/default/token":
+            return answer({"access_token": TOKEN, "expires_in": 3599, "token_type": "Bearer"})
+        if path == f"{_ACCOUNT}/default":
+            scopes = ["https://www.googleapis.com/auth/cloud-platform"]
+            return answer({"aliases": ["default"], "email": EMAIL, "scopes": scopes})
+        texts = {"/computeMetadata/v1/project/project-id": self.project,
+                 f"{_ACCOUNT}/default/email": EMAIL,
+                 "/computeMetadata/v1/universe/universe-domain": "googleapis.com"}  # fmt: skip
+        if path not in texts:
+            raise HttpError(404, f"the metadata server has no {path}")
+        return Response(200, texts[path].encode(), {"Content-Type": "application/text"})
