@@ -70,6 +70,6 @@ $(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
-	@echo "installing launch, torch and the test tools into $(VENV): about a minute, or as long as a gigabyte takes to arrive"
-	@$(PIP) install -qq -c constraints.txt -e ".[train,dev]"
+	@echo "installing launch, torch, the clouds' clients and the test tools into $(VENV): two minutes, or as long as two gigabytes take to arrive"
+	@$(PIP) install -qq -c constraints.txt -e ".[train,google,rehearse,s3,dev]"
 	@touch $@ $(VENV)/.train

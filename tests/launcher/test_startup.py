@@ -15,6 +15,7 @@ _HEAVY = {"torch", "transformers", "google", "pulumi", "kubernetes", "sky", "req
 #: Runs each command line in one process, then says what was loaded and opened.
 _PROBE = """
 import io, json, os, sys
+at_start = set(sys.modules)  # Google's namespace packages are there with the interpreter
 opened = []
 home = os.environ["LAUNCH_HOME"]
 sys.addaudithook(lambda event, args: opened.append(str(args[0]))
@@ -22,7 +23,7 @@ sys.addaudithook(lambda event, args: opened.append(str(args[0]))
 from launcher import cli
 real, sys.stdout = sys.stdout, io.StringIO()
 codes = [cli.run(words) for words in json.loads(sys.argv[1])]
-real.write(json.dumps({"codes": codes, "modules": sorted(sys.modules), "opened": opened}))
+real.write(json.dumps({"codes": codes, "modules": sorted(set(sys.modules) - at_start), "opened": opened}))
 """
 
 
