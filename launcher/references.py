@@ -33,11 +33,13 @@ def reference_problems(
     """Local folders that are not there, and an adapter where a whole model is needed. `earlier`:
     the stages that this one waits for."""
     for path, given in _references(stage):
-        place = _local(given, named=path[0] != "kd" or path[-1] == "teacher")
+        stores = path[-1] in ("targets", "logits_dir")
+        place = _local(given, named=not stores)
         if place is None:
             continue
         if stage.hardware.backend == "vertex":
-            yield path, "a Vertex AI job cannot read this machine's files; name a stage or a model"
+            what = "a Vertex AI job cannot read this machine's files; "
+            yield path, what + ("write gs://BUCKET/..." if stores else "name a model of the hub")
         elif stage.hardware.backend == "local":
             what = _absent(place, earlier, written)
             if what is not None:

@@ -69,8 +69,8 @@ def _next(run: Run) -> list[str]:
     resume, code = f"`launch resume {run.name}", _fault(run)
     if code == 64:
         return [
-            "the recipe is at fault (the lines above say where): fix it, then `launch up` it anew",
-            f"{resume} --set KEY=VALUE` changes the recipe of this run, and {_resumption(run)}",
+            "the recipe is at fault, or a file that it names: fix it, then `launch up` the recipe",
+            f"{resume} --set KEY=VALUE` (without --set: the same recipe) {_resumption(run)}",
         ]
     if code is None:
         return [f"{resume}` {_resumption(run)}"]
