@@ -38,8 +38,8 @@ def reference_problems(
         if place is None:
             continue
         if stage.hardware.backend == "vertex":
-            what = "a Vertex AI job cannot read this machine's files; "
-            yield path, what + ("write gs://BUCKET/..." if stores else "name a model of the hub")
+            instead = "write gs://BUCKET/..." if stores else "name a model of the hub, or a stage"
+            yield path, f"a Vertex AI job cannot read this machine's files; {instead}"
         elif stage.hardware.backend == "local":
             what = _absent(place, earlier, written)
             if what is not None:

@@ -338,11 +338,7 @@ def test_after_a_failure_resume_promises_only_what_it_does(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("exit_code", "first", "last"),
     [
-        (
-            64,
-            "the recipe is at fault",
-            "`launch resume thing-1 --set KEY=VALUE` changes the recipe",
-        ),
+        (64, "the recipe is at fault", "`launch resume thing-1 --set KEY=VALUE` (without"),
         (65, "the data is at fault: fix it first", "then `launch resume thing-1` starts it again"),
         (78, "the environment is at fault: fix it first", "then `launch resume thing-1` starts"),
         (1, "`launch resume thing-1` starts it again", "there is no checkpoint"),
