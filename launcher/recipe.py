@@ -134,10 +134,10 @@ def _stage(draft: Draft, stages: list[Draft], sources: Sources) -> Optional[Stag
 
 def _sound(data: Mapping[str, Any], found: Iterable[Problem]) -> dict[str, Any]:
     """The stage without the keys that `found` blames; a block that is wrong without them too is
-    left out, and so is `hardware`, whose defaults would be another machine."""
+    left out, and so are `hardware` and `gate`, which mean something else without one key."""
     kept = {key: deepcopy(value) for key, value in data.items()}
     for path, _ in found:
-        if path[0] == "hardware" or len(path) < 2 or not isinstance(path[-1], str):
+        if path[0] in ("hardware", "gate") or len(path) < 2 or not isinstance(path[-1], str):
             kept.pop(str(path[0]), None)
             continue
         holder: Any = kept
