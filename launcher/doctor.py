@@ -30,9 +30,21 @@ _EXTRAS = {
         ("numpy", "numpy"),
         ("tensorboard", "tensorboard"),
     ),
-    "google": (("google.auth", "google-auth"), ("requests", "requests")),
+    "hub": (("datasets", "datasets"),),
+    "tracking": (("mlflow", "mlflow-skinny"), ("wandb", "wandb")),
+    "google": (
+        ("google.auth", "google-auth"),
+        ("requests", "requests"),
+        ("google.cloud.storage", "google-cloud-storage"),
+    ),
     "kubernetes": (("kubernetes", "kubernetes"),),
-    "infra": (("pulumi", "pulumi"),),
+    "infra": (("pulumi", "pulumi"), ("pulumi_gcp", "pulumi-gcp")),
+    "rehearse": (
+        ("google.cloud.aiplatform", "google-cloud-aiplatform"),
+        ("google.cloud.tpu_v2", "google-cloud-tpu"),
+        ("google.cloud.logging", "google-cloud-logging"),
+        ("google.cloud.secretmanager", "google-cloud-secret-manager"),
+    ),
 }
 #: The extra that a backend cannot do without on this machine.
 _EXTRA_OF = {"local": "train"}

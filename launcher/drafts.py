@@ -11,6 +11,7 @@ from typing import Optional
 
 from launcher import backends
 from launcher.positions import Node, Position, Problems, merge
+from launcher.references import Written
 from launcher.sources import Sources, beside
 from launcher.spec import NAME
 from trainer.config import NEEDS, STAGES, nearest
@@ -85,6 +86,15 @@ def backends_of(stages: list[Draft]) -> set[str]:
     """The backends that the stages name."""
     named = (stage.node.get("hardware", "backend") for stage in stages)
     return {str(node.value) if node is not None else "local" for node in named}
+
+
+def written(stages: list[Draft]) -> Written:
+    """What the stages write that others may name: folders of exports, and adapters."""
+    exports = ((stage.id, stage.node.get("export", "to")) for stage in stages)
+    folders = {i: str(to.value) for i, to in exports if to is not None and to.value is not None}
+    adapters = (stage for stage in stages if stage.kind in ("pretrain", "sft", "kd"))
+    trained = ((stage.id, stage.node.get("model", "adapter")) for stage in adapters)
+    return Written(folders, {i for i, node in trained if node is not None and node.value})
 
 
 def absolute(text: str, at: Position) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -120,15 +121,36 @@ def _stage(draft: Draft, stages: list[Draft], sources: Sources) -> Optional[Stag
     found: list[Problem] = []
     stage: Optional[Stage] = build(Stage, data, (), found)
     _report(found, node, sources)
-    wrong = {path[0] for path, _ in found}
     if stage is None:
-        sound = {key: value for key, value in data.items() if key not in wrong}
-        stage = build(Stage, {"stage": STAGES[0], **sound}, (), [])
+        stage = build(Stage, {"stage": STAGES[0], **_sound(data, found)}, (), [])
     if stage is not None:
         earlier = rules.reachable(draft.id, {d.id: d.needs for d in stages})
         known, complete = [d.id for d in stages], len(sources.problems) == before
-        _report(rules.stage_problems(stage, earlier, known, complete), node, sources)
+        written = drafts.written(stages)
+        found = list(rules.stage_problems(stage, earlier, known, complete, written))
+        _report(found, node, sources)
     return stage if len(sources.problems) == before else None
+
+
+def _sound(data: Mapping[str, Any], found: Iterable[Problem]) -> dict[str, Any]:
+    """The stage without the keys that `found` blames; a block that is wrong without them too is
+    left out, and so are `hardware` and `gate`, which mean something else without one key."""
+    kept = {key: deepcopy(value) for key, value in data.items()}
+    for path, _ in found:
+        if path[0] in ("hardware", "gate") or len(path) < 2 or not isinstance(path[-1], str):
+            kept.pop(str(path[0]), None)
+            continue
+        holder: Any = kept
+        for part in path[:-1]:
+            inside = isinstance(holder, Mapping) and part in holder
+            listed = isinstance(holder, list) and isinstance(part, int) and part < len(holder)
+            holder = holder[part] if inside or listed else None
+        if isinstance(holder, dict):
+            holder.pop(path[-1], None)
+    still: list[Problem] = []
+    build(Stage, {"stage": STAGES[0], **kept}, (), still)
+    wrong = {path[0] for path, _ in still}
+    return {key: value for key, value in kept.items() if key not in wrong}
 
 
 def _whole(

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from launcher import backends, hardware
 from launcher.positions import Node, Problems
+from launcher.references import Written, reference_problems
 from launcher.spec import Gate, Stage
 from trainer.config import KeyPath, Problem, nearest, to_dict
 
@@ -38,14 +39,19 @@ def reachable(stage_id: str, needs: Mapping[str, Collection[str]]) -> set[str]:
 
 
 def stage_problems(
-    stage: Stage, earlier: Collection[str], known: Sequence[str], complete: bool
+    stage: Stage,
+    earlier: Collection[str],
+    known: Sequence[str],
+    complete: bool,
+    written: Written,
 ) -> Iterator[Problem]:
     """Problems of one stage. `earlier`: stages it can reach; `known`: all ids, in order;
-    `complete`: no block was left out because of problems of its own."""
+    `complete`: nothing was left out because of problems of its own; `written`: by other stages."""
     yield from _hardware(stage)
     if complete:
         yield from _training(stage)
     yield from _references(stage, earlier, known)
+    yield from reference_problems(stage, earlier, written)
     for index, gate in enumerate(stage.gate):
         for key, what in _gate(gate, stage, earlier, known):
             yield ("gate", index, key), what

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Union
+from typing import Any, Literal, Optional, Union
 
 KeyPath = tuple[Union[str, int], ...]
 Problem = tuple[KeyPath, str]  # the path of a key, and what is wrong with it
@@ -108,6 +109,8 @@ def _build_one_of(options: list[Any], raw: Any, at: KeyPath, problems: list[Prob
     return value
 
 
+#: Combinations of guesses that are tried before the rules of a dataclass are left for later.
+_MOST_TRIES = 64
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -117,23 +120,67 @@ def _build_dataclass(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) 
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     before = len(problems)
+    unknown: set[str] = set()
     for key in raw:
         if key not in fields:
             problems.append(((*at, key), f"unknown key; {nearest(str(key), fields)}"))
-    values = {
-        name: build(hints[name], raw[name], (*at, name), problems) for name in fields if name in raw
-    }
+            unknown.update(difflib.get_close_matches(str(key), fields, n=1))
+    values, wrong = {}, unknown - set(raw)
+    for name in fields:
+        if name in raw:
+            known = len(problems)
+            values[name] = build(hints[name], raw[name], (*at, name), problems)
+            if len(problems) > known:
+                wrong.add(name)
     for name, f in fields.items():
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if no_default and name not in raw:
             problems.append((at, f"missing key `{name}`"))
+            wrong.add(name)
     if len(problems) > before:
+        guesses = {name: _guesses(hints[name]) for name in sorted(wrong)}
+        problems.extend(((*at, name), what) for name, what in _remaining(kind, values, guesses))
         return None
     try:
         return kind(**values)
     except FieldErrors as error:
         problems.extend(((*at, name), message) for name, message in error.problems)
         return None
+
+
+def _remaining(
+    kind: Any, values: Mapping[str, Any], guesses: Mapping[str, list[Any]]
+) -> list[tuple[str, str]]:
+    """The problems of fields in `values` that stay whatever `guesses`, the fields that could not
+    be read, are put right to: a rule about several fields says nothing while one is not known."""
+    stay: Optional[list[tuple[str, str]]] = None
+    tries = itertools.product(*guesses.values())
+    for guess in itertools.islice(tries, _MOST_TRIES + 1):
+        try:
+            kind(**{**values, **dict(zip(guesses, guess))})
+            return []
+        except FieldErrors as error:
+            found = [(name, what) for name, what in error.problems if name not in guesses]
+        except (TypeError, AttributeError):  # a rule that looks into a field that is not known
+            return []
+        stay = found if stay is None else [one for one in stay if one in found]
+        if not stay:
+            return []
+    return (stay or []) if math.prod(map(len, guesses.values())) <= _MOST_TRIES else []
+
+
+def _guesses(kind: Any) -> list[Any]:
+    """Values that a field of this type may have, enough for every rule on other fields to hold for
+    one of them: 720720 is a multiple of whatever small number a rule wants to divide it by."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return [guess for option in arguments for guess in _guesses(option)]
+    if origin is Literal:
+        return list(arguments)
+    known: dict[Any, list[Any]] = {
+        type(None): [None], bool: [False, True], int: [1, 720720], float: [1.0], str: ["x"]
+    }  # fmt: skip
+    return known.get(kind, [()] if origin is tuple else [{}] if origin else [object()])
 
 
 def _wrong(raw: Any, wanted: str, at: KeyPath, problems: list[Problem]) -> None:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import api, console, home, records, report
-from launcher.backends.base import Env, Phase
+from launcher import api, console, home, records, report, retry
+from launcher.backends.base import Env, Line, Phase
 from launcher.errors import Exit, LaunchError
 from launcher.logs import Reader, looks
 from launcher.run import Run
 
 #: Log lines shown of what was there before, or was hidden by the view when the run failed.
 _LAST_LINES = 20
+_BEFORE = "--- the last lines logged before this command ---"
+_SINCE = "--- logged since ---"
 
 
 def follow(run: Run, env: Env, *, since: float, as_json: bool) -> int:
     """Show the run until it is over, then its comparison, gates, artifacts and report; returns the
     run's exit code. Ctrl-C detaches: 0, and the run goes on. `since`: when the command was given;
-    of what was logged before it, only the last lines are shown."""
+    of what was logged before it, only the last lines are shown, marked as such."""
     try:
         if console.can_show_live() and not as_json:
-            ended = _live(run, env)
+            ended = _live(run, env, since)
         else:
             ended = _plain(run, env, since, console.notice if as_json else console.say)
     except KeyboardInterrupt:
@@ -57,8 +59,30 @@ def ending(run: Run, written: Optional[Path]) -> list[str]:
     if written is not None:
         lines.append(f"report:    {written}  (launch report {run.name} writes it again)")
     if run.phase in (Phase.FAILED, Phase.LOST, Phase.CANCELLED):
-        lines.append(f"`launch resume {run.name}` {_resumption(run)}")
+        lines += _next(run)
     return lines
+
+
+def _next(run: Run) -> list[str]:
+    """What to do about a run that did not succeed. A resumed run reads its own recipe, as it was
+    recorded, and the files that it names, as they are by then."""
+    resume, code = f"`launch resume {run.name}", _fault(run)
+    if code == 64:
+        return [
+            "the recipe is at fault, or a file that it names: fix it, then `launch up` the recipe",
+            f"{resume} --set KEY=VALUE` (without --set: the same recipe) {_resumption(run)}",
+        ]
+    if code is None:
+        return [f"{resume}` {_resumption(run)}"]
+    fault = retry.HOPELESS[code].removeprefix("the ")
+    return [f"the {fault} is at fault: fix it first, then {resume}` {_resumption(run)}"]
+
+
+def _fault(run: Run) -> Optional[int]:
+    """The exit code of a run that failed by what trying again cannot change, else None."""
+    attempts = [job.attempts[-1] for job in run.jobs if job.attempts]
+    code = attempts[-1].exit_code if attempts and run.phase is Phase.FAILED else None
+    return code if code in retry.HOPELESS else None
 
 
 def _resumption(run: Run) -> str:
@@ -79,8 +103,11 @@ def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Ru
     last, first = run, True
     for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
         old = first and run.created < since - 1
-        for line in deque(lines, maxlen=_LAST_LINES) if old else lines:
-            write(line.text)
+        if old:
+            _told(lines, since, write)
+        else:
+            for line in lines:
+                write(line.text)
         for name, phase in _phases(last):
             if known.get(name) != phase:
                 console.notice(f"{name}: {phase}")
@@ -89,18 +116,30 @@ def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Ru
     return last
 
 
-def _live(run: Run, env: Env) -> Run:
+def _told(lines: Iterable[Line], since: float, write: Callable[[str], None]) -> None:
+    """All lines from `since` on; before them, between two marks, the last of the older ones: what
+    an earlier attempt said must not pass for the beginning of this one."""
+    before: deque[str] = deque(maxlen=_LAST_LINES)
+    fresh: list[str] = []
+    for line in lines:
+        (before if line.time < since else fresh).append(line.text)
+    if before:
+        fresh = [_BEFORE, *before, _SINCE, *fresh]
+    for text in fresh:
+        write(text)
+
+
+def _live(run: Run, env: Env, since: float) -> Run:
     from launcher.commands.live import View
 
-    recent: deque[str] = deque(maxlen=_LAST_LINES)
+    recent: deque[Line] = deque(maxlen=_LAST_LINES)
     last = run
     with View() as view:
         for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
-            recent.extend(line.text for line in lines)
+            recent.extend(lines)
             view.run(last, env.clock.now())
     if last.phase in (Phase.FAILED, Phase.LOST):
-        for text in recent:
-            console.notice(text)
+        _told(recent, since, console.notice)
     return last
 
 

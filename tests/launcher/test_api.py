@@ -38,7 +38,7 @@ TRAINING = """
 launch: 1
 name: small
 stage: pretrain
-model: {init: random, tokenizer: /tok, architecture: {hidden_size: 64, heads: 4}}
+model: {init: random, tokenizer: org/tok, architecture: {hidden_size: 64, heads: 4}}
 data: {train: [{builtin: python-reference}]}
 train: {steps: 20, until: 10}
 hardware: {backend: fake}

@@ -4,17 +4,19 @@ that are taken, errors for programs."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launcher import api, cli, console
+from launcher import api, cli, console, doctor
 from launcher.backends.base import Held, Phase
 from launcher.backends.vertex import VertexBackend
+from launcher.commands import follow
 from launcher.errors import LaunchError
-from launcher.run import Driver, Run, StageState
+from launcher.run import Attempt, Driver, JobState, Run, StageState
 from tests.launcher.fake_backend import World
 from tests.launcher.recorded import Recorder, quickstart
 from tests.launcher.runs import plugged_in
@@ -331,6 +333,65 @@ def test_after_a_failure_resume_promises_only_what_it_does(tmp_path: Path) -> No
     whole.parent.mkdir(parents=True)
     whole.touch()
     assert ending(run, None)[-1] == "`launch resume thing-1` goes on from the last checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "first", "last"),
+    [
+        (64, "the recipe is at fault", "`launch resume thing-1 --set KEY=VALUE` (without"),
+        (65, "the data is at fault: fix it first", "then `launch resume thing-1` starts it again"),
+        (78, "the environment is at fault: fix it first", "then `launch resume thing-1` starts"),
+        (1, "`launch resume thing-1` starts it again", "there is no checkpoint"),
+    ],
+)
+def test_what_would_fail_again_is_to_be_put_right_first(
+    tmp_path: Path, exit_code: int, first: str, last: str
+) -> None:
+    from launcher.commands.follow import ending
+
+    run = _run()
+    run.phase, run.root = Phase.FAILED, str(tmp_path)
+    run.stages = [StageState("a", "pretrain", 0, str(tmp_path / "a"), Phase.FAILED)]
+    attempts = [Attempt(1, Phase.PREEMPTED, exit_code=75), Attempt(2, exit_code=exit_code)]
+    run.jobs = [JobState(0, "thing-1-j0", "local", ["a"], attempts), JobState(1, "j1", "local")]
+
+    advice = [line for line in ending(run, None) if "launch" in line or "fault" in line]
+
+    assert advice[0].startswith(first) and last in advice[-1]
+    assert len(advice) == (2 if exit_code == 64 else 1)
+
+
+def test_what_was_logged_before_a_resume_is_marked(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Recorder(home)
+    made.begin()
+    made.log(0, [f"old {number}" for number in range(30)])
+    made.clock.sleep(100)
+    began = made.clock.now()
+    made.log(0, ["new 0", "new 1"], attempt=2)
+    made.begin(attempt=2)
+    made.end()
+
+    assert follow.follow(made.run(), made.env, since=began, as_json=False) == 0
+
+    shown = capsys.readouterr().out.splitlines()
+    first, last = shown.index("--- the last lines logged before this command ---"), 21
+    assert shown[first + 1 : first + last] == [f"old {number}" for number in range(10, 30)]
+    assert shown[first + last : first + last + 3] == ["--- logged since ---", "new 0", "new 1"]
+
+    assert follow.follow(made.run(), made.env, since=0.0, as_json=False) == 0
+    assert "---" not in capsys.readouterr().out
+
+
+def test_the_doctor_knows_every_extra() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    block = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", block, re.MULTILINE)) - {"dev"}
+
+    assert set(doctor._EXTRAS) == extras
+    for extra, packages in doctor._EXTRAS.items():
+        assert all(f'"{distribution}' in block for _, distribution in packages), extra
 
 
 def test_a_dry_run_ends_with_one_verdict(launch: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,7 @@ def test_malformed_references_say_what_may_be_written(at: Path) -> None:
 
 
 def test_relative_paths_start_at_the_file_they_are_written_in(at: Path) -> None:
-    (at / "sub").mkdir()
+    (at / "sub/m").mkdir(parents=True)
     (at / "sub/t.jsonl").write_text("{}")
     (at / "v.jsonl").write_text("{}")
     text = SINGLE.replace("{builtin: python-reference, split: train}", "{path: t.jsonl}")
@@ -275,6 +275,7 @@ def test_relative_paths_start_at_the_file_they_are_written_in(at: Path) -> None:
 
 
 def test_manifests_templates_and_folders_of_datasets_are_found_beside_the_recipe(at: Path) -> None:
+    (at / "set").mkdir()
     for name in ("m.jsonl", "t.jinja"):
         (at / name).write_text("{}")
     text = SINGLE.replace("stage: pretrain", "stage: sft")

@@ -42,6 +42,7 @@ def test_wrong_adapters_are_told_where_they_are(at: Path, old: str, new: str, wh
 
 
 def test_an_export_goes_to_a_folder_beside_its_recipe_or_to_the_hub(at: Path) -> None:
+    (at / "m").mkdir()
     (stage,) = load(EXPORT % "out").stages
     assert stage.export is not None
     assert (stage.export.model, stage.export.to) == (str(at / "m"), str(at / "out"))
@@ -53,6 +54,7 @@ def test_an_export_goes_to_a_folder_beside_its_recipe_or_to_the_hub(at: Path) ->
 
 def test_a_merge_may_say_its_base_as_a_path(at: Path) -> None:
     text = "launch: 1\nname: one\nstage: merge\nmerge: {adapter: a/lora, base: ./base}\n"
+    (at / "base").mkdir()
     (stage,) = load(text).stages
     assert stage.merge is not None
     assert (stage.merge.adapter, stage.merge.base) == ("a/lora", str(at / "base"))
