@@ -87,7 +87,8 @@ def run_stage(
     folder = Path(config.output)
     if runtime.main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "args_snapshot.json", to_dict(config))
+        arguments = sinks.without_secrets(to_dict(config), os.environ)
+        write_json(folder / "args_snapshot.json", arguments)
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
     metrics = _metrics(config, job, say) if runtime.main else None
@@ -107,7 +108,10 @@ def run_stage(
 
 def _metrics(config: StageConfig, job: Job, say: Callable[[str], None]) -> Metrics:
     chosen = config.train.report_to if config.train else ("tensorboard",)
-    about = sinks.About(job.run, config.id, job.attempt, Path(config.output), to_dict(config))
+    arguments = to_dict(config)
+    about = sinks.About(
+        job.run, config.id, job.attempt, Path(config.output), arguments, title=job.name
+    )
     trackers = {} if job.dry_run else sinks.start(chosen, about)
     board = "tensorboard" in chosen
     return Metrics(
