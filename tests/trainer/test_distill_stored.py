@@ -159,6 +159,22 @@ def test_sampled_targets_have_the_dense_gradient_as_their_mean() -> None:
     assert distance(biased, dense) > 2 * distance(mean, dense)
 
 
+def test_the_loss_of_samples_is_a_divergence(tokenizer: str, texts: str) -> None:
+    """Of a student that is the teacher: the noise of sampling, which more samples make small."""
+    data = gradients.rows(tokenizer, texts, packing=True)
+    found = {}
+    for samples in (64, 4096):
+        kept = gradients.stored(
+            tokenizer, data, torch.float64, alpha=0.0, sampler="sample", samples=samples
+        )
+        (batch,) = prepare(kept, [data.batch(range(len(data)))], gradients.CPU, 0)
+        teacher = gradients.model(tokenizer, torch.float64, seed=2, hidden=64)
+        loss = kept.loss(teacher, batch, batch.weights, log=True)
+        found[samples] = float(loss.sums["kd_loss"][0] / batch.weights["kd"])
+        assert float(loss.total.detach()) == pytest.approx(found[samples])
+    assert 0 < found[4096] < 0.05 < found[64]
+
+
 def _sparse_gradient(case: Any, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     hidden = case["hidden"].detach().clone().requires_grad_()
     sparse_target(hidden, case["weight"], ids, w, temperature=2.0).loss.backward()
@@ -298,6 +314,8 @@ def test_a_student_learns_from_a_store_that_lacks_documents(
     outcome = run_stage(student)
     assert any(line.startswith("WARNING: ") and "no answer" in line for line in outcome.lines)
     assert any("a frozen copy of the starting model" in line for line in outcome.lines)
+    (first,) = [line for line in outcome.lines if line.startswith("step 1/")]
+    assert "kd_alpha 0.1000" in first and "keep_l2 " in first
     written = Path(student.output, "metrics", "0001.jsonl").read_text()
     lines = [json.loads(line) for line in written.splitlines()]
     (event,) = [line for line in lines if line.get("event") == "teacher_missing"]

@@ -203,7 +203,8 @@ def tracked(
 
 
 @pytest.mark.parametrize(
-    ("at", "store"), [("out", "out/mlruns"), ("runs/00ff/artifacts/kd/artifacts", "runs/00ff/mlruns")]
+    ("at", "store"),
+    [("out", "out/mlruns"), ("runs/00ff/artifacts/kd/artifacts", "runs/00ff/mlruns")],
 )
 def test_mlflow_has_the_same_numbers_names_and_parameters(
     at: str, store: str, tracked: Any, tmp_path: Path
