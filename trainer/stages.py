@@ -34,12 +34,12 @@ from trainer.runtime import Runtime
 from trainer.schedule import Horizon
 from trainer.single import export, merge, smoke
 from trainer.store import atomic_write
-from trainer.teacher import Answers, StoredAnswers, missing_chunks
+from trainer.teacher import Answers, StoredAnswers, coverage
 from trainer.teacher_files import LogitFiles
 from trainer.teacher_pass import write_targets
 from trainer.throughput import Meter
 
-#: Above this share of chunks without a teacher's answer, a warning says so.
+#: Above this share of tokens without a teacher's answer, a warning says so.
 MISSING_SHARE = 0.1
 
 
@@ -343,15 +343,22 @@ def _answers(context: Context, tokens: Any) -> Answers:
             temperature=kd.temperature,
             top_k=kd.top_k,
         )
-    missing, chunks = missing_chunks(found, rows)
-    context.say(f"teacher: answers for {chunks - missing} of {chunks} chunks, from {found.name}")
-    if missing > MISSING_SHARE * chunks:
+    seen = coverage(found, rows)
+    context.say(
+        f"teacher: answers for {seen.known:,} of {seen.tokens:,} tokens, in {seen.known_chunks} of"
+        f" {seen.chunks} chunks, from {found.name}"
+    )
+    if seen.missing > MISSING_SHARE:
         context.say(
-            f"WARNING: {missing / chunks:.0%} of the chunks of data.train have no answer of the"
+            f"WARNING: {seen.missing:.0%} of the tokens of data.train have no answer of the"
             " teacher; they are learnt from with cross-entropy alone"
         )
         if context.metrics is not None:
-            context.metrics.event("teacher_missing", 0, missing=missing, chunks=chunks)
+            facts = {"missing": seen.tokens - seen.known, "tokens": seen.tokens}
+            context.metrics.event(
+                "teacher_missing", 0, **facts, missing_chunks=seen.chunks - seen.known_chunks,
+                chunks=seen.chunks,
+            )  # fmt: skip
     return found
 
 

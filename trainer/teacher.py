@@ -59,12 +59,13 @@ class Answer(NamedTuple):
 
 class Answers(Protocol):
     """`sampled`: the entries are shares of samples; else what they leave of 1 is "other tokens".
-    `name`: where they come from, for messages."""
+    `name`: where they come from, for messages. `known`: how many of the tokens `places` of a chunk
+    have an answer, without reading it."""
 
     name: str
     sampled: bool
 
-    def has(self, key: int) -> bool: ...
+    def known(self, key: int, places: NDArray[np.int64]) -> int: ...
     def read(self, key: int, places: NDArray[np.int64]) -> Optional[Answer]: ...
 
 
@@ -115,15 +116,34 @@ def gather(answers: Answers, batch: Batch) -> Gathered:
     return Gathered(torch.from_numpy(ids), torch.from_numpy(p), torch.from_numpy(status))
 
 
-def missing_chunks(answers: Answers, rows: Rows) -> tuple[int, int]:
-    """(chunks without any answer, all chunks) of `rows`. Errors: `DataError` when none has one."""
-    status = [answers.has(s.key) for row in range(len(rows)) for s in segments(rows.batch([row]))]
-    if not any(status):
+class Coverage(NamedTuple):
+    """Of rows: the supervised tokens and how many have an answer; the chunks, and how many have
+    an answer for at least one token."""
+
+    known: int
+    tokens: int
+    known_chunks: int
+    chunks: int
+
+    @property
+    def missing(self) -> float:
+        """The share of tokens without an answer."""
+        return 1 - self.known / self.tokens
+
+
+def coverage(answers: Answers, rows: Rows) -> Coverage:
+    """What of `rows` has answers. Errors: `DataError` when nothing has."""
+    known, tokens = [], 0
+    for row in range(len(rows)):
+        for segment in segments(rows.batch([row])):
+            known.append(answers.known(segment.key, segment.places))
+            tokens += len(segment.places)
+    if not any(known):
         raise DataError(
-            f"{answers.name}: no answer for any of the {len(status)} chunks of data.train; they"
+            f"{answers.name}: no answer for any of the {len(known)} chunks of data.train; they"
             " need the same documents, tokenizer and data.sequence_length"
         )
-    return len(status) - sum(status), len(status)
+    return Coverage(sum(known), tokens, sum(n > 0 for n in known), len(known))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -200,8 +220,8 @@ class StoredAnswers:
         self._keys = keys[self._order]
         self._first = np.cumsum([0, *sizes])
 
-    def has(self, key: int) -> bool:
-        return self._find(key) is not None
+    def known(self, key: int, places: NDArray[np.int64]) -> int:
+        return 0 if self._find(key) is None else len(places)
 
     def read(self, key: int, places: NDArray[np.int64]) -> Optional[Answer]:
         """The answer for the chunk `key`. All of its supervised tokens are stored, in order, so

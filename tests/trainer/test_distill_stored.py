@@ -37,7 +37,7 @@ from trainer.losses.linear import sparse_target
 from trainer.models import load_tokenizer
 from trainer.objectives.distill import DistillOnline, alpha_at
 from trainer.step import backward, normalisers, prepare
-from trainer.teacher import StoredAnswers, missing_chunks
+from trainer.teacher import StoredAnswers, coverage
 from trainer.teacher_pass import answers, write_targets
 
 
@@ -191,7 +191,10 @@ def test_documents_without_an_answer_have_no_weight_in_the_distillation(
     kept = gradients.stored(tokenizer, known, torch.float64, alpha=0.0, top_k=10**6)
     expected = gradient(online(tokenizer, torch.float64, 0.0), tokenizer, known, torch.float64)
     assert distance(gradient(kept, tokenizer, every, torch.float64), expected) < 1e-6
-    assert missing_chunks(kept.answers, every) == (24, 48)
+    seen = coverage(kept.answers, every)
+    assert (seen.known_chunks, seen.chunks) == (24, 48)
+    assert seen.known == known.summary["supervised_tokens"]
+    assert seen.tokens == every.summary["supervised_tokens"]
     batch = prepare(kept, [every.batch(range(48))], gradients.CPU, 0)[0]
     missing = int(batch.weights["ce"] - batch.weights["kd"])
     assert missing == every.summary["supervised_tokens"] - known.summary["supervised_tokens"]
@@ -216,9 +219,8 @@ def test_the_store_survives_another_order_and_is_not_written_twice(
     assert (tmp_path / "shard-00000" / "values.npy").stat() == before
     turned = tmp_path / "turned.jsonl"
     turned.write_text("\n".join(reversed(Path(texts).read_text().splitlines())))
-    assert missing_chunks(
-        StoredAnswers(str(tmp_path), tokens, 2.0), gradients.rows(tokenizer, str(turned), True)
-    ) == (0, 48)
+    other = gradients.rows(tokenizer, str(turned), True)
+    assert coverage(StoredAnswers(str(tmp_path), tokens, 2.0), other).missing == 0
     assert write(data, top_k=3)["kept"] == 0
     meta = json.loads((tmp_path / "shard-00000" / "meta.json").read_text())
     assert meta["entries"] == 3 * meta["tokens"] == 3 * data.summary["supervised_tokens"]
@@ -238,7 +240,7 @@ def test_a_store_that_does_not_fit_is_one_line(tokenizer: str, texts: str, tmp_p
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "never seen before"}\n')
     with pytest.raises(DataError, match="no answer for any of the 1 chunks"):
-        missing_chunks(objective.answers, gradients.rows(tokenizer, str(other), True))
+        coverage(objective.answers, gradients.rows(tokenizer, str(other), True))
     ids = folder / "shard-00000" / "ids.npy"
     ids.write_bytes(ids.read_bytes()[:-8])
     with pytest.raises(DataError, match="store the targets again"):
@@ -319,7 +321,7 @@ def test_a_student_learns_from_a_store_that_lacks_documents(
     written = Path(student.output, "metrics", "0001.jsonl").read_text()
     lines = [json.loads(line) for line in written.splitlines()]
     (event,) = [line for line in lines if line.get("event") == "teacher_missing"]
-    assert 0.1 < event["missing"] / event["chunks"] < 0.6
+    assert 0.1 < event["missing"] / event["tokens"] < 0.6
     steps = [line for line in lines if line["kind"] == "step"]
     assert steps[0]["kd_alpha"] == pytest.approx(0.1)
     assert steps[-1]["kd_alpha"] == pytest.approx(0.1 + 0.8 * 19 / 20)
