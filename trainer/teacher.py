@@ -34,6 +34,17 @@ from trainer.data.stream import Rows
 from trainer.store import atomic_write
 
 Array = NDArray[Any]
+#: What all shards of a store share; older ones lack some of it.
+_COMMON = (
+    "teacher",
+    "weights",
+    "precision",
+    "tokenizer",
+    "temperature",
+    "sampler",
+    "top_k",
+    "samples",
+)
 _ARRAYS = ("keys", "positions", "offsets", "ids", "values")
 
 
@@ -193,8 +204,9 @@ class ShardWriter:
 
 
 class StoredAnswers:
-    """The shards below a folder, memory-mapped. Errors: `ConfigError` where there are none or they
-    were made with another tokenizer or temperature; `DataError` for a damaged shard."""
+    """The shards below a folder, memory-mapped. Errors: `ConfigError` where there are none, they
+    were not all made in one way, or with another tokenizer or temperature; `DataError` for a
+    damaged shard."""
 
     def __init__(self, reference: str, tokenizer: Any, temperature: float) -> None:
         folder = Path(reference)
@@ -205,10 +217,18 @@ class StoredAnswers:
         self.name = str(folder)
         self.shards = [_Shard(path.parent) for path in metas]
         meta = self.shards[0].meta
+        for what in _COMMON:
+            for other in self.shards[1:]:
+                if other.meta.get(what) != meta.get(what):
+                    raise ConfigError(
+                        f"kd.targets: {folder}: {metas[0].parent.name} and {other.name} differ in"
+                        f" `{what}`: the stage `targets` was changed and not run to its end; run it"
+                    )
         for what, ours in (("tokenizer", tokenizer_hash(tokenizer)), ("temperature", temperature)):
-            theirs = {shard.meta.get(what) for shard in self.shards}
-            if theirs != {ours}:
-                said = "another tokenizer" if what == "tokenizer" else f"temperature {theirs.pop()}"
+            if meta.get(what) != ours:
+                said = (
+                    "another tokenizer" if what == "tokenizer" else f"temperature {meta.get(what)}"
+                )
                 raise ConfigError(
                     f"kd.targets: {folder} was made with {said}; this stage has"
                     + (" its own" if what == "tokenizer" else f" {ours}")
@@ -241,6 +261,7 @@ class StoredAnswers:
 
 class _Shard:
     def __init__(self, folder: Path) -> None:
+        self.name = folder.name
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
             self.arrays = {

@@ -226,6 +226,71 @@ def test_the_store_survives_another_order_and_is_not_written_twice(
     assert meta["entries"] == 3 * meta["tokens"] == 3 * data.summary["supervised_tokens"]
 
 
+def test_answers_of_a_teacher_that_has_changed_are_not_kept(
+    tokenizer: str, texts: str, tmp_path: Path
+) -> None:
+    """Other weights under the same reference: what `stage@best` was yesterday."""
+    tokens, data = load_tokenizer(tokenizer), gradients.rows(tokenizer, texts, packing=True)
+    plan = Targets("runs/x/teacher@best", temperature=2.0)
+
+    def kept(teacher: torch.nn.Module, process: Any = gradients.CPU) -> float:
+        written = write_targets(tmp_path, plan, data, teacher.eval(), tokens, process, print)
+        return written["kept"]
+
+    teacher = gradients.model(tokenizer, torch.float32, seed=2)
+    assert kept(teacher) == 0 and kept(gradients.model(tokenizer, torch.float32, seed=2)) == 1
+    before = (tmp_path / "shard-00000" / "values.npy").read_bytes()
+    with torch.no_grad():  # the least change of a single weight
+        weight = next(iter(teacher.parameters())).flatten()[:1]
+        weight.copy_(torch.nextafter(weight, torch.tensor(1e9)))
+    assert kept(teacher) == 0
+    assert kept(gradients.model(tokenizer, torch.float32, seed=3)) == 0
+    assert (tmp_path / "shard-00000" / "values.npy").read_bytes() != before
+    assert kept(teacher.to(torch.bfloat16)) == 0
+
+
+def test_a_store_from_before_is_read(tokenizer: str, texts: str) -> None:
+    data = gradients.rows(tokenizer, texts, packing=True)
+    objective = gradients.stored(tokenizer, data, torch.float32, top_k=4)
+    folder = Path(str(objective.config.targets))
+    path = folder / "shard-00000" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({k: meta[k] for k in meta if k not in ("weights", "precision")}))
+    assert coverage(StoredAnswers(str(folder), load_tokenizer(tokenizer), 2.0), data).missing == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sampler": "sample", "samples": 16}, "sampler"),
+        ({"top_k": 9}, "top_k"),
+        ({"teacher": "another"}, "teacher"),
+        ({"temperature": 1.0}, "temperature"),
+    ],
+)
+def test_a_store_of_mixed_shards_is_one_line(
+    changed: dict[str, Any], said: str, tokenizer: str, texts: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A stage `targets` that was changed, begun again and stopped after its first shard."""
+    monkeypatch.setattr(teacher_pass, "SHARD_ROWS", 8)
+    tokens, data = load_tokenizer(tokenizer), gradients.rows(tokenizer, texts, packing=True)
+    teacher = gradients.model(tokenizer, torch.float32, seed=2).eval()
+    plan = Targets("t", top_k=8, temperature=2.0)
+    write_targets(tmp_path, plan, data, teacher, tokens, gradients.CPU, print)
+    StoredAnswers(str(tmp_path), tokens, 2.0)
+    asked = iter([False, True, True, True, True, True])
+    write_targets(
+        tmp_path, replace(plan, **changed), data, teacher, tokens, gradients.CPU, print,
+        stop=lambda: next(asked),
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=f"shard-00000 and shard-00001 differ in `{said}`"
+    ) as error:
+        StoredAnswers(str(tmp_path), tokens, 2.0)
+    assert "\n" not in str(error.value)
+
+
 def test_a_store_that_does_not_fit_is_one_line(tokenizer: str, texts: str, tmp_path: Path) -> None:
     tokens, data = load_tokenizer(tokenizer), gradients.rows(tokenizer, texts, packing=True)
     with pytest.raises(ConfigError, match="no stored targets in"):
