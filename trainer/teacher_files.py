@@ -103,7 +103,8 @@ class LogitFiles:
 
 
 def sample_files(folder: str, samples: Iterable[str]) -> dict[str, Path]:
-    """SAMPLE -> its file. Errors: `DataError` without the folder, or without a file of any."""
+    """SAMPLE -> its file. Errors: `DataError` without the folder, or without a file of any of
+    `samples` (none: not known)."""
     if not Path(folder).is_dir():
         raise DataError(f"kd.logits_dir: {folder}: no such folder")
     files = {p.stem: p for p in sorted(Path(folder).iterdir()) if p.suffix in (".npy", ".pt")}

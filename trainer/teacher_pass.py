@@ -46,8 +46,8 @@ def write_targets(
 ) -> dict[str, float]:
     """Store the teacher's answers for `rows` below `folder`, one shard after the other; ranks share
     them. Shards that are there already, for the same data, weights and settings, are kept. `stop`
-    is asked before each shard. Returns the chunks, tokens and entries of this rank's shards, how many shards
-    it kept, and how many it left undone."""
+    is asked before each shard. Returns the chunks, tokens and entries of this rank's shards, how
+    many shards it kept, and how many it left undone."""
     count = -(-len(rows) // SHARD_ROWS)
     common = {
         "v": 1,

@@ -223,7 +223,7 @@ def test_samples_of_a_manifest_are_found(samples: str, texts: str, tmp_path: Pat
     assert sample_names(sources, few) == {at: names[at] for at in few if at in names}
 
 
-def test_a_stage_learns_from_files_and_its_dry_run_needs_none(
+def test_a_stage_learns_from_files_and_its_dry_run_looks_for_them(
     stage: StageConfig, logits: Path, samples: str, tmp_path: Path, run_stage: Callable[..., Any]
 ) -> None:
     (logits / "s5.pt").unlink()
@@ -239,9 +239,17 @@ def test_a_stage_learns_from_files_and_its_dry_run_needs_none(
     gone = replace(kd, logits_dir="/nowhere")
     with pytest.raises(DataError, match="/nowhere: no such folder"):
         run_stage(replace(student, kd=gone, output=str(tmp_path / "other")))
-    config, notes = shrink(replace(student, kd=gone, output=str(tmp_path / "dry")), set())
+    config, notes = shrink(replace(student, output=str(tmp_path / "dry")), set())
     assert config.kd is not None and config.kd.mode == "online"
-    assert any(note.startswith("teacher /nowhere: ") for note in notes)
+    assert any(note.startswith(f"teacher {logits}: ") for note in notes)
+    with pytest.raises(DataError, match="/nowhere: no such folder"):
+        shrink(replace(student, kd=gone, output=str(tmp_path / "dry")), set())
+    (tmp_path / "empty").mkdir()
+    empty = replace(kd, logits_dir=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="none of its 0 files is named after a sample"):
+        shrink(replace(student, kd=empty, output=str(tmp_path / "dry")), set())
+    remote = replace(data, train=(Source(path="gs://nowhere/x.jsonl"),))  # whose names nobody knows
+    shrink(replace(student, kd=empty, data=remote, output=str(tmp_path / "dry")), set())
 
 
 class Attack:
