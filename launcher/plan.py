@@ -136,6 +136,7 @@ def job_spec(
     work = str(home / "local" / name) if local else f"/tmp/launch/{name}"
     job = Job(
         run=run_id,
+        name=run_name,
         stages=stage_configs(recipe, stages, root),
         control=f"{root}/control",
         commit=commit,

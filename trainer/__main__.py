@@ -19,8 +19,14 @@ USAGE = "usage: python -m trainer run JOB.json | smoke [--epochs N ...]"
 def main(arguments: list[str]) -> int:
     """Run, and turn every failure into one clear line and its exit code."""
     command = arguments[0] if arguments else ""
+    if command in ("-h", "--help"):
+        say(USAGE)
+        return OK
+    if not command:
+        sys.stderr.write(USAGE + "\n")
+        return CONFIG
     if command != "smoke" and (len(arguments) != 2 or command != "run"):
-        print_error(USAGE)
+        print_error(f"not understood: {' '.join(arguments)!r}; {USAGE}")
         return CONFIG
     try:
         return smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))

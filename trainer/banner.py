@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from trainer.config import Job, StageConfig
+from trainer.config import Job, Source, StageConfig
+from trainer.data.read import sample_names
 from trainer.data.stream import Rows
 from trainer.models import flash_attention_status, parameter_count
 from trainer.probe import first_cut
@@ -51,9 +53,11 @@ def banner(
         f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
         f"{batch} x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
     ]
-    for name, part in (("train", rows), ("validation", held_out)):
+    for name, part, sources in (
+        ("train", rows, config.data.train), ("validation", held_out, config.data.validation)
+    ):  # fmt: skip
         if part is not None:
-            lines += _data(name, part.summary)
+            lines += _data(name, part.summary, sources)
     return lines
 
 
@@ -81,16 +85,19 @@ def run_meta(
     }
 
 
-def _data(name: str, summary: Mapping[str, Any]) -> list[str]:
+def _data(name: str, summary: Mapping[str, Any], sources: tuple[Source, ...]) -> list[str]:
+    shown = {(i, x) for i, source in enumerate(summary["sources"]) for x in source["sample_ids"]}
+    names = _given_names(sources, shown)
     lines = [
         f"{name} data: {summary['rows']} rows, {summary['tokens']:,} tokens"
         f" ({summary['supervised_tokens']:,} supervised), {summary['padding_share']:.2%} padding"
     ]
-    for source in summary["sources"]:
+    for i, source in enumerate(summary["sources"]):
+        samples = ", ".join(names.get((i, x), x) for x in source["sample_ids"])
         lines.append(
             f"  {source['name']}: {_many(source['shards'], 'shard')},"
             f" {_many(source['documents'], 'document')}, {source['tokens']:,} tokens;"
-            f" samples {', '.join(source['sample_ids'])}"
+            f" samples {samples}"
         )
         if "truncated" in source:
             lines.append(f"    {_many(source['truncated'], 'document')} cut at the end of a row")
@@ -101,6 +108,20 @@ def _data(name: str, summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"    {_many(source['skipped'], 'bad line')} skipped:")
             lines += [f"      {what}" for what in source["skipped_lines"]]
     return lines
+
+
+def _given_names(
+    sources: tuple[Source, ...], shown: set[tuple[int, str]]
+) -> dict[tuple[int, str], str]:
+    """The `id` of those lines that have one; the others are better known by file and line."""
+    found = sample_names(sources, shown)
+    return {at: name for at, name in found.items() if not _by_place(at[1], name)}
+
+
+def _by_place(document: str, name: str) -> bool:
+    """Whether `name` is FILE-LINE, or that of a whole file."""
+    file, _, line = document.rpartition(":")
+    return name in (f"{Path(file).stem}-{line}", Path(document).stem)
 
 
 def _many(count: int, word: str) -> str:

@@ -449,6 +449,7 @@ class Job(Strict):
     commit: Optional[str] = None  # git commit of the user's tree, when known
     project: Optional[str] = None  # cloud project, when there is one
     peak_tflops: Optional[float] = None  # bf16, of one worker's accelerator, when known
+    name: Optional[str] = None  # the run's, for people
 
 
 #: The blocks a stage needs and those it may have; the launcher and the trainer both check it.

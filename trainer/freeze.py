@@ -12,11 +12,22 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 
 from trainer.config import ConfigError
+
+
+class StandIn(str):
+    """A pattern in the place of the one that was `written`, which errors quote."""
+
+    written: str
+
+    def __new__(cls, pattern: str, written: Optional[str] = None) -> StandIn:
+        made = super().__new__(cls, pattern)
+        made.written = pattern if written is None else written
+        return made
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -37,7 +48,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
                 notes.append(f"freezing {hits[0]} freezes {', '.join(others)}: they are tied")
         if not matched:
             near = _near(pattern, [name for names, _ in shared for name in names])
-            raise ConfigError(f"model.freeze: '{pattern}' matches no parameter; there is {near}")
+            written = pattern.written if isinstance(pattern, StandIn) else pattern
+            raise ConfigError(f"model.freeze: '{written}' matches no parameter; there is {near}")
     if not any(parameter.requires_grad for _, parameter in shared):
         raise ConfigError("model.freeze: nothing is left to train; freeze less")
     return list(dict.fromkeys(notes))

@@ -337,7 +337,7 @@ class Loop:
             facts.update(self.measure(facts["examples_per_sec"]))
         self.metrics.step(self.step, **facts)
         of = f"/{self.horizon.steps}" if self.horizon.steps else ""
-        shown = ("train_loss", "ce_loss", "kd_loss", "logit_l2", "grad_norm")
+        shown = ("train_loss", "ce_loss", "kd_loss", "kd_alpha", "logit_l2", "keep_l2", "grad_norm")
         words = "  ".join(f"{name} {facts[name]:.4f}" for name in shown if name in facts)
         speed = f"{facts['tokens_per_sec']:.0f} tok/s"
         self.say(f"step {self.step}{of}  {words}  lr {rate:.2e}  {speed}")

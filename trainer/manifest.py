@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +39,22 @@ def seal(folder: Path, step: int, known: Known | None = None) -> None:
         name: {"bytes": path.stat().st_size, "sha256": digests[name]}
         for name, path in zip(names, paths)
     }
+    make_readable(folder)
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         fsync(inner)
     manifest = {"v": VERSION, "step": step, "files": files}
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def make_readable(folder: Path) -> None:
+    """Give every file below `folder` the permissions that the umask leaves: libraries that write to
+    a temporary file first leave 0600, which nobody else can read. What the umask is shows in the
+    folder: asking for it would change it for other threads."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o666 != mode:
+            with contextlib.suppress(OSError):  # some file systems have no permissions to change
+                path.chmod(mode)
 
 
 def verify(path: str | Path) -> list[str]:

@@ -21,6 +21,7 @@ from trainer import adapters
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import ConfigError, Merge
 from trainer.data.corpus import python_reference
+from trainer.manifest import make_readable
 from trainer.models import has_tokenizer, load_pretrained, load_tokenizer
 from trainer.store import fsync
 
@@ -158,6 +159,7 @@ def write_folder(model: Any, tokens: Optional[Any], folder: Path) -> Path:
     model.save_pretrained(hidden)
     if tokens is not None:
         tokens.save_pretrained(hidden)
+    make_readable(hidden)
     return hidden
 
 

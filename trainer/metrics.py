@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
+from trainer.sinks import without_secrets
 from trainer.store import DiskFull, StoreError, disk_full, free_bytes, make_folder
 
 VERSION = 1
@@ -108,10 +109,11 @@ class Metrics:
             except Exception as error:  # whatever it is, it must not end a training
                 del self._sinks[name]
                 reason = disk_full(error) or (str(error).splitlines() or [""])[0]
-                self._warn(
+                line = (
                     f"{name} is off from here on ({type(error).__name__}: {reason}); the metrics "
                     f"go on in {self.path}"
                 )
+                self._warn(without_secrets(line, os.environ))  # an address may hold a password
 
 
 class _Board:

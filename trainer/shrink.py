@@ -27,15 +27,18 @@ from trainer.config import (
     Train,
 )
 from trainer.data.manifest import expand
-from trainer.data.read import source_name
+from trainer.data.read import sample_names, source_name
 from trainer.data.tokenizer import byte_tokenizer
+from trainer.freeze import StandIn
 from trainer.models import load_tokenizer
+from trainer.teacher_files import sample_files
 
 _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
 _TARGET_ROWS = 64
 
-#: A part of a pattern such as `model.layers.1[0-9].*` that counts layers.
-_LAYER_NUMBER = re.compile(r"(?<=\.)[\d\[][^.]*(?=\.|$)")
+#: What in a pattern such as `model.layers.1[0-9].*` counts layers: numbers, and nothing else up to
+#: the next dot or star.
+_LAYER_NUMBER = re.compile(r"(?<=\.)(?:\d|\[!?[\d-]+\])(?:\d|\?|\[!?[\d-]+\])*(?=[.*]|$)")
 
 
 def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]:
@@ -64,10 +67,11 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
             architecture=None,
             tokenizer=tokenizer,
             # A tiny model has no layer 17: patterns that count layers mean its first.
-            freeze=tuple(_LAYER_NUMBER.sub("0", pattern) for pattern in config.model.freeze),
+            freeze=tuple(_first_layer(pattern) for pattern in config.model.freeze),
             attention="auto",  # what needs a GPU is not tried here
         )
         if config.kd is not None:
+            _check_logits(config.kd, config.data.train, data.train)
             changes["kd"] = _distill(config.kd, tokenizer, scratch, made, notes)
     if config.targets is not None:
         changes["targets"] = _targets(config.targets, scratch, made, notes)
@@ -139,6 +143,18 @@ def _train(train: Train, notes: list[str]) -> Train:
         save_every=0,
         log_every=1,
     )
+
+
+def _first_layer(pattern: str) -> StandIn:
+    return StandIn(_LAYER_NUMBER.sub("0", pattern), pattern)
+
+
+def _check_logits(kd: Distill, asked: tuple[Source, ...], here: tuple[Source, ...]) -> None:
+    """The folder of `kd.logits_dir` must be there as in the run itself, with a file of a sample
+    where the data is on this machine. Errors: `DataError`."""
+    if kd.logits_dir is not None:
+        known = here == expand(asked) if not any(_remote(s.manifest) for s in asked) else False
+        sample_files(kd.logits_dir, sample_names(here).values() if known else ())
 
 
 def _distill(

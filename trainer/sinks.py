@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Protocol
@@ -20,22 +20,30 @@ from typing import Any, Optional, Protocol
 Numbers = Mapping[str, float]
 _WAITING = 1000  # steps that a tracker may be behind
 _PATIENCE = 60.0  # seconds it has to finish when training is over
+#: `user:password@` of a URL; before a host of the web a user alone may be a token.
+_USER = re.compile(r"(?<=://)[^/\s:@]*:[^/\s]*@|(?<=http://)[^/\s]+@|(?<=https://)[^/\s]+@")
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class About:
-    """The run as trackers show it. `parameters` is the stage's configuration; `folder` the
-    stage's, for what is kept on this disk."""
+    """The run as trackers show it: `title` is its name for people. `parameters` is the stage's
+    configuration; `folder` the stage's, for what is kept on this disk."""
 
     run: str
     stage: str
     attempt: int
     folder: Path
     parameters: Mapping[str, Any]
+    title: Optional[str] = None
 
     @property
     def name(self) -> str:
+        return f"{self.title or self.run}-{self.stage}"
+
+    @property
+    def id(self) -> str:
+        """Of this stage of this run alone; a name may come again."""
         return f"{self.run}-{self.stage}"
 
 
@@ -96,7 +104,7 @@ class Background:
 
 class MLflow:
     """A run of the experiment $MLFLOW_EXPERIMENT_NAME (default `launch`) at $MLFLOW_TRACKING_URI
-    (default: the stage folder's `mlruns`)."""
+    (default: `store_folder`)."""
 
     def __init__(self, about: About) -> None:
         # Its own defaults wait for minutes on a server that does not answer.
@@ -111,7 +119,7 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self._metric = Metric
-        self._client = MlflowClient(given or (about.folder / "mlruns").resolve().as_uri())
+        self._client = MlflowClient(given or store_folder(about.folder).as_uri())
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "launch")
         found = self._client.get_experiment_by_name(name)
         place = found.experiment_id if found else self._client.create_experiment(name)
@@ -128,6 +136,15 @@ class MLflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
+
+
+def store_folder(folder: Path) -> Path:
+    """Where MLflow's files of a stage are kept: `mlruns` of its folder. MLflow refuses a store
+    below a folder named `artifacts`: there it is `mlruns` beside the first one so named."""
+    whole = folder.resolve()
+    if "artifacts" in whole.parts:
+        whole = Path(*whole.parts[: whole.parts.index("artifacts")])
+    return whole / "mlruns"
 
 
 class WandB:
@@ -150,7 +167,7 @@ class WandB:
         online = os.environ.get("WANDB_MODE", "online") == "online"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "launch"),
-            id=about.name if online else None,
+            id=about.id if online else None,
             name=about.name,
             resume="allow" if online else None,  # offline there is nothing to go on from
             dir=str(about.folder),
@@ -171,13 +188,7 @@ TRACKERS: dict[str, Callable[[About], Tracker]] = {"mlflow": MLflow, "wandb": Wa
 
 def start(names: tuple[str, ...], about: About) -> dict[str, Background]:
     """The trackers among `names`, at work; parameters go to them without secrets."""
-    clean = About(
-        about.run,
-        about.stage,
-        about.attempt,
-        about.folder,
-        without_secrets(about.parameters, os.environ),
-    )
+    clean = replace(about, parameters=without_secrets(about.parameters, os.environ))
     kinds = {name: TRACKERS[name] for name in names if name in TRACKERS}
     return {name: Background(partial(_begin, kind, clean)) for name, kind in kinds.items()}
 
@@ -190,7 +201,8 @@ def _begin(kind: Callable[[About], Tracker], about: About) -> Tracker:
 
 
 def without_secrets(value: Any, environ: Mapping[str, str]) -> Any:
-    """`value` with `***` for what stands in a variable whose name says that it is secret."""
+    """`value` with `***` for what stands in a variable whose name says that it is secret, and for
+    user and password in a URL."""
     secrets = [v for name, v in environ.items() if _SECRET_NAME.search(name) and len(v) >= 8]
 
     def clean(item: Any) -> Any:
@@ -198,9 +210,11 @@ def without_secrets(value: Any, environ: Mapping[str, str]) -> Any:
             return {key: clean(child) for key, child in item.items()}
         if isinstance(item, (list, tuple)):
             return [clean(child) for child in item]
+        if not isinstance(item, str):
+            return item
         for secret in secrets:
-            item = item.replace(secret, "***") if isinstance(item, str) else item
-        return item
+            item = item.replace(secret, "***")
+        return _USER.sub("***@", item)
 
     return clean(value)
 

@@ -34,12 +34,12 @@ from trainer.runtime import Runtime
 from trainer.schedule import Horizon
 from trainer.single import export, merge, smoke
 from trainer.store import atomic_write
-from trainer.teacher import Answers, StoredAnswers, missing_chunks
+from trainer.teacher import Answers, StoredAnswers, coverage
 from trainer.teacher_files import LogitFiles
 from trainer.teacher_pass import write_targets
 from trainer.throughput import Meter
 
-#: Above this share of chunks without a teacher's answer, a warning says so.
+#: Above this share of tokens without a teacher's answer, a warning says so.
 MISSING_SHARE = 0.1
 
 
@@ -87,7 +87,8 @@ def run_stage(
     folder = Path(config.output)
     if runtime.main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "args_snapshot.json", to_dict(config))
+        arguments = sinks.without_secrets(to_dict(config), os.environ)
+        write_json(folder / "args_snapshot.json", arguments)
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
     metrics = _metrics(config, job, say) if runtime.main else None
@@ -107,7 +108,10 @@ def run_stage(
 
 def _metrics(config: StageConfig, job: Job, say: Callable[[str], None]) -> Metrics:
     chosen = config.train.report_to if config.train else ("tensorboard",)
-    about = sinks.About(job.run, config.id, job.attempt, Path(config.output), to_dict(config))
+    arguments = to_dict(config)
+    about = sinks.About(
+        job.run, config.id, job.attempt, Path(config.output), arguments, title=job.name
+    )
     trackers = {} if job.dry_run else sinks.start(chosen, about)
     board = "tensorboard" in chosen
     return Metrics(
@@ -339,15 +343,22 @@ def _answers(context: Context, tokens: Any) -> Answers:
             temperature=kd.temperature,
             top_k=kd.top_k,
         )
-    missing, chunks = missing_chunks(found, rows)
-    context.say(f"teacher: answers for {chunks - missing} of {chunks} chunks, from {found.name}")
-    if missing > MISSING_SHARE * chunks:
+    seen = coverage(found, rows)
+    context.say(
+        f"teacher: answers for {seen.known:,} of {seen.tokens:,} tokens, in {seen.known_chunks} of"
+        f" {seen.chunks} chunks, from {found.name}"
+    )
+    if seen.missing > MISSING_SHARE:
         context.say(
-            f"WARNING: {missing / chunks:.0%} of the chunks of data.train have no answer of the"
+            f"WARNING: {seen.missing:.0%} of the tokens of data.train have no answer of the"
             " teacher; they are learnt from with cross-entropy alone"
         )
         if context.metrics is not None:
-            context.metrics.event("teacher_missing", 0, missing=missing, chunks=chunks)
+            facts = {"missing": seen.tokens - seen.known, "tokens": seen.tokens}
+            context.metrics.event(
+                "teacher_missing", 0, **facts, missing_chunks=seen.chunks - seen.known_chunks,
+                chunks=seen.chunks,
+            )  # fmt: skip
     return found
 
 

@@ -34,6 +34,17 @@ from trainer.data.stream import Rows
 from trainer.store import atomic_write
 
 Array = NDArray[Any]
+#: What all shards of a store share; older ones lack some of it.
+_COMMON = (
+    "teacher",
+    "weights",
+    "precision",
+    "tokenizer",
+    "temperature",
+    "sampler",
+    "top_k",
+    "samples",
+)
 _ARRAYS = ("keys", "positions", "offsets", "ids", "values")
 
 
@@ -59,12 +70,13 @@ class Answer(NamedTuple):
 
 class Answers(Protocol):
     """`sampled`: the entries are shares of samples; else what they leave of 1 is "other tokens".
-    `name`: where they come from, for messages."""
+    `name`: where they come from, for messages. `known`: how many of the tokens `places` of a chunk
+    have an answer, without reading it."""
 
     name: str
     sampled: bool
 
-    def has(self, key: int) -> bool: ...
+    def known(self, key: int, places: NDArray[np.int64]) -> int: ...
     def read(self, key: int, places: NDArray[np.int64]) -> Optional[Answer]: ...
 
 
@@ -115,15 +127,34 @@ def gather(answers: Answers, batch: Batch) -> Gathered:
     return Gathered(torch.from_numpy(ids), torch.from_numpy(p), torch.from_numpy(status))
 
 
-def missing_chunks(answers: Answers, rows: Rows) -> tuple[int, int]:
-    """(chunks without any answer, all chunks) of `rows`. Errors: `DataError` when none has one."""
-    status = [answers.has(s.key) for row in range(len(rows)) for s in segments(rows.batch([row]))]
-    if not any(status):
+class Coverage(NamedTuple):
+    """Of rows: the supervised tokens and how many have an answer; the chunks, and how many have
+    an answer for at least one token."""
+
+    known: int
+    tokens: int
+    known_chunks: int
+    chunks: int
+
+    @property
+    def missing(self) -> float:
+        """The share of tokens without an answer."""
+        return 1 - self.known / self.tokens
+
+
+def coverage(answers: Answers, rows: Rows) -> Coverage:
+    """What of `rows` has answers. Errors: `DataError` when nothing has."""
+    known, tokens = [], 0
+    for row in range(len(rows)):
+        for segment in segments(rows.batch([row])):
+            known.append(answers.known(segment.key, segment.places))
+            tokens += len(segment.places)
+    if not any(known):
         raise DataError(
-            f"{answers.name}: no answer for any of the {len(status)} chunks of data.train; they"
+            f"{answers.name}: no answer for any of the {len(known)} chunks of data.train; they"
             " need the same documents, tokenizer and data.sequence_length"
         )
-    return len(status) - sum(status), len(status)
+    return Coverage(sum(known), tokens, sum(n > 0 for n in known), len(known))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -173,8 +204,9 @@ class ShardWriter:
 
 
 class StoredAnswers:
-    """The shards below a folder, memory-mapped. Errors: `ConfigError` where there are none or they
-    were made with another tokenizer or temperature; `DataError` for a damaged shard."""
+    """The shards below a folder, memory-mapped. Errors: `ConfigError` where there are none, they
+    were not all made in one way, or with another tokenizer or temperature; `DataError` for a
+    damaged shard."""
 
     def __init__(self, reference: str, tokenizer: Any, temperature: float) -> None:
         folder = Path(reference)
@@ -185,10 +217,18 @@ class StoredAnswers:
         self.name = str(folder)
         self.shards = [_Shard(path.parent) for path in metas]
         meta = self.shards[0].meta
+        for what in _COMMON:
+            for other in self.shards[1:]:
+                if other.meta.get(what) != meta.get(what):
+                    raise ConfigError(
+                        f"kd.targets: {folder}: {metas[0].parent.name} and {other.name} differ in"
+                        f" `{what}`: the stage `targets` was changed and not run to its end; run it"
+                    )
         for what, ours in (("tokenizer", tokenizer_hash(tokenizer)), ("temperature", temperature)):
-            theirs = {shard.meta.get(what) for shard in self.shards}
-            if theirs != {ours}:
-                said = "another tokenizer" if what == "tokenizer" else f"temperature {theirs.pop()}"
+            if meta.get(what) != ours:
+                said = (
+                    "another tokenizer" if what == "tokenizer" else f"temperature {meta.get(what)}"
+                )
                 raise ConfigError(
                     f"kd.targets: {folder} was made with {said}; this stage has"
                     + (" its own" if what == "tokenizer" else f" {ours}")
@@ -200,8 +240,8 @@ class StoredAnswers:
         self._keys = keys[self._order]
         self._first = np.cumsum([0, *sizes])
 
-    def has(self, key: int) -> bool:
-        return self._find(key) is not None
+    def known(self, key: int, places: NDArray[np.int64]) -> int:
+        return 0 if self._find(key) is None else len(places)
 
     def read(self, key: int, places: NDArray[np.int64]) -> Optional[Answer]:
         """The answer for the chunk `key`. All of its supervised tokens are stored, in order, so
@@ -221,6 +261,7 @@ class StoredAnswers:
 
 class _Shard:
     def __init__(self, folder: Path) -> None:
+        self.name = folder.name
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
             self.arrays = {

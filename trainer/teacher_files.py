@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +19,9 @@ from trainer.data import DataError
 from trainer.data.stream import Rows
 from trainer.teacher import Answer, segments
 
+#: So many files are looked at before training begins, evenly among all.
+CHECKED = 1000
+
 
 class LogitFiles:
     """`FOLDER/SAMPLE.npy` or `.pt`, each [tokens, vocabulary]: row t holds the logits after token t
@@ -24,8 +29,11 @@ class LogitFiles:
     sizes that the last dimension may have; entries from `tokens` on are padding and are left out.
     Of each row the `top_k` most probable tokens at `temperature` are kept.
 
-    A document that is longer than its file has no answer for what is beyond it. Errors: `DataError`
-    for a file that is not such an array. Pickles never run: `.pt` files may hold tensors only."""
+    A document that is longer than its file has no answer for what is beyond it. A later part of a
+    document that reads like that of another has none either: its answer depends on what came
+    before, which its key does not tell. Errors: `DataError` for a folder without a file of any
+    sample, and for a file that is not such an array, of the first `CHECKED` at once. Pickles never
+    run: `.pt` files may hold tensors only."""
 
     sampled = False
 
@@ -41,26 +49,24 @@ class LogitFiles:
         top_k: int,
     ) -> None:
         self.name = folder
-        if not Path(folder).is_dir():
-            raise DataError(f"kd.logits_dir: {folder}: no such folder")
         self.tokens, self.vocabularies = tokens, vocabularies
         self.temperature, self.top_k = temperature, top_k
-        files = {p.stem: p for p in sorted(Path(folder).iterdir()) if p.suffix in (".npy", ".pt")}
+        files = sample_files(folder, samples.values())
         #: key of a chunk -> its file, and where the chunk begins in the document
-        self._where: dict[int, tuple[Path, int]] = {}
-        chunks = rows.chunks
-        for row in range(len(rows)):
-            for segment in segments(rows.batch([row])):
-                chunk = int(rows.packing[row][segment.nth])
-                sample = samples.get(chunks.documents[chunks.document[chunk]])
-                file = files.get(sample) if sample is not None else None
-                if file is not None:
-                    self._where[segment.key] = file, chunks.offset(chunk)
+        self._where = _places(files, samples, rows)
         # A document longer than a row asks for its file once for each of its chunks.
         self._logits = lru_cache(maxsize=4)(self._load)
+        used = sorted({path for path, _ in self._where.values()})
+        #: file -> its tokens, of those that were looked at
+        self._lengths = {path: len(self._load(path)) for path in _evenly(used, CHECKED)}
 
-    def has(self, key: int) -> bool:
-        return key in self._where
+    def known(self, key: int, places: NDArray[np.int64]) -> int:
+        """How many of the tokens `places` have an answer; of a file that was not looked at, all."""
+        if key not in self._where:
+            return 0
+        path, offset = self._where[key]
+        length = self._lengths.get(path)
+        return len(places) if length is None else int((places + offset < length).sum())
 
     def read(self, key: int, places: NDArray[np.int64]) -> Optional[Answer]:
         """The answer for the tokens `places` [m] of the chunk `key`."""
@@ -96,14 +102,60 @@ class LogitFiles:
         return found
 
 
+def sample_files(folder: str, samples: Iterable[str]) -> dict[str, Path]:
+    """SAMPLE -> its file. Errors: `DataError` without the folder, or without a file of any of
+    `samples` (none: not known)."""
+    if not Path(folder).is_dir():
+        raise DataError(f"kd.logits_dir: {folder}: no such folder")
+    files = {p.stem: p for p in sorted(Path(folder).iterdir()) if p.suffix in (".npy", ".pt")}
+    expected = dict.fromkeys(samples)
+    if expected and not files.keys() & expected.keys():
+        names = " or ".join(f"{name}.npy" for name in list(expected)[:2])
+        raise DataError(
+            f"kd.logits_dir: {folder}: none of its {len(files)} files is named after a sample of"
+            f" data.train, such as {names} (or .pt); a sample is the `id` of a line, else FILE-LINE"
+        )
+    return files
+
+
+def _places(
+    files: dict[str, Path], samples: dict[tuple[int, str], str], rows: Rows
+) -> dict[int, tuple[Path, int]]:
+    """Key of a chunk -> its file and offset. A key that stands for chunks after different tokens
+    is left out."""
+    found: dict[int, tuple[Path, int]] = {}
+    first: dict[int, NDArray[np.int32]] = {}  # key -> the tokens before the first chunk with it
+    ambiguous = set()
+    chunks = rows.chunks
+    for row in range(len(rows)):
+        for segment in segments(rows.batch([row])):
+            chunk = int(rows.packing[row][segment.nth])
+            start, offset = int(chunks.starts[chunk]), chunks.offset(chunk)
+            before = chunks.tokens[start - offset : start]
+            if not np.array_equal(first.setdefault(segment.key, before), before):
+                ambiguous.add(segment.key)
+            file = files.get(samples.get(chunks.documents[int(chunks.document[chunk])], ""))
+            if file is not None:
+                found.setdefault(segment.key, (file, offset))
+    return {key: place for key, place in found.items() if key not in ambiguous}
+
+
+def _evenly(paths: list[Path], count: int) -> list[Path]:
+    """All `paths`, or `count` of them from the first to the last."""
+    if len(paths) <= count:
+        return paths
+    return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
+
+
 def _array(path: Path) -> Any:
+    """The array, mapped where its format allows: only the rows that are used are read."""
     try:
         if path.suffix == ".npy":
-            mapped = np.load(path, mmap_mode="c", allow_pickle=False)
-            return torch.from_numpy(mapped)
+            return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         with warnings.catch_warnings():  # about protocols of pickles: they are not run
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # tensors of old have a format of their own
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path}: holds more than tensors, and is not opened: it could run code; save the"

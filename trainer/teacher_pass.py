@@ -28,6 +28,9 @@ from trainer.teacher import Answer, ShardWriter, segments, tokenizer_hash
 SHARD_ROWS = 256
 #: Bytes of one buffer of logits.
 _BUFFER = 64 * 2**20
+#: Bytes of an element -> whole numbers of that size; how many are added up at once.
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DIGESTED = 1 << 24
 
 
 def write_targets(
@@ -42,13 +45,15 @@ def write_targets(
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Store the teacher's answers for `rows` below `folder`, one shard after the other; ranks share
-    them. Shards that are there already, for the same data and settings, are kept. `stop` is asked
-    before each shard. Returns the chunks, tokens and entries of this rank's shards, how many shards
-    it kept, and how many it left undone."""
+    them. Shards that are there already, for the same data, weights and settings, are kept. `stop`
+    is asked before each shard. Returns the chunks, tokens and entries of this rank's shards, how
+    many shards it kept, and how many it left undone."""
     count = -(-len(rows) // SHARD_ROWS)
     common = {
         "v": 1,
         "teacher": settings.teacher,
+        "weights": weights_digest(teacher),
+        "precision": runtime.precision,
         "tokenizer": tokenizer_hash(tokenizer),
         "vocabulary": min(len(tokenizer), len(teacher.get_output_embeddings().weight)),
         "sequence_length": rows.sequence_length,
@@ -183,6 +188,18 @@ def draw(p: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     points = (first + torch.arange(samples, device=p.device)) * (sums[:, -1:] / samples)
     # What rounding puts at the very end still belongs to the last token that has a share.
     return torch.searchsorted(sums, points, right=True).clamp_(max=p.shape[1] - 1)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells weights apart, whatever they are called and wherever they come from. The bits of every
+    parameter are added up as whole numbers: exact, so equal on any device, and quick there."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().contiguous().view(_WHOLE[parameter.element_size()]).flatten()
+        # In parts: the sum converts what it adds to 8 bytes each.
+        sums = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_DIGESTED)])
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} {sums.tolist()};".encode())
+    return digest.hexdigest()
 
 
 def _name(shard: int) -> str:

@@ -141,6 +141,7 @@ def test_the_boot_specification_is_the_contract_and_its_job_is_read_by_the_train
     file.write_text(json.dumps(job))
     read = load_job(file)
     assert (read.attempt, read.control, len(read.stages)) == (3, "/r/control", 4)
+    assert (read.run, read.name) == ("00000000000000ff", "three-0000ff")
 
 
 @pytest.mark.parametrize(

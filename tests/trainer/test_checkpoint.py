@@ -30,7 +30,7 @@ from trainer.checkpoint import (
     rng_state,
     set_rng_state,
 )
-from trainer.manifest import MANIFEST, STATE, verify
+from trainer.manifest import MANIFEST, STATE, seal, verify
 from trainer.store import atomic_write
 
 ROOT = Path(__file__).parents[2]
@@ -460,3 +460,19 @@ def test_a_crash_dump_is_whole_or_absent(tmp_path: Path) -> None:
     assert names(tmp_path) == ["crash_dump.pt"]
     loaded = torch.load(path, weights_only=True)
     assert loaded["model"]["weight"].equal(module.weight) and loaded["batch_shape"] == [8, 128]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_are_readable_for_whom_the_umask_says(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        folder = tmp_path / "step-1"
+        (folder / "state").mkdir(parents=True)
+        for name in ("model.safetensors", "state/part"):  # as a library's temporary file leaves it
+            (folder / name).touch(mode=0o600)
+        (folder / "trainer_state.pt").touch()
+        seal(folder, 1)
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()}
+    assert len(modes) == 4 and set(modes.values()) == {mode}

@@ -37,7 +37,7 @@ from trainer.losses.linear import sparse_target
 from trainer.models import load_tokenizer
 from trainer.objectives.distill import DistillOnline, alpha_at
 from trainer.step import backward, normalisers, prepare
-from trainer.teacher import StoredAnswers, missing_chunks
+from trainer.teacher import StoredAnswers, coverage
 from trainer.teacher_pass import answers, write_targets
 
 
@@ -159,6 +159,22 @@ def test_sampled_targets_have_the_dense_gradient_as_their_mean() -> None:
     assert distance(biased, dense) > 2 * distance(mean, dense)
 
 
+def test_the_loss_of_samples_is_a_divergence(tokenizer: str, texts: str) -> None:
+    """Of a student that is the teacher: the noise of sampling, which more samples make small."""
+    data = gradients.rows(tokenizer, texts, packing=True)
+    found = {}
+    for samples in (64, 4096):
+        kept = gradients.stored(
+            tokenizer, data, torch.float64, alpha=0.0, sampler="sample", samples=samples
+        )
+        (batch,) = prepare(kept, [data.batch(range(len(data)))], gradients.CPU, 0)
+        teacher = gradients.model(tokenizer, torch.float64, seed=2, hidden=64)
+        loss = kept.loss(teacher, batch, batch.weights, log=True)
+        found[samples] = float(loss.sums["kd_loss"][0] / batch.weights["kd"])
+        assert float(loss.total.detach()) == pytest.approx(found[samples])
+    assert 0 < found[4096] < 0.05 < found[64]
+
+
 def _sparse_gradient(case: Any, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     hidden = case["hidden"].detach().clone().requires_grad_()
     sparse_target(hidden, case["weight"], ids, w, temperature=2.0).loss.backward()
@@ -175,7 +191,10 @@ def test_documents_without_an_answer_have_no_weight_in_the_distillation(
     kept = gradients.stored(tokenizer, known, torch.float64, alpha=0.0, top_k=10**6)
     expected = gradient(online(tokenizer, torch.float64, 0.0), tokenizer, known, torch.float64)
     assert distance(gradient(kept, tokenizer, every, torch.float64), expected) < 1e-6
-    assert missing_chunks(kept.answers, every) == (24, 48)
+    seen = coverage(kept.answers, every)
+    assert (seen.known_chunks, seen.chunks) == (24, 48)
+    assert seen.known == known.summary["supervised_tokens"]
+    assert seen.tokens == every.summary["supervised_tokens"]
     batch = prepare(kept, [every.batch(range(48))], gradients.CPU, 0)[0]
     missing = int(batch.weights["ce"] - batch.weights["kd"])
     assert missing == every.summary["supervised_tokens"] - known.summary["supervised_tokens"]
@@ -200,12 +219,76 @@ def test_the_store_survives_another_order_and_is_not_written_twice(
     assert (tmp_path / "shard-00000" / "values.npy").stat() == before
     turned = tmp_path / "turned.jsonl"
     turned.write_text("\n".join(reversed(Path(texts).read_text().splitlines())))
-    assert missing_chunks(
-        StoredAnswers(str(tmp_path), tokens, 2.0), gradients.rows(tokenizer, str(turned), True)
-    ) == (0, 48)
+    other = gradients.rows(tokenizer, str(turned), True)
+    assert coverage(StoredAnswers(str(tmp_path), tokens, 2.0), other).missing == 0
     assert write(data, top_k=3)["kept"] == 0
     meta = json.loads((tmp_path / "shard-00000" / "meta.json").read_text())
     assert meta["entries"] == 3 * meta["tokens"] == 3 * data.summary["supervised_tokens"]
+
+
+def test_answers_of_a_teacher_that_has_changed_are_not_kept(
+    tokenizer: str, texts: str, tmp_path: Path
+) -> None:
+    """Other weights under the same reference: what `stage@best` was yesterday."""
+    tokens, data = load_tokenizer(tokenizer), gradients.rows(tokenizer, texts, packing=True)
+    plan = Targets("runs/x/teacher@best", temperature=2.0)
+
+    def kept(teacher: torch.nn.Module, process: Any = gradients.CPU) -> float:
+        written = write_targets(tmp_path, plan, data, teacher.eval(), tokens, process, print)
+        return written["kept"]
+
+    teacher = gradients.model(tokenizer, torch.float32, seed=2)
+    assert kept(teacher) == 0 and kept(gradients.model(tokenizer, torch.float32, seed=2)) == 1
+    before = (tmp_path / "shard-00000" / "values.npy").read_bytes()
+    with torch.no_grad():  # the least change of a single weight
+        weight = next(iter(teacher.parameters())).flatten()[:1]
+        weight.copy_(torch.nextafter(weight, torch.tensor(1e9)))
+    assert kept(teacher) == 0
+    assert kept(gradients.model(tokenizer, torch.float32, seed=3)) == 0
+    assert (tmp_path / "shard-00000" / "values.npy").read_bytes() != before
+    assert kept(teacher.to(torch.bfloat16)) == 0
+
+
+def test_a_store_from_before_is_read(tokenizer: str, texts: str) -> None:
+    data = gradients.rows(tokenizer, texts, packing=True)
+    objective = gradients.stored(tokenizer, data, torch.float32, top_k=4)
+    folder = Path(str(objective.config.targets))
+    path = folder / "shard-00000" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({k: meta[k] for k in meta if k not in ("weights", "precision")}))
+    assert coverage(StoredAnswers(str(folder), load_tokenizer(tokenizer), 2.0), data).missing == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sampler": "sample", "samples": 16}, "sampler"),
+        ({"top_k": 9}, "top_k"),
+        ({"teacher": "another"}, "teacher"),
+        ({"temperature": 1.0}, "temperature"),
+    ],
+)
+def test_a_store_of_mixed_shards_is_one_line(
+    changed: dict[str, Any], said: str, tokenizer: str, texts: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A stage `targets` that was changed, begun again and stopped after its first shard."""
+    monkeypatch.setattr(teacher_pass, "SHARD_ROWS", 8)
+    tokens, data = load_tokenizer(tokenizer), gradients.rows(tokenizer, texts, packing=True)
+    teacher = gradients.model(tokenizer, torch.float32, seed=2).eval()
+    plan = Targets("t", top_k=8, temperature=2.0)
+    write_targets(tmp_path, plan, data, teacher, tokens, gradients.CPU, print)
+    StoredAnswers(str(tmp_path), tokens, 2.0)
+    asked = iter([False, True, True, True, True, True])
+    write_targets(
+        tmp_path, replace(plan, **changed), data, teacher, tokens, gradients.CPU, print,
+        stop=lambda: next(asked),
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=f"shard-00000 and shard-00001 differ in `{said}`"
+    ) as error:
+        StoredAnswers(str(tmp_path), tokens, 2.0)
+    assert "\n" not in str(error.value)
 
 
 def test_a_store_that_does_not_fit_is_one_line(tokenizer: str, texts: str, tmp_path: Path) -> None:
@@ -222,7 +305,7 @@ def test_a_store_that_does_not_fit_is_one_line(tokenizer: str, texts: str, tmp_p
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "never seen before"}\n')
     with pytest.raises(DataError, match="no answer for any of the 1 chunks"):
-        missing_chunks(objective.answers, gradients.rows(tokenizer, str(other), True))
+        coverage(objective.answers, gradients.rows(tokenizer, str(other), True))
     ids = folder / "shard-00000" / "ids.npy"
     ids.write_bytes(ids.read_bytes()[:-8])
     with pytest.raises(DataError, match="store the targets again"):
@@ -298,10 +381,12 @@ def test_a_student_learns_from_a_store_that_lacks_documents(
     outcome = run_stage(student)
     assert any(line.startswith("WARNING: ") and "no answer" in line for line in outcome.lines)
     assert any("a frozen copy of the starting model" in line for line in outcome.lines)
+    (first,) = [line for line in outcome.lines if line.startswith("step 1/")]
+    assert "kd_alpha 0.1000" in first and "keep_l2 " in first
     written = Path(student.output, "metrics", "0001.jsonl").read_text()
     lines = [json.loads(line) for line in written.splitlines()]
     (event,) = [line for line in lines if line.get("event") == "teacher_missing"]
-    assert 0.1 < event["missing"] / event["chunks"] < 0.6
+    assert 0.1 < event["missing"] / event["tokens"] < 0.6
     steps = [line for line in lines if line["kind"] == "step"]
     assert steps[0]["kd_alpha"] == pytest.approx(0.1)
     assert steps[-1]["kd_alpha"] == pytest.approx(0.1 + 0.8 * 19 / 20)

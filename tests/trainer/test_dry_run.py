@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from trainer.__main__ import main
 from trainer.config import Job, Source, StageConfig, to_dict
 from trainer.shrink import shrink
 
@@ -83,6 +84,23 @@ def test_bad_input_is_one_line_and_its_exit_code(
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "errors"),
+    [
+        (["--help"], 0, "usage: ", ""),
+        (["-h"], 0, "usage: ", ""),
+        ([], 64, "", "usage: "),
+        (["rum", "job.json"], 64, "", "error: not understood: 'rum job.json'; usage: "),
+    ],
+)
+def test_usage(
+    arguments: list[str], code: int, out: str, errors: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert (printed.out[:7], printed.err.split("python")[0]) == (out, errors)
 
 
 def test_a_completed_stage_is_skipped(stage: StageConfig, tmp_path: Path) -> None:

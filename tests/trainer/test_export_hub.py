@@ -131,6 +131,8 @@ def test_the_hub_gets_the_model_and_nothing_else(job: Job, hub: Hub, tmp_path: P
     assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16}
     kept = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert kept == hub.files["model.safetensors"]
+    weights, told = (tmp_path / "out" / name for name in ("model.safetensors", "run_meta.json"))
+    assert weights.stat().st_mode == told.stat().st_mode
     written = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert TOKEN.encode() not in written and TOKEN not in done.stdout + done.stderr
 

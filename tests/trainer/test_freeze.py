@@ -132,3 +132,31 @@ def test_a_dry_run_takes_patterns_that_count_the_layers_of_a_large_model(
     config, _ = shrink(with_freeze(stage, "model.layers.1[0-9].*", "model.layers.27.mlp.*"), set())
     assert config.model is not None
     assert config.model.freeze == ("model.layers.0.*", "model.layers.0.mlp.*")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "small"),
+    [
+        ("*layers.0*proj*", "*layers.0*proj*"),
+        ("*.layers.17*norm*", "*.layers.0*norm*"),
+        ("model.layers.[!0]*.weight", "model.layers.0*.weight"),
+        ("model.layers.1?.*", "model.layers.0.*"),
+        ("*.[qk]_proj.weight", "*.[qk]_proj.weight"),
+        ("*.2_norm.weight", "*.2_norm.weight"),
+        ("model.layers.12", "model.layers.0"),
+    ],
+)
+def test_only_what_counts_layers_is_rewritten(pattern: str, small: str, stage: StageConfig) -> None:
+    config, _ = shrink(with_freeze(stage, pattern), set())
+    assert config.model is not None and config.model.freeze == (small,)
+
+
+def test_a_dry_run_quotes_the_pattern_that_was_written(
+    stage: StageConfig, run_stage: Run, tmp_path: Path
+) -> None:
+    config, _ = shrink(with_freeze(stage, "model.layers.17.mpl.*"), set())
+    with pytest.raises(ConfigError, match=r"'model\.layers\.17\.mpl\.\*' matches no parameter"):
+        run_stage(config, dry_run=True)
+    good = with_freeze(stage, "*layers.0*proj*", "*.[qk]_proj.weight")
+    config, _ = shrink(replace(good, output=str(tmp_path / "good")), set())
+    assert run_stage(config, dry_run=True).stopped is None

@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,43 @@ def test_the_value_of_a_secret_variable_is_not_among_the_parameters() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("no route to http://alice:S3cret@host:80/x", "no route to http://***@host:80/x"),
+        ("http://alice:S3c@ret@host", "http://***@host"),
+        ("postgresql://alice:S3cret@db/runs", "postgresql://***@db/runs"),
+        ("https://hf_short@hub/m", "https://***@hub/m"),
+        ("gs://bucket@best", "gs://bucket@best"),
+        ("https://host:8080/model@best", "https://host:8080/model@best"),
+        ("file:///runs/teacher@last", "file:///runs/teacher@last"),
+    ],
+)
+def test_a_url_is_shown_without_user_and_password(given: str, shown: str) -> None:
+    assert sinks.without_secrets({"said": [given]}, {}) == {"said": [shown]}
+
+
+def test_no_password_of_a_tracker_or_of_the_configuration_is_written(
+    stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (source,) = stage.data.train
+    data = replace(stage.data, train=(replace(source, path=f"{tmp_path}/hf_0123456789.txt"),))
+    Path(str(data.train[0].path)).write_text("some text to learn")
+    with socket.socket() as reserved:  # bound and not listening: it refuses
+        reserved.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{reserved.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://alice:S3cret@{place}")
+        config = replace(stage, data=data)
+        outcome = run_stage(in_folder(config, tmp_path / "out", steps=2, report_to=("mlflow",)))
+    (told,) = [line for line in outcome.lines if "mlflow is off from here on" in line]
+    assert place in told and "S3cret" not in told
+    snapshot = (tmp_path / "out" / "args_snapshot.json").read_text()
+    assert "***.txt" in snapshot and "hf_0123456789" not in snapshot
+
+
 def test_parameters_are_flat_and_absent_ones_left_out() -> None:
     given = {"train": {"lr": 0.1, "steps": None}, "data": [{"path": "a"}, {"path": "b"}]}
     assert sinks.flat(given) == {"train.lr": 0.1, "data.0.path": "a", "data.1.path": "b"}
@@ -150,29 +188,35 @@ def tracked(
 ) -> Callable[[str], Path]:
     """A run of five steps that reports to one tracker; its stage folder. No warning was told."""
 
-    def run(name: str) -> Path:
+    def run(name: str, at: str = "out") -> Path:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("WANDB_API_KEY", SECRET)
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        config = in_folder(stage, tmp_path / "out", steps=5, report_to=(name,))
-        outcome = run_stage(config, run_id="00ff")
+        config = in_folder(stage, tmp_path / at, steps=5, report_to=(name,))
+        outcome = run_stage(config, run_id="00ff", name="kd-l4")
         assert not [line for line in outcome.lines if "is off from here on" in line], outcome.lines
-        for path in (tmp_path / "out").rglob("*"):
+        for path in tmp_path.rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-        return tmp_path / "out"
+        return tmp_path / at
 
     return run
 
 
-def test_mlflow_has_the_same_numbers_names_and_parameters(tracked: Any) -> None:
+@pytest.mark.parametrize(
+    ("at", "store"),
+    [("out", "out/mlruns"), ("runs/00ff/artifacts/kd/artifacts", "runs/00ff/mlruns")],
+)
+def test_mlflow_has_the_same_numbers_names_and_parameters(
+    at: str, store: str, tracked: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
     from mlflow.tracking import MlflowClient
 
-    folder = tracked("mlflow")
-    client = MlflowClient((folder / "mlruns").as_uri())
+    folder = tracked("mlflow", at)
+    client = MlflowClient((tmp_path / store).as_uri())
     place = client.get_experiment_by_name("launch").experiment_id
     (run,) = client.search_runs([place])
-    assert run.info.run_name == "00ff-tiny" and run.info.status == "FINISHED"
+    assert run.info.run_name == "kd-l4-tiny" and run.info.status == "FINISHED"
     assert run.data.params["train.lr"] == "0.003" and "train.epochs" not in run.data.params
     history = client.get_metric_history(run.info.run_id, "train_loss")
     recorded = [(line["global_step"], line["train_loss"]) for line in lines(folder, "step")]
@@ -218,7 +262,7 @@ def test_wandb_offline_has_the_same_numbers_names_and_parameters(
             losses[items["_step"]] = items["train_loss"]
     recorded = {line["global_step"]: line["train_loss"] for line in lines(folder, "step")}
     assert losses == recorded
-    assert {"00ff-tiny", "train.lr"} <= named
+    assert {"kd-l4-tiny", "train.lr"} <= named
 
 
 def _records(data: bytes) -> Iterator[bytes]:

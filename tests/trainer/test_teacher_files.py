@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from tests.trainer import gradients
 from tests.trainer.test_distill_stored import distance, gradient, online
+from trainer import teacher_files
 from trainer.config import Distill, Source, StageConfig
 from trainer.data import DataError
 from trainer.data.read import sample_names
@@ -22,7 +24,7 @@ from trainer.data.stream import Rows, build_rows
 from trainer.models import load_tokenizer
 from trainer.objectives.distill_stored import DistillStored
 from trainer.shrink import shrink
-from trainer.teacher import gather, missing_chunks
+from trainer.teacher import coverage, gather
 from trainer.teacher_files import LogitFiles
 
 
@@ -118,25 +120,136 @@ def test_a_file_may_be_longer_or_shorter_than_its_document(
     assert int((~after.status).sum()) == gone
     assert torch.equal(after.p[after.status], before.p[after.status])
     assert float(after.p[~after.status].abs().sum()) == 0
-    assert missing_chunks(files, rows) == (1, 8)
+    seen = coverage(files, rows)
+    assert seen == (len(after.status) - gone, len(after.status), 7, 8)
 
 
-def test_a_stage_learns_from_files_and_its_dry_run_needs_none(
+def test_the_same_words_after_others_have_no_answer_of_another_document(
+    tokenizer: str, tmp_path: Path
+) -> None:
+    """Documents A + C and B + C, cut where C begins: the answer for C depends on A or B."""
+    a, b, c = ("abcdefghijklmnop", "qrstuvwxyz012345", "the same words, ")
+    texts = {"one": a + c, "two": b + c, "three": b + c, "four": b + c}
+    (tmp_path / "logits").mkdir()
+    size = len(load_tokenizer(tokenizer))
+    for i, name in enumerate(["one", "two", "three"]):  # of `four` there is none
+        answer = np.full((40, size), -20.0, np.float32)
+        answer[:, i] = 20
+        np.save(tmp_path / "logits" / f"{name}.npy", answer)
+
+    def given(*names: str) -> tuple[list[list[int]], Any]:
+        path = tmp_path / "samples.jsonl"
+        path.write_text("\n".join(json.dumps({"id": n, "text": texts[n]}) for n in names))
+        rows = build_rows(
+            (Source(path=str(path)),), load_tokenizer(tokenizer), sequence_length=16, packing=False
+        )
+        files = reader(tmp_path / "logits", str(path), tokenizer, rows, top_k=1)
+        found = [gather(files, rows.batch([row])).ids.unique().tolist() for row in range(len(rows))]
+        return found, coverage(files, rows)
+
+    found, seen = given("one", "two")
+    assert found == [[0], [-1], [1], [-1]]
+    assert (seen.known, seen.known_chunks) == (32, 2)
+    assert given("one")[0] == [[0], [0]]
+    assert given("one", "four")[0] == [[0], [-1], [-1], [-1]]
+    # What begins alike has equal answers: the first file is asked.
+    assert given("two", "three")[0] == [[1], [1], [1], [1]]
+
+
+def test_files_of_one_token_are_nearly_no_answer(
+    stage: StageConfig, logits: Path, samples: str, run_stage: Callable[..., Any]
+) -> None:
+    for path in logits.iterdir():
+        full = np.load(path) if path.suffix == ".npy" else torch.load(path).numpy()
+        path.unlink()
+        np.save(path.with_suffix(".npy"), full[:1])
+    kd = Distill(mode="precompute", logits_dir=str(logits), top_k=8)
+    data = replace(stage.data, train=(Source(path=samples),))
+    outcome = run_stage(replace(stage, stage="kd", kd=kd, data=data))
+    (told,) = [line for line in outcome.lines if line.startswith("teacher: answers for ")]
+    assert told.startswith("teacher: answers for 8 of ") and " in 8 of 8 chunks" in told
+    assert any(line.startswith("WARNING: 98%") for line in outcome.lines)
+
+
+def test_a_file_that_cannot_be_used_is_found_before_training(
+    logits: Path, samples: str, tokenizer: str
+) -> None:
+    good = torch.load(logits / "s1.pt")
+    torch.save(good, logits / "s1.pt", _use_new_zipfile_serialization=False)
+    reader(logits, samples, tokenizer, rows_of(samples, tokenizer))
+    np.save(logits / "s6.npy", np.load(logits / "s6.npy")[:, 1:])
+    with pytest.raises(DataError, match=r"s6.npy: .* made with another tokenizer"):
+        reader(logits, samples, tokenizer, rows_of(samples, tokenizer))
+
+
+def test_of_many_files_some_are_looked_at(
+    logits: Path, samples: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_files, "CHECKED", 3)
+    torch.save(torch.load(logits / "s1.pt")[:1].clone(), logits / "s1.pt")  # not looked at
+    torch.save(torch.load(logits / "s7.pt")[:1].clone(), logits / "s7.pt")
+    rows = rows_of(samples, tokenizer)
+    seen = coverage(reader(logits, samples, tokenizer, rows), rows)
+    assert seen.tokens - seen.known == len(whole(samples, tokenizer, 256)[7]) - 2
+
+
+def test_names_that_match_no_sample_are_told_what_is_expected(
+    logits: Path, samples: str, tokenizer: str
+) -> None:
+    for path in logits.iterdir():
+        path.rename(logits / f"other-{path.name}")
+    line = refused(logits, samples, tokenizer)
+    assert "none of its 8 files" in line and "such as s0.npy or s1.npy (or .pt)" in line
+
+
+def test_the_banner_names_samples_as_their_files_are(
+    stage: StageConfig, samples: str, run_stage: Callable[..., Any]
+) -> None:
+    data = replace(stage.data, train=(Source(path=samples),))
+    lines = run_stage(replace(stage, data=data)).lines
+    assert any(x.startswith(f"  {samples}: ") and x.endswith("samples s0, s1, s2") for x in lines)
+    (held_out,) = (x.path for x in stage.data.validation)
+    assert any(x.startswith(f"  {held_out}: ") and "train.jsonl:1, " in x for x in lines)
+
+
+def test_samples_of_a_manifest_are_found(samples: str, texts: str, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join(json.dumps({"path": path}) for path in (samples, texts)))
+    sources = (Source(manifest=str(manifest)), Source(path=samples))
+    names = sample_names(sources)
+    assert names[0, "samples.jsonl:2"] == names[2, "samples.jsonl:2"] == "s1"
+    assert names[1, "train.jsonl:3"] == "train-3"
+    few = {(0, "samples.jsonl:2"), (1, "train.jsonl:3"), (2, "gone.jsonl:1")}
+    assert sample_names(sources, few) == {at: names[at] for at in few if at in names}
+
+
+def test_a_stage_learns_from_files_and_its_dry_run_looks_for_them(
     stage: StageConfig, logits: Path, samples: str, tmp_path: Path, run_stage: Callable[..., Any]
 ) -> None:
-    (logits / "s3.pt").unlink()
+    (logits / "s5.pt").unlink()
     kd = Distill(mode="precompute", logits_dir=str(logits), top_k=8)
     data = replace(stage.data, train=(Source(path=samples),))
     student = replace(stage, stage="kd", kd=kd, data=data)
     outcome = run_stage(student)
-    assert f"teacher: answers for 7 of 8 chunks, from {logits}" in outcome.lines
-    assert any(line.startswith("WARNING: 12%") for line in outcome.lines)
+    assert any(
+        line.startswith("teacher: answers for ") and f"in 7 of 8 chunks, from {logits}" in line
+        for line in outcome.lines
+    )
+    assert any(re.match(r"WARNING: \d\d% of the tokens", line) for line in outcome.lines)
     gone = replace(kd, logits_dir="/nowhere")
     with pytest.raises(DataError, match="/nowhere: no such folder"):
         run_stage(replace(student, kd=gone, output=str(tmp_path / "other")))
-    config, notes = shrink(replace(student, kd=gone, output=str(tmp_path / "dry")), set())
+    config, notes = shrink(replace(student, output=str(tmp_path / "dry")), set())
     assert config.kd is not None and config.kd.mode == "online"
-    assert any(note.startswith("teacher /nowhere: ") for note in notes)
+    assert any(note.startswith(f"teacher {logits}: ") for note in notes)
+    with pytest.raises(DataError, match="/nowhere: no such folder"):
+        shrink(replace(student, kd=gone, output=str(tmp_path / "dry")), set())
+    (tmp_path / "empty").mkdir()
+    empty = replace(kd, logits_dir=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="none of its 0 files is named after a sample"):
+        shrink(replace(student, kd=empty, output=str(tmp_path / "dry")), set())
+    remote = replace(data, train=(Source(path="gs://nowhere/x.jsonl"),))  # whose names nobody knows
+    shrink(replace(student, kd=empty, data=remote, output=str(tmp_path / "dry")), set())
 
 
 class Attack:

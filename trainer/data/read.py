@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar
 from urllib.parse import unquote
@@ -112,17 +113,24 @@ def shards(source: Source) -> int:
     return 1 if source.path is None else len(_files(source.path))
 
 
-def sample_names(sources: tuple[Source, ...]) -> dict[tuple[int, str], str]:
-    """(index of the source, document id) -> what people call the sample: `id` or `sample_id` of a
-    JSONL line, else `FILE-LINE` without the suffix; of a `.txt` file its name without it."""
+def sample_names(
+    sources: tuple[Source, ...], only: Optional[set[tuple[int, str]]] = None
+) -> dict[tuple[int, str], str]:
+    """(index of the source, a manifest counting as many; document id) -> what people call the
+    sample: `id` or `sample_id` of a JSONL line, else `FILE-LINE` without the suffix; of a `.txt`
+    file its name without it. `only`: of these few, without reading further than they stand."""
     names: dict[tuple[int, str], str] = {}
-    for index, source in enumerate(sources):
+    for index, source in enumerate(expand(sources)):
         for name, path in _files(source.path) if source.path is not None else ():
             if path.suffix != ".jsonl":
                 names[index, name] = path.stem
                 continue
+            wanted = _lines_of(name, index, only) if only is not None else None
+            last = None if wanted is None else max(wanted, default=0)
             with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(islice(file, last), 1):
+                    if wanted is not None and number not in wanted:
+                        continue
                     content = line.removeprefix(b"\xef\xbb\xbf").strip()
                     try:
                         record: Any = json.loads(content)
@@ -133,6 +141,12 @@ def sample_names(sources: tuple[Source, ...]) -> dict[tuple[int, str], str]:
                     given = record.get("id", record.get("sample_id", f"{path.stem}-{number}"))
                     names[index, f"{name}:{number}"] = str(given)
     return names
+
+
+def _lines_of(name: str, index: int, only: set[tuple[int, str]]) -> set[int]:
+    """The numbers of the lines of a file that are among `only`."""
+    places = (at.partition("#")[0].rpartition(":") for i, at in only if i == index)
+    return {int(line) for file, _, line in places if file == name and line.isdigit()}
 
 
 def hash_fraction(text: str) -> float:

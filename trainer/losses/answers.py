@@ -20,10 +20,11 @@ def divergence(
     temperature: float,
     chunk_rows: Optional[int] = None,
 ) -> Tensor:
-    """The sum over rows of the cross-entropy of softmax(hidden @ head.T / T) with the answers p
-    [N, K] at `ids` [N, K] (negative: no entry), in nats, without T^2. In the rows `others` [N],
-    whose ids are distinct, what p leaves of 1 belongs to "any other token", and the sum is that of
-    KL(p || q) over these K + 1 outcomes. 0-dim; differentiable, once."""
+    """The sum over rows of KL(p || q) of the answers p [N, K] at `ids` [N, K] (negative: no entry)
+    and q = softmax(hidden @ head.T / T), in nats, without T^2. In the rows `others` [N], whose ids
+    are distinct, what p leaves of 1 belongs to "any other token", one more outcome. Elsewhere p is
+    to be all: shares of samples. Their entropy, a constant, is subtracted, so that what is left
+    where q is the teacher is the noise of sampling. 0-dim; differentiable, once."""
     p = p.to(torch.promote_types(hidden.dtype, torch.float32)).masked_fill(ids < 0, 0)
     ghost = None
     if others is not None:
@@ -33,4 +34,5 @@ def divergence(
     found = sparse_target(
         hidden, head, ids, p, ghost=ghost, temperature=temperature, chunk_rows=chunk_rows
     ).loss
-    return found if ghost is None else found + torch.xlogy(p, p).sum() + ghost.xlogy(ghost).sum()
+    found = found + torch.xlogy(p, p).sum()
+    return found if ghost is None else found + ghost.xlogy(ghost).sum()

@@ -22,9 +22,9 @@ from trainer.teacher import Answers, gather
 class DistillStored:
     """loss = alpha * CE / tokens + (1 - alpha) * T^2 * KL / tokens that have an answer.
 
-    KL of top-k targets counts all other tokens as one. Sampled targets (arXiv 2503.16870) give the
-    cross-entropy with the samples' shares, whose gradient has the dense one as its mean; `kd_loss`
-    then holds the teacher's entropy too."""
+    KL of top-k targets counts all other tokens as one. Sampled targets (arXiv 2503.16870) give that
+    of the samples' shares, whose gradient has the dense one as its mean; `kd_loss` then holds the
+    noise of sampling too."""
 
     def __init__(
         self, config: Distill, answers: Answers, runtime: Runtime, keep: Optional[StayNear] = None
