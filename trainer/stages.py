@@ -219,7 +219,7 @@ def targets(context: Context) -> Outcome:
         limit_rows=plan.limit_rows,
         view=chat.view_of(config.data, config.stage, tokens),
     )
-    attention = models.attention_implementation(config.model, runtime)
+    attention = models.attention_implementations(config.model, runtime)
     teacher = models.load_frozen(plan.teacher, runtime, attention)
     trial.check(teacher, runtime, plan.teacher, packing=config.data.packing)
     context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
@@ -261,7 +261,7 @@ def evaluate(context: Context) -> Outcome:
             packing=config.data.packing,
             view=chat.view_of(config.data, config.stage, tokens),
         )
-        attention = models.attention_implementation(config.model, context.runtime)
+        attention = models.attention_implementations(config.model, context.runtime)
         model = models.load_frozen(reference, context.runtime, attention)
         trial.check(model, context.runtime, reference, packing=config.data.packing)
 
@@ -300,7 +300,7 @@ def _distill(context: Context, tokens: Any) -> Objective:
         return DistillStored(kd, _answers(context, tokens), context.runtime, keep)
     if models.has_tokenizer(kd.teacher):
         models.check_vocabularies(tokens, models.load_tokenizer(kd.teacher))
-    attention = models.attention_implementation(context.config.model, context.runtime)
+    attention = models.attention_implementations(context.config.model, context.runtime)
     teacher = models.load_frozen(kd.teacher, context.runtime, attention)
     trial.check(teacher, context.runtime, kd.teacher, packing=context.config.data.packing)
     context.say(
