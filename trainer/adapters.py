@@ -38,8 +38,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if whole else adapter.alpha,
         lora_dropout=adapter.dropout,
-        # Ends of names, as people write them; `_check_count` notices when they match elsewhere too.
-        target_modules=sorted(_ends(layers) if adapter.targets == "auto" else adapter.targets),
+        target_modules=_targets(model, layers, adapter),
         base_model_name_or_path=resolve(base),
     )
     expected = expected_count(layers, adapter.rank)
@@ -60,10 +59,15 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
 
 
 def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """Names of the layers to be adapted -> (inputs, outputs). `auto`: the linear layers inside the
-    model's blocks, so never embeddings or the head. Errors: `ConfigError`."""
-    head = model.get_output_embeddings()
-    linear = {name: _shape(m) for name, m in model.named_modules() if _is_linear(m)}
+    """Names of the layers to be adapted -> (inputs, outputs), of the language model alone: what
+    else there is, such as a vision tower, never runs here. `auto`: the linear layers inside its
+    blocks, so never embeddings or the head. Errors: `ConfigError`."""
+    head, runs = model.get_output_embeddings(), language_model(model)
+    linear = {
+        name: _shape(module)
+        for name, module in model.named_modules()
+        if _is_linear(module) and (module is head or name.startswith(runs))
+    }
     outside = {name for name, module in model.named_modules() if module is head}
     blocks = _blocks(model)
     inside = {
@@ -86,6 +90,14 @@ def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
             raise ConfigError(f"model.adapter.targets: no linear layer '{target}'; {near}")
         found.update({name: linear[name] for name in hits})
     return found
+
+
+def language_model(model: Any) -> str:
+    """The prefix of the names of all that lies in the part that reads text: `model.` or
+    `model.language_model.`; empty when that is the model itself."""
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
 
 
 def left_out(model: nn.Module) -> list[str]:
@@ -241,6 +253,15 @@ def _no_fused_experts(model: nn.Module) -> None:
                 f"model.adapter.targets: `auto` cannot adapt {name}, experts in one tensor; name"
                 " the layers to adapt, such as [q_proj, k_proj, v_proj, o_proj]"
             )
+
+
+def _targets(model: nn.Module, layers: dict[str, Any], adapter: Adapter) -> list[str]:
+    """What PEFT is told: ends of names, as people write them, where these match `layers` and no
+    others, else their whole names (a vision tower has a `q_proj` as well)."""
+    short = sorted(_ends(layers) if adapter.targets == "auto" else adapter.targets)
+    ends = tuple(f".{end}" for end in short)
+    hits = {name for name, _ in model.named_modules() if name in short or name.endswith(ends)}
+    return short if hits == layers.keys() else sorted(layers)
 
 
 def _ends(layers: dict[str, tuple[int, int]]) -> set[str]:

@@ -97,6 +97,8 @@ def load_model(
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for line in _freeze_unused(model):
+        say(line)
     if config.adapter is not None:
         assert config.name is not None
         model = adapters.attach(model, config.adapter, config.name, adapter_from)
@@ -278,6 +280,25 @@ def _check(model: Any, tokenizer: Any, name: str) -> None:
         raise ConfigError(
             f"'{name}' has {head.weight.shape[0]} output tokens, its tokenizer {len(tokenizer)}"
         )
+
+
+def _freeze_unused(model: Any) -> list[str]:
+    """Freeze what text does not pass through, such as a vision tower: it would get no gradient, on
+    several ranks zeros, and weight decay with them. Returns a line about it, if any."""
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    runs = adapters.language_model(model)
+    beside = runs.rstrip(".").rpartition(".")[0]
+    count, parts = 0, set()
+    for name, parameter in model.named_parameters():
+        if name.startswith(runs) or id(parameter) in head:
+            continue
+        parameter.requires_grad_(False)
+        count += parameter.numel()
+        parts.add(".".join(name.split(".")[: beside.count(".") + 2 if beside else 1]))
+    if not count:
+        return []
+    names = ", ".join(sorted(parts))
+    return [f"frozen: {names}, {count:,} parameters that text does not pass through"]
 
 
 def has_tokenizer(reference: str) -> bool:
