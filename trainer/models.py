@@ -163,14 +163,17 @@ def attention_implementations(config: Optional[Model], runtime: Runtime) -> tupl
 def pick_attention(configuration: Any, wanted: str | Sequence[str]) -> str:
     """The first of `wanted` that models of this configuration have. A class with flash-attn but
     without SDPA has attention sinks, which flash-attn's version 2 leaves out and gives no gradient.
-    Errors: `ConfigError` when a model has none of them."""
+    Errors: `ConfigError` when a model has none of them, or is no causal language model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     choices = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     # The one place that says which class a configuration gives, composite ones too.
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(configuration), None)
-    if found is None:  # let the library say that it knows no such model
-        return choices[-1]
+    if found is None:
+        raise ConfigError(
+            f"cannot load the model '{configuration.name_or_path}': Transformers has no causal"
+            f" language model of the kind {configuration.model_type}; choose another"
+        )
     has = {
         "eager": True,
         "sdpa": bool(found._supports_sdpa),

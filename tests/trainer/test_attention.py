@@ -48,6 +48,15 @@ def test_what_a_class_lacks_is_refused_when_it_is_asked_for() -> None:
             pick_attention(AutoConfig.for_model(kind), (wanted,))
 
 
+def test_what_is_no_language_model_is_one_line(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("clip").save_pretrained(tmp_path)
+    about = rf"^cannot load the model '{tmp_path}': Transformers has no causal .* clip; choose"
+    with pytest.raises(ConfigError, match=about):
+        load_pretrained(str(tmp_path), torch.float32, PLAIN_ATTENTION)
+
+
 def test_a_model_without_sdpa_goes_through_the_stages(
     stage: StageConfig, tokenizer: str, run_stage: Any, tmp_path: Path
 ) -> None:
