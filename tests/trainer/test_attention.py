@@ -11,7 +11,7 @@ import torch
 
 from tests.trainer.conftest import in_folder
 from tests.trainer.test_trial import LEAKY, tiny
-from trainer.config import ConfigError, Evaluate, Export, Model, StageConfig
+from trainer.config import Adapter, ConfigError, Evaluate, Export, Merge, Model, StageConfig
 from trainer.models import PLAIN_ATTENTION, load_pretrained, load_tokenizer, pick_attention
 
 EVERY = ("flash_attention_2", *PLAIN_ATTENTION)
@@ -67,9 +67,14 @@ def test_a_model_without_sdpa_goes_through_the_stages(
     train = replace(in_folder(made, tmp_path / "out", steps=1, warmup=0), model=Model(str(folder)))
     score = replace(made, stage="evaluate", evaluate=Evaluate(models={"m": str(folder)}))
     out = replace(made, stage="export", export=Export(model=str(folder)))
+    model = Model(str(folder), adapter=Adapter(rank=2, targets=("q_proj", "v_proj")))
+    lora = replace(in_folder(made, tmp_path / "lora", steps=1, warmup=0), model=model)
+    merged = replace(made, stage="merge", merge=Merge(adapter=str(tmp_path / "lora")))
     lines = run_stage(train).lines
     assert any(line.startswith("attention eager") for line in lines)
-    for config in (score, out):
+    run_stage(lora)
+    for config in (score, out, merged):
         run_stage(replace(config, model=None, output=str(tmp_path / config.stage)))
-    again = load_pretrained(str(tmp_path / "export"), torch.float32, PLAIN_ATTENTION)
-    assert again.config.model_type == "gpt_oss"
+    for name in ("export", "merge"):
+        again = load_pretrained(str(tmp_path / name), torch.float32, PLAIN_ATTENTION)
+        assert again.config.model_type == "gpt_oss"

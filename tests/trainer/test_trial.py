@@ -13,7 +13,7 @@ from torch import nn
 from tests.trainer.conftest import in_folder
 from trainer import adapters, trial
 from trainer.config import Adapter, ConfigError, Distill, Evaluate, Model, StageConfig, Targets
-from trainer.models import load_tokenizer
+from trainer.models import PLAIN_ATTENTION, load_frozen, load_tokenizer
 from trainer.runtime import Runtime
 
 SIZE = {
@@ -153,6 +153,31 @@ def test_logits_that_are_rescaled_are_seen_however_small_they_are(
         runtime = Runtime(CPU, precision)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=r"^'m' rescales its logits: they differ by "):
             trial.check(model.to(dtype), runtime, "m", packing=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "field"),
+    [
+        ("falcon_h1", FALCON, "lm_head_multiplier"),
+        ("gemma4", {"final_logit_softcapping": 2.0}, "final_logit_softcapping"),
+    ],
+)
+def test_known_rescalings_are_named_those_of_a_text_configuration_too(
+    kind: str, extra: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {**SIZE, **extra}
+    if kind == "gemma4":
+        text = {**size, "num_global_key_value_heads": 2, "global_head_dim": 8, "sliding_window": 4}
+        text |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        vision = {**small, "num_attention_heads": 4}
+        size = {"text_config": text, "vision_config": vision, "audio_config": None}
+    config = AutoConfig.for_model(kind, **size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"rescales its logits \({field}\); not supported$"):
+        load_frozen(str(tmp_path), Runtime(CPU, "fp32"), PLAIN_ATTENTION)
 
 
 def test_the_stages_refuse_such_a_model_until_packing_is_off(
