@@ -7,6 +7,8 @@ A checkpoint of an adapter holds `adapter_config.json`, which names the base mod
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from trainer.config import Adapter, ConfigError, nearest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+#: Letters of an error of a library that are shown.
+_LONG = 200
 #: Ends of names of linear layers inside the blocks that are no projections: routers of experts.
 _ROUTERS = ("router", "gate", "shared_expert_gate")
 
@@ -38,8 +42,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if whole else adapter.alpha,
         lora_dropout=adapter.dropout,
-        # Ends of names, as people write them; `_check_count` notices when they match elsewhere too.
-        target_modules=sorted(_ends(layers) if adapter.targets == "auto" else adapter.targets),
+        target_modules=_targets(model, layers, adapter),
         base_model_name_or_path=resolve(base),
     )
     expected = expected_count(layers, adapter.rank)
@@ -47,8 +50,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         with _without_warnings():
             wrapped = get_peft_model(model, config)
     except ValueError as error:  # some targets go only together
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model.adapter.targets: {line}") from error
+        raise ConfigError(f"model.adapter.targets: {one_line(error)}") from error
     found = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     if found != expected:
         raise RuntimeError(
@@ -60,10 +62,15 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
 
 
 def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """Names of the layers to be adapted -> (inputs, outputs). `auto`: the linear layers inside the
-    model's blocks, so never embeddings or the head. Errors: `ConfigError`."""
-    head = model.get_output_embeddings()
-    linear = {name: _shape(m) for name, m in model.named_modules() if _is_linear(m)}
+    """Names of the layers to be adapted -> (inputs, outputs), of the language model alone: what
+    else there is, such as a vision tower, never runs here. `auto`: the linear layers inside its
+    blocks, so never embeddings or the head. Errors: `ConfigError`."""
+    head, runs = model.get_output_embeddings(), language_model(model)
+    linear = {
+        name: _shape(module)
+        for name, module in model.named_modules()
+        if _is_linear(module) and (module is head or name.startswith(runs))
+    }
     outside = {name for name, module in model.named_modules() if module is head}
     blocks = _blocks(model)
     inside = {
@@ -86,6 +93,14 @@ def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
             raise ConfigError(f"model.adapter.targets: no linear layer '{target}'; {near}")
         found.update({name: linear[name] for name in hits})
     return found
+
+
+def language_model(model: Any) -> str:
+    """The prefix of the names of all that lies in the part that reads text: `model.` or
+    `model.language_model.`; empty when that is the model itself."""
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
 
 
 def left_out(model: nn.Module) -> list[str]:
@@ -127,8 +142,7 @@ def fetch(reference: str) -> str:
     try:
         return str(snapshot_download(name))
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot fetch the adapter '{reference}': {line}") from error
+        raise ConfigError(f"cannot fetch the adapter '{reference}': {one_line(error)}") from error
 
 
 def base_of(folder: str | Path) -> str:
@@ -165,17 +179,28 @@ def save(model: Any, folder: Path, values: Optional[dict[str, Tensor]] = None) -
 
 
 def load(base: Any, folder: str | Path) -> Any:
-    """`base` with the adapter of `folder`, to be read. Errors: `ConfigError` where they differ."""
+    """`base` with the adapter of `folder`, to be read. Errors: `ConfigError` where they differ:
+    PEFT leaves out what it finds no place for, with a warning."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
     try:
         with _without_warnings():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ConfigError(
-            f"cannot load the adapter '{folder}': {trouble(folder, error)}"
+            f"cannot load the adapter '{folder}': {_another_base(error) or trouble(folder, error)}"
         ) from error
+    if (Path(folder) / WEIGHTS).is_file():
+        theirs = {name for name in _names(Path(folder) / WEIGHTS) if ".lora_" in name}
+        differ = sorted(theirs ^ {name for name in tensors(model) if ".lora_" in name})
+        if differ:
+            where = "has no place here" if differ[0] in theirs else "is not in it"
+            raise ConfigError(
+                f"cannot load the adapter '{folder}': it was made for another base model:"
+                f" {differ[0]} {where} ({len(differ)} such tensors)"
+            )
+    return model
 
 
 def trouble(name: str | Path, error: Exception) -> str:
@@ -186,13 +211,46 @@ def trouble(name: str | Path, error: Exception) -> str:
     folder = Path(name)
     if str(name).startswith(("/", "./", "../", "~")) and not folder.is_dir():
         return "no such folder"
+    if folder.is_dir() and not any(folder.iterdir()):
+        return "the folder is empty"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
                 pass
         except (OSError, SafetensorError) as damage:
             return f"{path.name} is damaged ({damage}); fetch or write it again"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line(error)
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says: its first line, with those after it, up to `_LONG` letters,
+    while it ends with a colon; its class when it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text, *rest = lines
+    while rest and text.endswith(":"):
+        text = textwrap.shorten(f"{text} {rest.pop(0)}", max(_LONG, len(text)), placeholder=" ...")
+    return text
+
+
+def _another_base(error: Exception) -> Optional[str]:
+    """One line, when `error` is that the layers of an adapter and those of its base differ."""
+    about = "it was made for another base model: "
+    shapes = re.search(
+        r"size mismatch for (\S+): .*?Size\((\[.*?\])\) from .*?Size\((\[.*?\])\)", str(error)
+    )
+    if shapes:
+        name, theirs, ours = shapes.groups()
+        return f"{about}{name} is {theirs} in the adapter, {ours} here"
+    return about + one_line(error) if "not found in the base model" in str(error) else None
+
+
+def _names(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def _restore(model: Any, saved: Path) -> None:
@@ -241,6 +299,15 @@ def _no_fused_experts(model: nn.Module) -> None:
                 f"model.adapter.targets: `auto` cannot adapt {name}, experts in one tensor; name"
                 " the layers to adapt, such as [q_proj, k_proj, v_proj, o_proj]"
             )
+
+
+def _targets(model: nn.Module, layers: dict[str, Any], adapter: Adapter) -> list[str]:
+    """What PEFT is told: ends of names, as people write them, where these match `layers` and no
+    others, else their whole names (a vision tower has a `q_proj` as well)."""
+    short = sorted(_ends(layers) if adapter.targets == "auto" else adapter.targets)
+    ends = tuple(f".{end}" for end in short)
+    hits = {name for name, _ in model.named_modules() if name in short or name.endswith(ends)}
+    return short if hits == layers.keys() else sorted(layers)
 
 
 def _ends(layers: dict[str, tuple[int, int]]) -> set[str]:

@@ -15,7 +15,7 @@ from trainer import adapters
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import ConfigError, Export
 from trainer.merge import encode_prompts, publish, stored_dtype, write_folder
-from trainer.models import load_pretrained, load_tokenizer, parameter_count
+from trainer.models import PLAIN_ATTENTION, load_pretrained, load_tokenizer, parameter_count
 from trainer.store import sha256_file
 
 HUB = "hub:"
@@ -36,7 +36,7 @@ def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
     if adapters.is_adapter(source):
         raise ConfigError(f"export.model: '{config.model}' is an adapter; merge it first")
     dtype = _DTYPES.get(config.precision) or stored_or_error(config.model)
-    model = load_pretrained(config.model, dtype, "sdpa")
+    model = load_pretrained(config.model, dtype, PLAIN_ATTENTION)
     tokens = load_tokenizer(config.model)
     written = write_folder(model, tokens, folder)
     try:
@@ -68,7 +68,7 @@ def stored_or_error(reference: str) -> torch.dtype:
 
 def _check_written(model: Any, tokens: Any, folder: Path) -> None:
     """Every tensor and every token must come back as it was."""
-    again = load_pretrained(str(folder), model.dtype, "sdpa")
+    again = load_pretrained(str(folder), model.dtype, PLAIN_ATTENTION)
     ours, theirs = model.state_dict(), again.state_dict()
     wrong = [n for n in ours if n not in theirs or not torch.equal(ours[n], theirs[n])]
     wrong += [n for n in theirs if n not in ours]

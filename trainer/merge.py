@@ -22,7 +22,7 @@ from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import ConfigError, Merge
 from trainer.data.corpus import python_reference
 from trainer.manifest import make_readable
-from trainer.models import has_tokenizer, load_pretrained, load_tokenizer
+from trainer.models import PLAIN_ATTENTION, has_tokenizer, load_pretrained, load_tokenizer
 from trainer.store import fsync
 
 #: Largest difference of logits, as a share of the largest logit, by the dtype of the weights: what
@@ -50,7 +50,7 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     dtype = stored_dtype(base) if config.precision == "auto" else _DTYPES[config.precision]
     tokens = load_tokenizer(source if has_tokenizer(source) else base)
     prompts = encode_prompts(tokens, config.prompts)
-    plain = load_pretrained(base, torch.float32, "sdpa").eval()
+    plain = load_pretrained(base, torch.float32, PLAIN_ATTENTION).eval()
     without = logits(plain, prompts)
     adapted = adapters.load(plain, source).eval()
     before = logits(adapted, prompts)
@@ -64,7 +64,7 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
         f" texts; the adapter changes them by {facts['adapter_effect']:.1e}"
     )
     written = write_folder(merged.to(dtype), tokens, folder)
-    again = load_pretrained(str(written), torch.float32, "sdpa").eval()
+    again = load_pretrained(str(written), torch.float32, PLAIN_ATTENTION).eval()
     try:
         facts["max_difference_saved"] = agree(logits(again, prompts), before, dtype, "saved")
     except CheckpointError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,7 +25,11 @@ _LOGIT_CHANGES = (
     "logits_scaling",
     "logit_scale",
     "output_multiplier_scale",
+    "logits_soft_cap",
+    "lm_head_multiplier",
 )
+#: What the library can run attention on everywhere, best first.
+PLAIN_ATTENTION = ("sdpa", "eager")
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -78,7 +82,7 @@ def load_model(
     base of an adapter has the runtime's dtype. `adapter_from`: a checkpoint of the adapter.
     Errors: `ConfigError` for a model that is not there or that the losses cannot serve."""
     torch.manual_seed(seed)
-    attention = attention_implementation(config, runtime)
+    attention = attention_implementations(config, runtime)
     if config.architecture is not None:
         model = _from_config(_configuration(config.architecture, tokenizer), attention)
     elif config.name is None:
@@ -93,6 +97,8 @@ def load_model(
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for line in _freeze_unused(model):
+        say(line)
     if config.adapter is not None:
         assert config.name is not None
         model = adapters.attach(model, config.adapter, config.name, adapter_from)
@@ -105,15 +111,16 @@ def load_model(
     return model
 
 
-def load_frozen(reference: str, runtime: Runtime, attention: str) -> nn.Module:
+def load_frozen(reference: str, runtime: Runtime, attention: Sequence[str]) -> nn.Module:
     """A model that is only read (a teacher, a model under evaluation), in the runtime's dtype."""
     model = load_pretrained(reference, runtime.dtype, attention)
     _check(model, None, reference)
     return model.to(runtime.device).eval().requires_grad_(False)
 
 
-def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
-    """A causal language model at a model reference, on the CPU; an adapter comes on its base."""
+def load_pretrained(reference: str, dtype: torch.dtype, attention: str | Sequence[str]) -> Any:
+    """A causal language model at a model reference, on the CPU; an adapter comes on its base.
+    `attention`: see `pick_attention`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -124,9 +131,10 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
         except ConfigError as error:
             raise ConfigError(f"the base model of the adapter '{reference}': {error}") from error
         return adapters.load(base, name)
+    kind = pick_attention(_load_configuration(reference), attention)
     try:
         model, facts = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            name, dtype=dtype, attn_implementation=kind, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = adapters.trouble(name, error)
@@ -139,16 +147,46 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str) -> Any:
     return model
 
 
-def attention_implementation(config: Optional[Model], runtime: Runtime) -> str:
-    """`auto`: flash-attn on CUDA in bf16 or fp16 when it is installed, else SDPA."""
+def attention_implementations(config: Optional[Model], runtime: Runtime) -> tuple[str, ...]:
+    """What may run attention, best first. `auto`: flash-attn on CUDA in bf16 or fp16 when it is
+    installed, then SDPA, then eager. Errors: `ConfigError` for flash-attn where it cannot run."""
     wanted = config.attention if config else "auto"
     flash = flash_attention_status(runtime)
     usable = flash.startswith("usable")
     if wanted == "auto":
-        return "flash_attention_2" if usable else "sdpa"
+        return ("flash_attention_2", *PLAIN_ATTENTION) if usable else PLAIN_ATTENTION
     if wanted == "flash_attention_2" and not usable:
         raise ConfigError(f"model.attention: flash_attention_2 is {flash}; use auto or sdpa")
-    return wanted
+    return (wanted,)
+
+
+def pick_attention(configuration: Any, wanted: str | Sequence[str]) -> str:
+    """The first of `wanted` that models of this configuration have. A class with flash-attn but
+    without SDPA has attention sinks, which flash-attn's version 2 leaves out and gives no gradient.
+    Errors: `ConfigError` when a model has none of them, or is no causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    choices = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    # The one place that says which class a configuration gives, composite ones too.
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(configuration), None)
+    if found is None:
+        raise ConfigError(
+            f"cannot load the model '{configuration.name_or_path}': Transformers has no causal"
+            f" language model of the kind {configuration.model_type}; choose another"
+        )
+    has = {
+        "eager": True,
+        "sdpa": bool(found._supports_sdpa),
+        "flash_attention_2": bool(found._supports_flash_attn and found._supports_sdpa),
+    }
+    for choice in choices:
+        if has.get(choice, True):
+            return choice
+    sinks = choices == ("flash_attention_2",) and found._supports_flash_attn
+    raise ConfigError(
+        f"model.attention: {found.__name__} does not run on {' or '.join(choices)}"
+        f"{' (its attention sinks would be left out)' if sinks else ''}; use auto or eager"
+    )
 
 
 def flash_attention_status(runtime: Runtime) -> str:
@@ -224,11 +262,12 @@ def _load_configuration(reference: str) -> Any:
         raise ConfigError(f"cannot load the model '{reference}': {why}") from error
 
 
-def _from_config(configuration: Any, attention: str) -> Any:
+def _from_config(configuration: Any, attention: Sequence[str]) -> Any:
     from transformers import AutoModelForCausalLM
 
+    kind = pick_attention(configuration, attention)
     return AutoModelForCausalLM.from_config(
-        configuration, dtype=torch.float32, attn_implementation=attention
+        configuration, dtype=torch.float32, attn_implementation=kind
     )
 
 
@@ -236,13 +275,33 @@ def _check(model: Any, tokenizer: Any, name: str) -> None:
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ConfigError(f"'{name}' has no plain output embedding (bias-free linear head)")
-    for field in _LOGIT_CHANGES:
-        if getattr(model.config, field, None) not in (None, 0, 1, 1.0):
-            raise ConfigError(f"'{name}' rescales its logits ({field}); not supported")
+    for configuration in (model.config, model.config.get_text_config()):
+        for field in _LOGIT_CHANGES:
+            if getattr(configuration, field, None) not in (None, 0, 1, 1.0):
+                raise ConfigError(f"'{name}' rescales its logits ({field}); not supported")
     if tokenizer is not None and len(tokenizer) > head.weight.shape[0]:
         raise ConfigError(
             f"'{name}' has {head.weight.shape[0]} output tokens, its tokenizer {len(tokenizer)}"
         )
+
+
+def _freeze_unused(model: Any) -> list[str]:
+    """Freeze what text does not pass through, such as a vision tower: it would get no gradient, on
+    several ranks zeros, and weight decay with them. Returns a line about it, if any."""
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    runs = adapters.language_model(model)
+    beside = runs.rstrip(".").rpartition(".")[0]
+    count, parts = 0, set()
+    for name, parameter in model.named_parameters():
+        if name.startswith(runs) or id(parameter) in head:
+            continue
+        parameter.requires_grad_(False)
+        count += parameter.numel()
+        parts.add(".".join(name.split(".")[: beside.count(".") + 2 if beside else 1]))
+    if not count:
+        return []
+    names = ", ".join(sorted(parts))
+    return [f"frozen: {names}, {count:,} parameters that text does not pass through"]
 
 
 def has_tokenizer(reference: str) -> bool:

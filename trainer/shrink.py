@@ -199,12 +199,13 @@ def _merge(merge: Merge, scratch: Path, made: set[str], notes: list[str]) -> Mer
     if _made(merge.adapter, made):
         return replace(merge, base=None)
     from trainer import adapters
-    from trainer.models import load_pretrained
+    from trainer.models import PLAIN_ATTENTION, load_pretrained
 
     tokenizer = _tokenizer(None, scratch, made, notes)
     kind = _model_type(Model(name=merge.base)) if merge.base else "llama"
     base = _tiny(scratch / "base", kind, tokenizer, weights=True)
-    model = adapters.attach(load_pretrained(base, torch.float32, "sdpa"), Adapter(rank=2), base)
+    plain = load_pretrained(base, torch.float32, PLAIN_ATTENTION)
+    model = adapters.attach(plain, Adapter(rank=2), base)
     folder = scratch / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
     adapters.save(model, folder)

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import models, probe, sinks
+from trainer import models, probe, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import Checkpoints, load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
@@ -171,6 +171,8 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         model = models.load_model(
             plan, tokens, runtime, settings.seed, adapter_from=newest, say=context.say
         )
+        name = (config.model.name if config.model.architecture is None else None) or "the model"
+        trial.check(model, runtime, name, packing=config.data.packing)
         objective = make_objective(replace(context, rows=rows), tokens)
         horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
@@ -221,8 +223,9 @@ def targets(context: Context) -> Outcome:
         limit_rows=plan.limit_rows,
         view=chat.view_of(config.data, config.stage, tokens),
     )
-    attention = models.attention_implementation(config.model, runtime)
+    attention = models.attention_implementations(config.model, runtime)
     teacher = models.load_frozen(plan.teacher, runtime, attention)
+    trial.check(teacher, runtime, plan.teacher, packing=config.data.packing)
     context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
     folder = context.folder / "targets"
     totals = write_targets(
@@ -262,8 +265,9 @@ def evaluate(context: Context) -> Outcome:
             packing=config.data.packing,
             view=chat.view_of(config.data, config.stage, tokens),
         )
-        attention = models.attention_implementation(config.model, context.runtime)
+        attention = models.attention_implementations(config.model, context.runtime)
         model = models.load_frozen(reference, context.runtime, attention)
+        trial.check(model, context.runtime, reference, packing=config.data.packing)
 
         def smaller(rows: int, label: str = label) -> None:
             context.say(f"{label}: out of memory: {rows} rows at a time")
@@ -300,8 +304,9 @@ def _distill(context: Context, tokens: Any) -> Objective:
         return DistillStored(kd, _answers(context, tokens), context.runtime, keep)
     if models.has_tokenizer(kd.teacher):
         models.check_vocabularies(tokens, models.load_tokenizer(kd.teacher))
-    attention = models.attention_implementation(context.config.model, context.runtime)
+    attention = models.attention_implementations(context.config.model, context.runtime)
     teacher = models.load_frozen(kd.teacher, context.runtime, attention)
+    trial.check(teacher, context.runtime, kd.teacher, packing=context.config.data.packing)
     context.say(
         f"teacher: {kd.teacher}, {models.parameter_count(teacher):,} parameters,"
         f" vocabulary {teacher.config.vocab_size}"

@@ -43,7 +43,7 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
     with runtime.start() as process:
         process = process.at("auto")
         device = process.device
-        attention = models.attention_implementation(None, process)
+        attention = models.attention_implementations(None, process)[0]
         model = student(work, device, attention)
         guide = teacher(work, device, attention) if config.kd is not None else None
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)

@@ -48,19 +48,22 @@ class Faults:
 
 def inject(kind: str, *, hidden: int, learning: bool, calls: list[int], rows: int = 0) -> None:
     """`calls`: which passes of the model of size `hidden` go wrong, counted from 0, in training
-    (`learning`) or else in passes without gradients; empty: all. `rows`: that many still fit."""
+    (`learning`) or else in passes without gradients, the trial of the model at the start of a stage
+    not among them; empty: all. `rows`: that many still fit."""
     import torch
     from torch import nn
 
+    from trainer.trial import LENGTH
+
     count = -1
 
-    def concerned(module: Any) -> bool:
+    def concerned(module: Any, inputs: Any) -> bool:
         alike = isinstance(module, nn.Embedding) and module.embedding_dim == hidden
-        return alike and torch.is_grad_enabled() == learning
+        return alike and torch.is_grad_enabled() == learning and inputs[0].shape[1] > 2 * LENGTH
 
     def before(module: Any, inputs: Any) -> None:
         nonlocal count
-        if not concerned(module):
+        if not concerned(module, inputs):
             return
         count += 1
         now = not calls or count in calls
@@ -70,7 +73,7 @@ def inject(kind: str, *, hidden: int, learning: bool, calls: list[int], rows: in
             os.kill(os.getpid(), signal.SIGTERM)
 
     def after(module: Any, inputs: Any, output: Any) -> Any:
-        if concerned(module) and count in calls:
+        if concerned(module, inputs) and count in calls:
             if kind == "nan":
                 return output * float("nan")
             if kind == "overflow":

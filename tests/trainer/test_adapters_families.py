@@ -14,7 +14,7 @@ from tests.trainer.conftest import in_folder
 from trainer import adapters
 from trainer.config import Adapter, ConfigError, Model, StageConfig
 from trainer.merge import logits
-from trainer.models import load_tokenizer
+from trainer.models import load_pretrained, load_tokenizer
 
 HIDDEN, WIDE, LAYERS, QUERY, KEY = 32, 64, 2, 4 * 8, 2 * 8
 SIZE = {
@@ -119,3 +119,40 @@ def test_targets_that_go_only_together_are_one_line() -> None:
     model = tiny("deepseek_v3", **size, **ranks, **groups)
     with pytest.raises(ConfigError, match=r"model\.adapter\.targets: [^\n]*gate_proj[^\n]*up_proj"):
         adapters.attach(model, Adapter(targets=("gate_proj",)), "base")
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (("llama", {"hidden_size": 64}), r"q_proj\S+ is \[2, 32\] in the adapter, \[2, 64\] here"),
+        (("llama", {"num_hidden_layers": 1}), r"layers\.1\.\S+ has no place here \(14 such"),
+        (("llama", {"num_hidden_layers": 3}), r"layers\.2\.\S+ is not in it \(14 such"),
+        (("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}), "q_proj.* not found in the base"),
+    ],
+)
+def test_an_adapter_of_another_base_is_one_line_that_says_so(
+    base: Any, said: str, tmp_path: Path
+) -> None:
+    adapters.save(adapters.attach(tiny("llama"), Adapter(rank=2), "base"), tmp_path)
+    kind, extra = base
+    about = rf"^cannot load the adapter '[^\n]*': it was made for another base model: [^\n]*{said}"
+    with pytest.raises(ConfigError, match=about):
+        adapters.load(tiny(kind, **extra), tmp_path)
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^cannot load the model '.*': the folder is empty$"):
+        load_pretrained(str(tmp_path), torch.float32, "sdpa")
+    with pytest.raises(ConfigError, match=r"^no tokenizer at '.*': the folder is empty$"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_error_does_not_end_at_a_colon() -> None:
+    long = "; ".join(f"part {number}" for number in range(90))
+    assert adapters.one_line(ValueError("One of:\n  (a) this:\n  (b) that\nmore")) == (
+        "One of: (a) this: (b) that"
+    )
+    text = adapters.one_line(ValueError(f"One of:\n{long}"))
+    assert text.startswith("One of: part 0;") and text.endswith(" ...") and 150 < len(text) <= 200
+    assert adapters.one_line(ValueError("Whole.\nMore")) == "Whole."
+    assert adapters.one_line(ValueError()) == "ValueError"
