@@ -27,7 +27,7 @@ from trainer.runtime import Runtime
 from trainer.saver import Files, Saver
 from trainer.scaler import Scaler
 from trainer.schedule import Horizon, learning_rate
-from trainer.sharded import Shards
+from trainer.sharded import PARAMETERS, Shards, parameter_shapes
 from trainer.shards import optimizer_state
 from trainer.step import Accumulated, backward, cut, normalisers, prepare, unless_out_of_memory
 from trainer.window import Window
@@ -247,9 +247,9 @@ class Loop:
             done = unless_out_of_memory(
                 backward, self.model, self.objective, batches, weights, self.runtime, log, scale
             )
-            if self.runtime.any(done is None)[0] or done is None:
+            parameters = self.model.parameters()
+            if not self.runtime.reduce_gradients(parameters, done is not None) or done is None:
                 return None
-            self.runtime.reduce_gradients(self.model.parameters())
             norm = unscale(self.model, scale)
             if self.scaler is None or not self._overflowed(self.scaler, done, norm):
                 return done, norm
@@ -430,6 +430,7 @@ class Loop:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "micro_batch": self._largest,  # what an out-of-memory taught; None: nothing yet
             "optimizer": self.optimizer.state_dict(),
+            PARAMETERS: parameter_shapes(self.model, self.optimizer),
             "stream": self.stream.state_dict(),
             "rows_per_step": self.stream.rows_per_step,
             "objective": self.objective.state_dict(),

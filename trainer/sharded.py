@@ -26,6 +26,8 @@ from trainer.store import disk_full, sha256_file
 FOLDER = "state"
 #: In the plain state: the names of the optimizer's parameters, where their state is in shards.
 NAMES = "shards"
+#: In the plain state: [name, shape] of the optimizer's parameters, by their numbers in its state.
+PARAMETERS = "parameters"
 #: Before the name of a parameter, as in torch's own flattened state of an optimizer.
 PREFIX = "state."
 
@@ -120,6 +122,12 @@ def parameter_names(model: nn.Module, optimizer: Any) -> list[str]:
     """The names of the optimizer's parameters, in the order of its state's numbers."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameter_shapes(model: nn.Module, optimizer: Any) -> list[Any]:
+    """[name, shape] of the optimizer's parameters, in the order of its state's numbers."""
+    shapes = (list(p.shape) for group in optimizer.param_groups for p in group["params"])
+    return [[name, shape] for name, shape in zip(parameter_names(model, optimizer), shapes)]
 
 
 def balance(sizes: Mapping[str, int], world_size: int, beside: int = 0) -> dict[str, int]:
