@@ -4,8 +4,11 @@ script, like sharded_runs.py."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from tests.trainer.sharded_runs import losses, run, stage, workers
 from trainer import runtime as runtimes
+from trainer.checkpoint import Checkpoints
 from trainer.config import Train
 from trainer.optimizer import clip, make_optimizer, unscale
+
+#: Seconds after which a worker counts as hanging; its result is then the number of the signal.
+LIMIT = 60
 
 
 class NoRoom(TorchFunctionMode):
@@ -117,10 +124,77 @@ def loop_without_room(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     return found
 
 
+def failed_saves(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
+    """Something that nothing expects goes wrong in the second save of one worker's thread."""
+    import torch.distributed.checkpoint as dcp
+
+    def writer(rank: int) -> None:
+        class Broken(dcp.FileSystemWriter):  # type: ignore[misc,name-defined]
+            def __init__(self, path: Any, **options: Any) -> None:
+                if "tmp-step-4" in str(path):
+                    raise RuntimeError("injected")
+                super().__init__(path, **options)
+
+        dcp.FileSystemWriter = Broken
+
+    def opening(name: str, mode: str, error: Exception) -> None:
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            path, how = map(str, arguments[:2]) if event == "open" else ("", "")
+            if "tmp-step-4" in path and path.endswith(name) and mode in how:
+                raise error
+
+        sys.addaudithook(hook)
+
+    ways: dict[str, tuple[int, bool, Callable[[int], None]]] = {
+        "before, 0": (0, True, writer),
+        "before, 1": (1, True, writer),
+        "digest, 1": (1, True, lambda _: opening("__1_0.distcp", "r", MemoryError())),
+        "model, 0": (0, True, lambda _: opening("/config.json", "w", ValueError("injected"))),
+        "plain, 0": (0, False, lambda _: opening("/config.json", "w", ValueError("injected"))),
+    }
+    found: dict[str, Any] = {}
+    for name, (broken, sharded, breaks) in ways.items():
+
+        def act(rank: int, name: str = name) -> Any:
+            broken, sharded, breaks = ways[name]
+            signal.alarm(LIMIT)
+            if rank == broken:
+                breaks(rank)
+            return run(stage(out / name, tokenizer, texts, 2, save_every=2, sharded=sharded))
+
+        results = workers(2, act)
+        newest = Checkpoints(out / name / "checkpoints", keep=3).newest()
+        found[name] = {"results": results, "newest": newest.name if newest else None}
+    return found
+
+
+def left_evaluation(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
+    """The second worker is asked to leave in its first batch of the evaluation after step 2."""
+    batches = 0
+
+    def act(rank: int) -> Any:
+        def before(module: Any, inputs: Any) -> None:
+            nonlocal batches
+            if isinstance(module, nn.Embedding) and not torch.is_grad_enabled():
+                batches += 1
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        signal.alarm(LIMIT)
+        nn.modules.module.register_module_forward_pre_hook(before)
+        config = stage(out / "left", tokenizer, texts, 2, evaluate_every=2)
+        held_out = replace(config.data, validation=config.data.train)
+        return [run(replace(config, data=held_out)), batches]
+
+    return {"results": workers(2, act), "losses": losses(out / "left")}
+
+
 def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     scenarios: dict[str, Callable[[], Any]] = {
         "gradients": without_a_gradient,
         "room": without_room,
+        "saves": lambda: failed_saves(out, tokenizer, texts),
+        "left": lambda: left_evaluation(out, tokenizer, texts),
         "loop room": lambda: loop_without_room(out, tokenizer, texts),
     }
     return {name: scenario() for name, scenario in scenarios.items()}

@@ -59,3 +59,33 @@ def test_no_room_for_the_sum_of_gradients_halves_the_micro_batch(runs: dict[str,
     assert not any("out of memory" in line for line in found["calm"]["said"])
     assert len(found["calm"]["losses"]) == 3
     assert found["split"]["losses"] == pytest.approx(found["calm"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        ("before, 0", "rank 0: RuntimeError: injected"),
+        ("before, 1", "rank 1: RuntimeError: injected"),
+        ("digest, 1", "rank 1 could not write its part of the state: MemoryError"),
+        ("model, 0", "ValueError: injected"),
+        ("plain, 0", "ValueError: injected"),
+    ],
+)
+def test_an_unexpected_error_in_one_save_ends_all_ranks_with_one_line(
+    runs: dict[str, Any], way: str, why: str
+) -> None:
+    """None of them is left waiting, and all say which step was not saved."""
+    found = runs["saves"][way]
+    first, second = found["results"]
+    assert first == second
+    assert first.startswith("error: CheckpointError: step 4 not saved: ") and why in first
+    assert "earlier checkpoints are whole" in first and found["newest"] == "step-2"
+
+
+def test_a_signal_in_an_evaluation_ends_it_on_all_ranks(runs: dict[str, Any]) -> None:
+    found = runs["left"]
+    said, _ = found["results"][0]
+    assert [batches for _, batches in found["results"]] == [1, 1]
+    assert "step 2: the evaluation was left, the job was asked to leave" in said
+    assert len(found["losses"]) == 2
+    assert not any("val_loss" in line for line in said)
