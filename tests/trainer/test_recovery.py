@@ -338,7 +338,7 @@ def test_out_of_memory_in_an_evaluation_halves_its_batch(run: Any, tiny: Any) ->
 def test_a_limited_evaluation_compares_the_same_rows_however_it_is_cut(run: Any, tiny: Any) -> None:
     """Of 24 rows, 2 x 4: on one worker or two, with rows that fit or not, before the split of a
     step and after it."""
-    settings = {"evaluate_every": 2, "evaluate_batches": 2, "lr": 0.0}
+    settings = {"evaluate_every": 2, "evaluate_batches": 2}
     fault = {"kind": "oom", **STUDENT, "calls": [], "rows": 1}
     found = [
         [line["val_tokens"] for line in lines(ran.folder, "eval")]
