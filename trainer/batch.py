@@ -49,6 +49,10 @@ class Batch:
         ids, positions, targets, found = (t.to(device, non_blocking=True) for t in tensors)
         return Batch(ids, positions, targets, found, host=self)
 
+    def pinned(self) -> Batch:
+        """The same rows, unprepared, in memory that a GPU can read by itself."""
+        return Batch(*(t.pin_memory() for t in (self.input_ids, self.position_ids, self.targets)))
+
     def split(self) -> tuple[Batch, Batch]:
         """The first and the second half of the rows, unprepared. Needs at least two rows."""
         half = self.rows // 2

@@ -98,6 +98,12 @@ class Checkpoints:
         self._prune(step)
         return final
 
+    def mark_last(self, step: int, val_loss: float | None) -> None:
+        """Point `last.json` at a step that was saved, unless it is. Errors: `CheckpointError`."""
+        if _pointed(self.root, "last") != step:
+            with self._told("the pointer to the last checkpoint"):
+                self._point("last", step, val_loss)
+
     def mark_best(self, step: int, val_loss: float | None) -> None:
         """Point `best.json` at a step that was saved. Errors: `CheckpointError`."""
         if not self._folder(step).is_dir():

@@ -209,7 +209,7 @@ class Train(Strict):
     epsilon: float = 1e-8
     clip: float = 1.0  # largest norm of the whole gradient; 0: off
     evaluate_every: int = 0  # steps; 0: only at the end
-    evaluate_batches: int = 0  # 0: the whole validation set
+    evaluate_batches: int = 0  # of micro_batch rows over all workers (auto: 8); 0: all
     save_every: int = 0  # steps; 0: only at the end
     log_every: int = 10
     keep: int = 3  # newest checkpoints kept, besides the best one

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import Batch
-from trainer.config import ConfigError
-from trainer.data.stream import Rows, validation_batches
+from trainer.config import ConfigError, Train
+from trainer.data.stream import Rows, batches_a_rank, validation_batches
 from trainer.losses.heads import head_for
 from trainer.losses.linear import sparse_target
 from trainer.models import head_weight, hidden_states
@@ -22,7 +22,13 @@ from trainer.step import cut, unless_out_of_memory
 BINS = 15
 #: Bytes of one buffer of logits.
 _BUFFER = 64 * 2**20
+#: Rows that stand for a micro-batch which is to be found.
+_AUTO_ROWS = 8
 _Smaller = Callable[[int], None]
+
+
+class Left(Exception):
+    """An evaluation that some rank was asked to leave, on all ranks; it found nothing."""
 
 
 class Score(NamedTuple):
@@ -39,20 +45,28 @@ def cross_entropy(
     micro_batch: int,
     limit: int = 0,
     smaller: _Smaller = lambda rows: None,
+    leave: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats per supervised token over `rows` (at most `limit` micro-batches a
-    rank; 0: all), and the number of those tokens, over all ranks. The model's mode is restored.
+    """Mean cross-entropy in nats per supervised token over `rows` (the first `limit` of them; 0:
+    all), and the number of those tokens, over all ranks. The model's mode is restored.
 
     Out of memory, a rank goes on with halves of its micro-batch: sums over rows do not depend on
     the cut. `smaller` is then told the smallest that any rank came to. Errors: `ConfigError`, on
-    all ranks, when one row does not fit."""
+    all ranks, when one row does not fit; `Left` when `leave` says so, asked before each batch."""
 
     def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         ones = torch.ones_like(labels, dtype=torch.float32).unsqueeze(1)
         return sparse_target(hidden, weight, labels.unsqueeze(1), ones).loss.reshape(1)
 
-    tokens, (loss,) = _sums(model, rows, runtime, summed, 1, micro_batch, limit, smaller)
+    tokens, (loss,) = _sums(model, rows, runtime, summed, 1, micro_batch, limit, smaller, leave)
     return loss / max(tokens, 1), tokens
+
+
+def held_out_rows(config: Train) -> int:
+    """The rows of a held-out loss while training, over all workers; 0: all. Of the micro-batch that
+    was configured, so that nothing which only cuts a step changes what is compared."""
+    rows = config.micro_batch if isinstance(config.micro_batch, int) else _AUTO_ROWS
+    return config.evaluate_batches * rows
 
 
 def score(
@@ -62,6 +76,7 @@ def score(
     *,
     micro_batch: int,
     smaller: _Smaller = lambda rows: None,
+    leave: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Cross-entropy and calibration over all of `rows`, over all ranks; memory and errors as in
     `cross_entropy`.
@@ -77,7 +92,7 @@ def score(
         logprobs, confidence, right = predictions(hidden, weight, labels)
         return torch.cat([-logprobs.double().sum(0, True), calibration_gaps(confidence, right)])
 
-    tokens, sums = _sums(model, rows, runtime, summed, 1 + BINS, micro_batch, 0, smaller)
+    tokens, sums = _sums(model, rows, runtime, summed, 1 + BINS, micro_batch, 0, smaller, leave)
     apart = sum(abs(gap) for gap in sums[1:])
     return Score(sums[0] / max(tokens, 1), tokens, apart / max(tokens, 1))
 
@@ -122,6 +137,7 @@ def _sums(
     micro_batch: int,
     limit: int,
     smaller: _Smaller,
+    leave: Callable[[], bool],
 ) -> tuple[int, list[float]]:
     """The supervised tokens of `rows`, and the sums [width] of what `summed` gives for the hidden
     states [n, H], the head [V, H] and the labels [n] of a micro-batch, over all ranks."""
@@ -136,21 +152,26 @@ def _sums(
             hidden = hidden_states(model, batch)
         return len(batch.labels), summed(hidden, head_weight(model).detach(), batch.labels)
 
-    for batch in validation_batches(rows, micro_batch, runtime.rank, runtime.world_size, limit):
-        waiting = cut([batch], fitting)
-        while waiting and fitting:
-            found = unless_out_of_memory(batch_sums, waiting[0])
-            if found is None:
+    batches = validation_batches(rows, micro_batch, runtime.rank, runtime.world_size, limit)
+    try:
+        # Ranks may have one batch more or less: all ask as often, and leave together.
+        for _ in range(batches_a_rank(rows, micro_batch, runtime.world_size, limit)):
+            if runtime.any(leave())[0]:
+                raise Left
+            batch = next(batches, None)
+            waiting = cut([batch], fitting) if batch is not None and fitting else []
+            while waiting:
+                found = unless_out_of_memory(batch_sums, waiting[0])
+                if found is not None:
+                    tokens += found[0]
+                    totals += found[1]
+                    del waiting[0]
+                    continue
                 runtime.release_memory()
                 fitting = waiting[0].rows // 2
-                waiting = cut(waiting, max(fitting, 1))
-                continue
-            tokens += found[0]
-            totals += found[1]
-            del waiting[0]
-        if not fitting:
-            break
-    model.train(training)
+                waiting = cut(waiting, fitting) if fitting else []
+    finally:
+        model.train(training)
     smallest = -int(runtime.largest(-float(fitting)))
     if smallest == 0:
         raise ConfigError(

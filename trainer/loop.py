@@ -18,7 +18,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, Stream
-from trainer.evaluate import cross_entropy
+from trainer.evaluate import Left, cross_entropy, held_out_rows
 from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import Metrics
 from trainer.objective import Objective
@@ -27,7 +27,7 @@ from trainer.runtime import Runtime
 from trainer.saver import Files, Saver
 from trainer.scaler import Scaler
 from trainer.schedule import Horizon, learning_rate
-from trainer.sharded import Shards
+from trainer.sharded import PARAMETERS, Shards, parameter_shapes
 from trainer.shards import optimizer_state
 from trainer.step import Accumulated, backward, cut, normalisers, prepare, unless_out_of_memory
 from trainer.window import Window
@@ -113,13 +113,16 @@ class Loop:
         if not self._has_room:
             self.make_room()
         stopped = self._reason_to_stop()
+        if self.step > 0:
+            stopped = self._evaluate_if_due(stopped)  # a stop may have come before it
         while stopped == "":
             rate, norm = self._one_step()
             stopped = self._reason_to_stop()
-            if self._logged(self.step) or stopped != "":
+            if logged := self._logged(self.step) or stopped != "":
                 self._log(rate, norm)
-            if stopped is None or self._due(self.config.evaluate_every):
-                self._evaluate()
+            stopped = self._evaluate_if_due(stopped)
+            if stopped != "" and not logged:
+                self._log(rate, norm)
             if self._due(self.config.save_every):
                 self._save()
         self._check_flags(keep=0)
@@ -170,11 +173,14 @@ class Loop:
         if state["micro_batch"] is not None:
             self._largest = state["micro_batch"]
             self.stream.resize(min(self._largest, self.stream.micro_batch))
-        self._saved_at = self._evaluated_at = self.step
+        self._saved_at = self.step
+        self._evaluated_at = state.get("evaluated_at", self.step)
         self._window = Window(self.training_seconds)
-        if self.checkpoints is not None and self.evaluation.get("best_step") == self.step:
-            # The process may have been killed between the checkpoint and its pointer.
-            self.checkpoints.mark_best(self.step, self.best)
+        if self.checkpoints is not None:
+            # The process may have been killed between the checkpoint and its pointers.
+            self.checkpoints.mark_last(self.step, self._val_loss())
+            if self.evaluation.get("best_step") == self.step:
+                self.checkpoints.mark_best(self.step, self.best)
         states = state["rng"]
         if len(states) == self.runtime.world_size:
             set_rng_state(states[self.runtime.rank])
@@ -247,9 +253,9 @@ class Loop:
             done = unless_out_of_memory(
                 backward, self.model, self.objective, batches, weights, self.runtime, log, scale
             )
-            if self.runtime.any(done is None)[0] or done is None:
+            parameters = self.model.parameters()
+            if not self.runtime.reduce_gradients(parameters, done is not None) or done is None:
                 return None
-            self.runtime.reduce_gradients(self.model.parameters())
             norm = unscale(self.model, scale)
             if self.scaler is None or not self._overflowed(self.scaler, done, norm):
                 return done, norm
@@ -365,18 +371,32 @@ class Loop:
             return "until"
         return ""
 
-    def _evaluate(self) -> None:
-        if self.validation is None or self._evaluated_at == self.step:
-            return
-        self._evaluated_at = self.step
+    def _evaluate_if_due(self, stopped: Optional[str]) -> Optional[str]:
+        """Evaluate, at the end or where it is time to; the reason to stop, which may be a new one.
+        A signal ends an evaluation; when the stage goes on later, it begins with that."""
+        due = stopped is None or self._due(self.config.evaluate_every)
+        if self.validation is None or self._evaluated_at == self.step or not due:
+            return stopped
+        try:
+            self._evaluate(self.validation)
+        except Left:
+            self._event("evaluation_left")
+            self.say(f"step {self.step}: the evaluation was left, the job was asked to leave")
+            return stopped or "signal"
+        return self._reason_to_stop() if stopped == "" else stopped
+
+    def _evaluate(self, validation: Rows) -> None:
         loss, tokens = cross_entropy(
             self.model,
-            self.validation,
+            validation,
             self.runtime,
             micro_batch=self.stream.micro_batch,
-            limit=self.config.evaluate_batches,
+            limit=held_out_rows(self.config),
             smaller=self._evaluate_smaller,
+            leave=self.signalled,
         )
+        self._evaluated_at = self.step
+        self._saved_at = -1  # what may be saved of this step does not hold this
         improved = math.isfinite(loss) and (self.best is None or loss < self.best)
         if improved:
             self.best = loss
@@ -396,13 +416,17 @@ class Loop:
     def _save(self, best: bool = False, wait: bool = False) -> None:
         """Save this step, unless it is saved. `wait`: nothing is being written on return."""
         if self._saved_at != self.step:
+            self._check_flags(keep=0)  # the state counts the steps that were not finite
             self._saved_at = self.step
-            loss = self.evaluation.get("val_loss") if self._evaluated_at == self.step else None
             state = self._state(self.runtime.gather(rng_state()))
-            self.saver.save(self.step, state, val_loss=loss, best=best, wait=wait)
+            self.saver.save(self.step, state, val_loss=self._val_loss(), best=best, wait=wait)
         if wait:
             self.saver.wait()
         self._tell_saved()
+
+    def _val_loss(self) -> Optional[float]:
+        """Of this step, if it was evaluated."""
+        return self.evaluation.get("val_loss") if self._evaluated_at == self.step else None
 
     def _tell_saved(self) -> None:
         """Report what is saved by now."""
@@ -426,10 +450,12 @@ class Loop:
             "training_seconds": self.training_seconds,
             "best": self.best,
             "evaluation": dict(self.evaluation),
+            "evaluated_at": self._evaluated_at,
             "consecutive": self.guard.consecutive,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "micro_batch": self._largest,  # what an out-of-memory taught; None: nothing yet
             "optimizer": self.optimizer.state_dict(),
+            PARAMETERS: parameter_shapes(self.model, self.optimizer),
             "stream": self.stream.state_dict(),
             "rows_per_step": self.stream.rows_per_step,
             "objective": self.objective.state_dict(),

@@ -145,12 +145,12 @@ def _moments(model: nn.Module, optimizer: Optional[torch.optim.Optimizer]) -> li
 
 
 def _fits(model: nn.Module, objective: Objective, rows: Rows, count: int, runtime: Runtime) -> bool:
-    """One group of one micro-batch, as a step has it; whether no rank ran out of memory. The two
-    exchanges keep a rank that ran out from leaving the others in a collective."""
+    """One group of one micro-batch, as a step has it, up to the sum of its gradients; whether no
+    rank ran out of memory. The exchanges keep one that did from leaving the others waiting."""
     group = [rows.batch(longest(rows, count))]
     batches = unless_out_of_memory(prepare, objective, group, runtime, 0)
     if runtime.any(batches is None)[0] or batches is None:
         return False
     norm = normalisers(batches, runtime)
     done = unless_out_of_memory(backward, model, objective, batches, norm, runtime)
-    return not runtime.any(done is None)[0]
+    return runtime.reduce_gradients(model.parameters(), done is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, Optional
 
@@ -87,19 +87,43 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.flags)
         return float(tensor)
 
-    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients over all ranks, once per step; absent ones count as zero."""
+    def reduce_gradients(self, parameters: Iterable[nn.Parameter], ready: bool = True) -> bool:
+        """Sum the gradients over all ranks, once per step. One that is absent on some ranks counts
+        as zero there; one that is absent on all stays absent, as on one rank: the optimizer leaves
+        such a parameter alone. False, on all ranks and with nothing summed, when one of them is not
+        `ready` or has no memory for it."""
         if self.world_size == 1:
-            return
-        for bucket in _buckets(parameters):
-            for parameter in bucket:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            grads = [p.grad for p in bucket if p.grad is not None]
-            flat = torch.cat([grad.flatten() for grad in grads])
+            return ready
+        trainable = [p for p in parameters if p.requires_grad]
+        room = _room(trainable, self.device) if ready else None
+        failed, gaps = self.any(room is None, any(p.grad is None for p in trainable))
+        if failed or room is None:
+            return False
+        if gaps and self.any(not self._fill(trainable))[0]:
+            return False
+        for bucket in _buckets([p.grad for p in trainable if p.grad is not None]):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0])
+                continue
+            size = sum(grad.nbytes for grad in bucket)
+            flat = room[:size].view(bucket[0].dtype)
+            torch.cat([grad.flatten() for grad in bucket], out=flat)
             dist.all_reduce(flat)
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket])):
                 grad.copy_(part.view_as(grad))
+        return True
+
+    def _fill(self, parameters: list[nn.Parameter]) -> bool:
+        """Zeros for the gradients that only other ranks have; whether there was memory for them."""
+        present = torch.tensor([int(p.grad is not None) for p in parameters])
+        dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.flags)
+        try:
+            for parameter, wanted in zip(parameters, present.tolist()):
+                if wanted and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Make every rank's tensors those of rank 0."""
@@ -169,18 +193,27 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype, up to `BUCKET_BYTES` together."""
-    bucket: list[nn.Parameter] = []
+def _room(parameters: list[nn.Parameter], device: torch.device) -> Optional[Tensor]:
+    """Bytes for the largest bucket that is copied; None when there is no memory for them. A tensor
+    that fills a bucket needs none: its gradient is summed in place."""
+    kept = [p if p.grad is None else p.grad for p in parameters]
+    size = min(BUCKET_BYTES, sum(tensor.nbytes for tensor in kept))
+    size = max([size, *(tensor.nbytes for tensor in kept if not tensor.is_contiguous())])
+    try:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype, up to `BUCKET_BYTES` together."""
+    bucket: list[Tensor] = []
     size = 0
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        bytes_ = parameter.numel() * parameter.element_size()
-        if bucket and (size + bytes_ > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(parameter)
-        size += bytes_
+        bucket.append(tensor)
+        size += tensor.nbytes
     if bucket:
         yield bucket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.manifest import Known
 from trainer.runtime import Runtime
-from trainer.sharded import Shards, line_of
+from trainer.sharded import Shards, described, line_of
 from trainer.snapshot import Snapshot
 
 
@@ -46,6 +47,7 @@ class _Work:
     part: dict[str, Tensor]
     val_loss: Optional[float]
     best: bool
+    failed: Optional[Exception] = None  # why there is nothing to be written
 
 
 class Saver:
@@ -67,7 +69,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._thread: Optional[threading.Thread] = None
         self._begun = False
-        self._error: Optional[Exception] = None
+        self._error: Optional[CheckpointError] = None
 
     def save(
         self,
@@ -120,20 +122,28 @@ class Saver:
         best: bool,
         beside: bool,
     ) -> None:
+        try:
+            work = _Work(step, *self._taken(state, beside), val_loss, best)
+        except Exception as error:  # the other workers are about to write their parts
+            work = _Work(step, {}, {}, {}, val_loss, best, error)
+        if not beside:
+            self._run(work)
+            return
+        self._thread = threading.Thread(target=self._beside, args=(work,), name=f"save-{step}")
+        self._thread.start()
+
+    def _taken(
+        self, state: dict[str, Any], beside: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+        """The tensors of the model, the state and the part that this worker writes."""
         tensors = self.files.tensors()
         part: dict[str, Tensor] = {}
         if self.shards is not None:
             part = self.shards.take(state, sum(value.nbytes for value in tensors.values()))
         if self.checkpoints is None:  # rank 0 writes these
             tensors, state = {}, {}
-        if beside:
-            tensors, state, part = self._snapshot.copy((tensors, state, part))
-        work = _Work(step, tensors, state, part, val_loss, best)
-        if not beside:
-            self._run(work)
-            return
-        self._thread = threading.Thread(target=self._beside, args=(work,), name=f"save-{step}")
-        self._thread.start()
+        taken = (tensors, state, part)
+        return self._snapshot.copy(taken) if beside else taken
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -152,28 +162,22 @@ class Saver:
             else:
                 self._publish(work, lambda folder: self.files.write(folder, work.tensors))
         except Exception as error:  # the loop raises it, in its own thread
-            self._error = error
+            self._error = _not_saved(work.step, error)
 
     def _publish(self, work: _Work, write: Callable[[Path], Optional[Known]]) -> None:
         assert self.checkpoints is not None
+        if work.failed is not None:
+            raise work.failed
         path = self.checkpoints.save(
             work.step, write, work.state, val_loss=work.val_loss, best=work.best
         )
         self.news.append(Saved(work.step, path, work.best))
 
     def _write_shards(self, shards: Shards, work: _Work) -> None:
-        try:
-            if self.checkpoints is None:
-                _write_part(shards, work.part)
-            else:
-                self._write_all(shards, work)
-        except CheckpointError:
-            raise
-        except RuntimeError as error:  # most often of the process group
-            raise CheckpointError(
-                f"step {work.step} not saved, another worker may be gone: {line_of(error)};"
-                " earlier checkpoints are whole"
-            ) from error
+        if self.checkpoints is None:
+            _write_part(shards, work)
+        else:
+            self._write_all(shards, work)
 
     def _write_all(self, shards: Shards, work: _Work) -> None:
         """Rank 0 names the folder, everyone writes, rank 0 seals and says how it ended."""
@@ -183,9 +187,14 @@ class Saver:
             nonlocal named
             named = True
             shards.tell(str(folder))
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                model = pool.submit(self.files.write, folder, work.tensors)
-                known = shards.write(folder, work.part)
+            with contextlib.ExitStack() as stack:
+                error = ""
+                try:
+                    pool = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+                    model = pool.submit(self.files.write, folder, work.tensors)
+                except Exception as failed:  # no thread is to be had
+                    error = f"rank 0: {described(failed)}"
+                known = shards.write(folder, work.part, error)
                 model.result()
             return known
 
@@ -194,18 +203,33 @@ class Saver:
         except Exception as error:
             if not named:
                 shards.tell("")
-            shards.tell(line_of(error))
+            shards.tell(line_of(_not_saved(work.step, error)))
             raise
         shards.tell("")
 
 
-def _write_part(shards: Shards, part: dict[str, Tensor]) -> None:
+def _write_part(shards: Shards, work: _Work) -> None:
     """What `_write_all` needs of every other rank. Errors: `CheckpointError`, as rank 0 says."""
-    failed: Optional[CheckpointError] = None
+    failed = work.failed
     if folder := shards.tell(""):
         try:
-            shards.write(Path(folder), part)
-        except CheckpointError as error:
+            shards.write(Path(folder), work.part, "" if failed is None else described(failed))
+        except Exception as error:
             failed = error
     if line := shards.tell(""):
         raise CheckpointError(line) from failed
+    if failed is not None:
+        raise failed
+
+
+def _not_saved(step: int, error: Exception) -> CheckpointError:
+    """The error as the line that all ranks end with."""
+    if isinstance(error, CheckpointError) and "not saved" in str(error):
+        return error
+    gone = isinstance(error, RuntimeError)  # most often of the process group
+    why = "another worker may be gone: " if gone else ""
+    line = CheckpointError(
+        f"step {step} not saved: {why}{described(error)}; earlier checkpoints are whole"
+    )
+    line.__cause__ = error
+    return line

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import heapq
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ from trainer.runtime import Runtime
 from trainer.store import disk_full, sha256_file
 
 FOLDER = "state"
+#: How long a worker waits for another one that is silent: what goes wrong in one is told, and a
+#: process that dies is noticed at once. Between two exchanges rank 0 writes at most its half of
+#: weights and moments: 48 GB of 8 billion parameters, the most that one GPU trains, take 8 minutes
+#: on a disk of 100 MB/s.
+_PATIENCE = timedelta(minutes=15)
 #: In the plain state: the names of the optimizer's parameters, where their state is in shards.
 NAMES = "shards"
+#: In the plain state: [name, shape] of the optimizer's parameters, by their numbers in its state.
+PARAMETERS = "parameters"
 #: Before the name of a parameter, as in torch's own flattened state of an optimizer.
 PREFIX = "state."
 
@@ -38,7 +46,7 @@ class Shards:
         self.names = parameter_names(model, optimizer)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         check_one_folder(folder, runtime)
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def take(self, state: dict[str, Any], beside: int) -> dict[str, Tensor]:
         """This worker's part of the optimizer's state, by name; the whole of it is taken out of
@@ -57,42 +65,33 @@ class Shards:
         writers = balance({n: v.nbytes for n, v in whole.items()}, self.world_size, beside)
         return {name: value for name, value in whole.items() if writers[name] == self.rank}
 
-    def write(self, folder: Path, part: dict[str, Tensor]) -> Known:
+    def write(self, folder: Path, part: dict[str, Tensor], error: str = "") -> Known:
         """Write this worker's part into `folder`/`state`, with all the others; what is known of
-        everyone's files. Errors: `CheckpointError`, on every worker."""
-        import torch.distributed.checkpoint as dcp
+        everyone's files. `error`: why this worker cannot. Errors: `CheckpointError`, on every
+        worker, whatever went wrong in one: who raised on its own would leave the others waiting."""
         from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-
-        class Writer(dcp.FileSystemWriter):  # type: ignore[misc]
-            def write_data(self, *arguments: Any) -> Any:
-                try:
-                    return super().write_data(*arguments)
-                except Exception as error:
-                    # On its way to the other ranks, an error loses what it was raised from.
-                    if full := disk_full(error):
-                        raise OSError(errno.ENOSPC, full) from error
-                    raise
-
-            def storage_meta(self) -> None:
-                """Nothing: it would hold this machine's path."""
 
         into = folder / FOLDER
-        # No copying ahead: that is for tensors on a GPU, and uses the loop's device.
-        writer = Writer(into, sync_files=True, per_thread_copy_ahead=0)
-        planner = DefaultSavePlanner(flatten_state_dict=False)
+        save: Callable[[], None] = _nothing
+        if not error:
+            try:
+                save = _dcp_save(into, part, self._group)
+            except Exception as failed:
+                error = f"rank {self.rank}: {described(failed)}"
+        self._agree(into, error)
+        mine: dict[str, tuple[int, str]] | list[str]
         try:
-            dcp.save(part, storage_writer=writer, planner=planner, process_group=self._group)
-        except CheckpointException as failed:
-            rank, (error, _) = min(failed.failures.items())
-            raise CheckpointError(
-                f"{into}: rank {rank} could not write its part of the state: {line_of(error)}"
-            ) from error
+            save()
+            mine = self._digests(into)
+        except (Exception, CheckpointException) as failed:  # torch's is no `Exception`
+            mine = self._said(failed)
         known: dict[str, tuple[int, str]] = {}
-        for mine in self._gather(self._digests(into)):
-            if isinstance(mine, str):
-                raise CheckpointError(mine)
-            known.update(mine)
+        for theirs in self._gather(mine):
+            if isinstance(theirs, list):
+                line, full = theirs
+                cause = OSError(errno.ENOSPC, full) if full else None
+                raise CheckpointError(f"{into}: {line}") from cause
+            known.update(theirs)
         return known
 
     def tell(self, line: str) -> str:
@@ -101,14 +100,22 @@ class Shards:
         dist.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
 
-    def _digests(self, into: Path) -> dict[str, tuple[int, str]] | str:
-        try:
-            paths = sorted(into.glob(f"__{self.rank}_*"))
-            return {
-                f"{FOLDER}/{path.name}": (path.stat().st_size, sha256_file(path)) for path in paths
-            }
-        except OSError as error:
-            return f"{into}: rank {self.rank} cannot read what it wrote: {line_of(error)}"
+    def _agree(self, into: Path, error: str) -> None:
+        if failed := [line for line in self._gather(error) if line]:
+            raise CheckpointError(f"{into}: {failed[0]}")
+
+    def _said(self, error: BaseException) -> list[str]:
+        """What went wrong, and the words for a full disk or none. Torch tells every rank which of
+        them failed, and how."""
+        rank = self.rank
+        if failures := getattr(error, "failures", None):
+            rank, (error, _) = min(failures.items())
+        line = f"rank {rank} could not write its part of the state: {described(error)}"
+        return [line, disk_full(error) or ""]
+
+    def _digests(self, into: Path) -> dict[str, tuple[int, str]]:
+        paths = sorted(into.glob(f"__{self.rank}_*"))
+        return {f"{FOLDER}/{path.name}": (path.stat().st_size, sha256_file(path)) for path in paths}
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
@@ -120,6 +127,12 @@ def parameter_names(model: nn.Module, optimizer: Any) -> list[str]:
     """The names of the optimizer's parameters, in the order of its state's numbers."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameter_shapes(model: nn.Module, optimizer: Any) -> list[Any]:
+    """[name, shape] of the optimizer's parameters, in the order of its state's numbers."""
+    shapes = (list(p.shape) for group in optimizer.param_groups for p in group["params"])
+    return [[name, shape] for name, shape in zip(parameter_names(model, optimizer), shapes)]
 
 
 def balance(sizes: Mapping[str, int], world_size: int, beside: int = 0) -> dict[str, int]:
@@ -155,3 +168,42 @@ def check_one_folder(folder: Path, runtime: Runtime) -> None:
 def line_of(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def described(error: BaseException) -> str:
+    """An error in one line, with its type where it is not one that is expected."""
+    line, name = line_of(error), type(error).__name__
+    expected = isinstance(error, (CheckpointError, OSError)) or line == name
+    return line if expected else f"{name}: {line}"
+
+
+def _nothing() -> None:
+    """What a worker saves that does not get so far."""
+
+
+def _dcp_save(into: Path, part: dict[str, Tensor], group: Any) -> Callable[[], None]:
+    """The collective that writes `part`; what can fail before it has been done."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    class Writer(dcp.FileSystemWriter):  # type: ignore[misc]
+        def write_data(self, *arguments: Any) -> Any:
+            try:
+                return super().write_data(*arguments)
+            except Exception as error:
+                # On its way to the other ranks, an error loses what it was raised from.
+                if full := disk_full(error):
+                    raise OSError(errno.ENOSPC, full) from error
+                raise
+
+        def storage_meta(self) -> None:
+            """Nothing: it would hold this machine's path."""
+
+    # No copying ahead: that is for tensors on a GPU, and uses the loop's device.
+    writer = Writer(into, sync_files=True, per_thread_copy_ahead=0)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+
+    def save() -> None:
+        dcp.save(part, storage_writer=writer, planner=planner, process_group=group)
+
+    return save

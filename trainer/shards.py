@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import CheckpointError
-from trainer.sharded import FOLDER, NAMES, PREFIX, line_of, parameter_names
+from trainer.sharded import (
+    FOLDER,
+    NAMES,
+    PARAMETERS,
+    PREFIX,
+    line_of,
+    parameter_names,
+    parameter_shapes,
+)
 
 _FILE = re.compile(r"__\d+_\d+\.distcp")
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -41,16 +49,12 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """What `optimizer.load_state_dict` takes, of a checkpoint's folder and its plain `state`,
     whether its optimizer is in shards or not. From shards, tensors come on the devices of their
-    parameters. Errors: `CheckpointError`."""
+    parameters. Errors: `CheckpointError`, also where other parameters learn now."""
     plain: dict[str, Any] = state["optimizer"]
+    _check_parameters(found, state, model, optimizer)
     if NAMES not in state:
         return plain
     names = parameter_names(model, optimizer)
-    if names != state[NAMES]:
-        raise CheckpointError(
-            f"{found}: its optimizer holds {len(state[NAMES])} parameters, now {len(names)} learn,"
-            " or others; resume with the model and the settings it was started with"
-        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = _read(found / FOLDER, dict(zip(names, parameters)))
     entries: dict[int, dict[str, Any]] = {i: dict(held) for i, held in plain["state"].items()}
@@ -59,6 +63,32 @@ def optimizer_state(
         name, key = _split(full)
         entries.setdefault(numbers[name], {})[key] = value
     return {**plain, "state": entries}
+
+
+def _check_parameters(
+    found: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Moments belong to parameters by their numbers alone: other ones would get them unnoticed."""
+    now = parameter_shapes(model, optimizer)
+    groups = state["optimizer"]["param_groups"]
+    count = sum(len(group["params"]) for group in groups)
+    differ = ""
+    if PARAMETERS in state:
+        same = state[PARAMETERS] == now
+        before, here = dict(state[PARAMETERS]), dict(now)
+        apart = [name for name in {**before, **here} if before.get(name) != here.get(name)]
+        differ = f" (the first one: {apart[0]})" if apart else ""
+    elif NAMES in state:  # older checkpoints know the names, if in shards, or only how many
+        same = state[NAMES] == [name for name, _ in now]
+    else:
+        sizes = [[len(group["params"]) for group in of] for of in (groups, optimizer.param_groups)]
+        same = sizes[0] == sizes[1]
+    if not same:
+        raise CheckpointError(
+            f"{found}: its optimizer holds {count} parameters, now {len(now)} learn, or others"
+            f"{differ}; resume with the model and the settings it was started with"
+            " (model.freeze, model.adapter), or start a new run"
+        )
 
 
 def _read(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -19,10 +19,12 @@ _Result = TypeVar("_Result")
 @dataclass
 class Accumulated:
     """One group's forward and backward: `total` is this rank's part of the loss; `sums` its parts
-    of the metrics, already divided by the global batch's weights; `tokens` of all ranks."""
+    of the metrics, already divided by the global batch's weights, and `counts` which of those are
+    not 0: a metric of nothing is none; `tokens` of all ranks."""
 
     total: Tensor
     sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
     tokens: Tensor
 
 
@@ -57,15 +59,18 @@ def backward(
     scaled = norm if scale == 1.0 else {term: weight / scale for term, weight in norm.items()}
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for batch in batches:
         with runtime.autocast():
             loss = objective.loss(model, batch, scaled, log)
         loss.total.backward()
         total += loss.total.detach()
         for name, (value, term) in loss.sums.items():
-            weight = norm[term].to(runtime.device).clamp(min=1.0)
-            sums[name] = sums.get(name, torch.zeros_like(total)) + value.detach() / weight
-    return Accumulated(total / scale, sums, norm[next(iter(norm))].to(runtime.device))
+            weight = norm[term].to(runtime.device)
+            share = value.detach() / weight.clamp(min=1.0)
+            sums[name] = sums.get(name, torch.zeros_like(total)) + share
+            counts[name] = weight > 0
+    return Accumulated(total / scale, sums, counts, norm[next(iter(norm))].to(runtime.device))
 
 
 def unless_out_of_memory(work: Callable[..., _Result], *arguments: Any) -> Optional[_Result]:

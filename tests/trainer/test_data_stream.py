@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from trainer.batch import IGNORE, Batch
 from trainer.config import ConfigError, Source
 from trainer.data import DataError
-from trainer.data.stream import Rows, Stream, build_rows, validation_batches
+from trainer.data.stream import Rows, Stream, batches_a_rank, build_rows, validation_batches
 
 S = 16
 
@@ -333,8 +333,16 @@ def test_validation_sees_every_row_once_over_all_ranks(ten: Rows, world: int) ->
     assert sorted(seen) == sorted(first_tokens([everything(ten)]))
 
 
-def test_a_validation_limit_is_a_number_of_batches(ten: Rows) -> None:
-    assert [b.rows for b in validation_batches(ten, 3, 0, 1, limit=2)] == [3, 3]
+def test_a_validation_limit_is_a_number_of_rows_however_they_are_cut(ten: Rows) -> None:
+    assert [b.rows for b in validation_batches(ten, 3, 0, 1, limit=7)] == [3, 3, 1]
+    expected = sorted(first_tokens([ten.batch(range(7))]))
+    for micro_batch, world in ((7, 1), (2, 1), (1, 2), (3, 2), (2, 5)):
+        parts = [
+            list(validation_batches(ten, micro_batch, rank, world, limit=7))
+            for rank in range(world)
+        ]
+        assert sorted(first_tokens([batch for part in parts for batch in part])) == expected
+        assert max(map(len, parts)) == batches_a_rank(ten, micro_batch, world, limit=7)
     assert [b.rows for b in validation_batches(ten, 3, 0, 1)] == [3, 3, 3, 1]
 
 

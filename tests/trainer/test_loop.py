@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,28 +198,86 @@ def test_a_signal_saves_at_the_step_boundary_and_resume_equals_the_undisturbed_r
     assert weights(tmp_path / "cut") == weights(tmp_path / "calm")
 
 
-def test_a_signal_in_the_last_evaluation_keeps_the_next_stage_from_starting(
-    stage: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def asked_in_evaluation() -> Iterator[Callable[[int], list[int]]]:
+    """Send this process SIGTERM, twice, in a batch of an evaluation, counted from 1 over all of
+    them; the list holds how many there were so far."""
+    handles = []
+
+    def ask(batch: int) -> list[int]:
+        seen = [0]
+
+        def before(module: Any, inputs: Any) -> None:
+            if isinstance(module, nn.Embedding) and not torch.is_grad_enabled():
+                seen[0] += 1
+                if seen[0] == batch:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        while handles:
+            handles.pop().remove()
+        handles.append(nn.modules.module.register_module_forward_pre_hook(before))
+        return seen
+
+    yield ask
+    while handles:
+        handles.pop().remove()
+
+
+def test_a_signal_in_the_last_evaluation_ends_it_and_a_resume_makes_up_for_it(
+    stage: StageConfig, tmp_path: Path, asked_in_evaluation: Any
 ) -> None:
-    """The stage completes and is saved; nothing else begins; a second signal changes nothing."""
-    from trainer import __main__, loop
+    """24 rows in batches of 4: in the second batch it is left, and the stage not completed. In the
+    last one it is done, and so is the stage; but nothing else begins."""
+    from trainer import __main__
 
-    measure = loop.cross_entropy
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(loop, "cross_entropy", interrupted)
-    stages_ = tuple(
+    jobs = tuple(
         replace(in_folder(stage, tmp_path / name, steps=3), id=name) for name in ("one", "two")
     )
-    assert __main__.run(Job(run="r", stages=stages_)) == 75
+    seen = asked_in_evaluation(2)
+    assert __main__.run(Job(run="r", stages=jobs)) == 75
+    assert seen == [2] and not lines(tmp_path / "one", "eval")
+    meta = json.loads((tmp_path / "one" / "run_meta.json").read_text())
+    assert (meta["completed"], meta["stopped"], meta["global_step"]) == (False, "signal", 3)
+    assert not (tmp_path / "one" / "checkpoints" / "best.json").exists()
+
+    seen = asked_in_evaluation(6)
+    assert __main__.run(Job(run="r", stages=jobs, attempt=2)) == 75
+    assert seen == [6]
     assert json.loads((tmp_path / "one" / "run_meta.json").read_text())["completed"] is True
+    assert [line["global_step"] for line in lines(tmp_path / "one", "eval")] == [3]
+    best = json.loads((tmp_path / "one" / "checkpoints" / "best.json").read_text())
+    assert best["step"] == 3
     assert not (tmp_path / "two").exists()
+
+    asked_in_evaluation(2)
     (tmp_path / "stop.json").write_text("{}")
-    assert __main__.run(Job(run="r", stages=stages_, control=str(tmp_path))) == 0
+    assert __main__.run(Job(run="r", stages=jobs, attempt=3, control=str(tmp_path))) == 0
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_a_signal_in_an_evaluation_is_followed_by_no_other_step(
+    batch: int, stage: StageConfig, run_stage: Run, tmp_path: Path, asked_in_evaluation: Any
+) -> None:
+    """Left in the second batch, or done when it comes in the last one; what the resumed run ends
+    with, and what it found on the way, is that of the calm one."""
+    stage = in_folder(stage, tmp_path / "calm", steps=4, evaluate_every=2, log_every=5)
+    run_stage(stage)
+    asked_in_evaluation(batch)
+    outcome = run_stage(in_folder(stage, tmp_path / "cut"))
+    assert (outcome.stopped, outcome.step) == ("signal", 2)
+    assert len(lines(tmp_path / "cut", "eval")) == (batch == 6)
+    assert [line["global_step"] for line in lines(tmp_path / "cut", "step")] == [1, 2]
+    asked_in_evaluation(0)
+    run_stage(in_folder(stage, tmp_path / "cut"), attempt=2)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "calm")
+    found, expected = (
+        [(line["global_step"], line["val_loss"]) for line in lines(tmp_path / name, "eval")]
+        for name in ("cut", "calm")
+    )
+    assert found == expected and len(found) == 2
+    pointers = [(tmp_path / n / "checkpoints" / "best.json").read_text() for n in ("cut", "calm")]
+    assert pointers[0] == pointers[1]
 
 
 def test_a_signal_during_the_last_save_does_not_lose_it(

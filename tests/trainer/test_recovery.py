@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from tests.trainer import gradients
 from tests.trainer.conftest import in_folder
@@ -24,7 +25,9 @@ from trainer.checkpoint import load_state
 from trainer.config import Distill, Job, KeepLogits, StageConfig, Targets, to_dict
 from trainer.losses.distance import logit_distance
 from trainer.manifest import STATE, seal
+from trainer.models import load_tokenizer
 from trainer.scaler import Scaler
+from trainer.teacher_pass import write_targets
 
 STEPS = 5
 RANKS = pytest.mark.parametrize("ranks", [1, 2])
@@ -252,6 +255,42 @@ def test_out_of_memory_while_targets_are_stored_changes_none_of_them(
     assert run(stage, 1, fault).codes == [64]
 
 
+class OutOfMemoryOnce(TorchFunctionMode):
+    """The first call of `torch.unique` finds no memory: samples have been drawn by then."""
+
+    raised = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.unique and not self.raised:
+            self.raised = True
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return func(*args, **(kwargs or {}))
+
+
+def test_samples_that_were_drawn_before_an_out_of_memory_are_drawn_again(
+    tokenizer: str, texts: str, tmp_path: Path
+) -> None:
+    """The stored answers are those of the calm pass: a generator that had moved on gives others."""
+    rows = gradients.rows(tokenizer, texts, packing=True)
+    teacher = gradients.model(tokenizer, torch.float32, seed=2).eval()
+    plan = Targets("t", sampler="sample", samples=16, micro_batch=4)
+    said: list[str] = []
+
+    def stored(name: str) -> list[Any]:
+        folder = tmp_path / name
+        write_targets(
+            folder, plan, rows, teacher, load_tokenizer(tokenizer), gradients.CPU, said.append
+        )
+        return [np.load(file) for file in sorted(folder.glob("shard-*/*.npy"))]
+
+    calm = stored("calm")
+    with OutOfMemoryOnce():
+        found = stored("split")
+    assert "targets: out of memory with 4 rows: 2 at a time" in said
+    assert len(calm) == len(found) > 0
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, calm))
+
+
 def test_fp16_distils_and_evaluates_as_fp32_does(run: Any, tiny: Any, tmp_path: Path) -> None:
     """With a frozen teacher and a frozen copy of the start in fp16, and the loss that is logged
     without its scale."""
@@ -294,6 +333,24 @@ def test_out_of_memory_in_an_evaluation_halves_its_batch(run: Any, tiny: Any) ->
     never = run(tiny("never"), 2, {**fault, "rows": 0})
     assert never.codes == [64, 64], never.said
     assert never.said.count("error: evaluation: one row does not fit") == 2
+
+
+def test_a_limited_evaluation_compares_the_same_rows_however_it_is_cut(run: Any, tiny: Any) -> None:
+    """Of 24 rows, 2 x 4: on one worker or two, with rows that fit or not, before the split of a
+    step and after it."""
+    settings = {"evaluate_every": 2, "evaluate_batches": 2}
+    fault = {"kind": "oom", **STUDENT, "calls": [], "rows": 1}
+    found = [
+        [line["val_tokens"] for line in lines(ran.folder, "eval")]
+        for ran in (
+            run(tiny("one", **settings), 1),
+            run(tiny("two", **settings), 2),
+            run(tiny("split", **settings), 1, fault),
+        )
+    ]
+    assert len(found[0]) == 3 and found[0] == found[1] == found[2]
+    whole = run(tiny("whole", **{**settings, "evaluate_batches": 6}), 1)
+    assert lines(whole.folder, "eval")[0]["val_tokens"] > 2 * found[0][0]
 
 
 @RANKS

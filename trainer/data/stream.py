@@ -161,7 +161,8 @@ class Stream:
         begin = self.position + self._rank * share
         mine = self._rows_at(begin, begin + share)
         self.position += self.rows_per_step
-        return [self.rows.batch(part) for part in _parts(mine, self.micro_batch)]
+        batches = [self.rows.batch(part) for part in _parts(mine, self.micro_batch)]
+        return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
     def resize(self, micro_batch: int) -> None:
         """From now on, cut the same global batch into micro-batches of at most `micro_batch`."""
@@ -204,11 +205,19 @@ class Stream:
 def validation_batches(
     rows: Rows, micro_batch: int, rank: int, world_size: int, limit: int = 0
 ) -> Iterator[Batch]:
-    """This rank's part of all rows, each once over all ranks; the numbers of batches may differ.
-    `limit`: at most that many batches on this rank (0: no limit)."""
-    parts = list(_parts(range(len(rows)), micro_batch))[rank::world_size]
-    for part in parts[:limit] if limit else parts:
+    """This rank's part of the first `limit` rows (0: of all), each once over all ranks; the numbers
+    of batches may differ. Which rows those are depends on no cut."""
+    for part in list(_parts(_first(rows, limit), micro_batch))[rank::world_size]:
         yield rows.batch(part)
+
+
+def batches_a_rank(rows: Rows, micro_batch: int, world_size: int, limit: int = 0) -> int:
+    """The most batches that `validation_batches` has for any rank."""
+    return -(-len(_first(rows, limit)) // (micro_batch * world_size))
+
+
+def _first(rows: Rows, limit: int) -> range:
+    return range(min(limit, len(rows)) if limit else len(rows))
 
 
 def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -1,0 +1,91 @@
+"""Two workers train as one does, and what goes wrong on one is known to both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tokenizer: str, texts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank_runs.py found."""
+    out = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.rank_runs", str(out), tokenizer, texts],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=240,  # a worker that hangs fails here
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_parameter_without_a_gradient_on_any_rank_is_left_alone(runs: dict[str, Any]) -> None:
+    """Neither moved nor decayed, as by one process; one that a single rank uses moves on both."""
+    found = runs["gradients"]
+    one = found["one"]
+    for two in found["two"]:
+        assert two["norms"] == pytest.approx(one["norms"], rel=1e-6)
+        for name, value in one["values"].items():
+            assert two["values"][name] == pytest.approx(value, rel=1e-5), name
+            assert (two["values"][name] == found["start"][name]) == name.startswith("none.")
+
+
+def test_no_room_for_the_sum_of_gradients_is_said_on_all_ranks_before_it(
+    runs: dict[str, Any],
+) -> None:
+    first, second = runs["room"]
+    for found in (first, second):
+        assert found["done"] == [False, True]
+        assert found["untouched"] and found["in place"]
+        assert found["sizes"] == [64, 64]  # never a copy of a matrix, which has 128 bytes
+        assert found["total"] == pytest.approx(first["before"] + second["before"], rel=1e-6)
+
+
+def test_no_room_for_the_sum_of_gradients_halves_the_micro_batch(runs: dict[str, Any]) -> None:
+    found = runs["loop room"]
+    assert any("out of memory with 4 rows: going on with 2" in x for x in found["split"]["said"])
+    assert not any("out of memory" in line for line in found["calm"]["said"])
+    assert len(found["calm"]["losses"]) == 3
+    assert found["split"]["losses"] == pytest.approx(found["calm"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        ("before, 0", "rank 0: RuntimeError: injected"),
+        ("before, 1", "rank 1: RuntimeError: injected"),
+        ("digest, 1", "rank 1 could not write its part of the state: MemoryError"),
+        ("model, 0", "ValueError: injected"),
+        ("plain, 0", "ValueError: injected"),
+    ],
+)
+def test_an_unexpected_error_in_one_save_ends_all_ranks_with_one_line(
+    runs: dict[str, Any], way: str, why: str
+) -> None:
+    """None of them is left waiting, and all say which step was not saved."""
+    found = runs["saves"][way]
+    first, second = found["results"]
+    assert first == second
+    assert first.startswith("error: CheckpointError: step 4 not saved: ") and why in first
+    assert "earlier checkpoints are whole" in first and found["newest"] == "step-2"
+
+
+def test_a_signal_in_an_evaluation_ends_it_on_all_ranks(runs: dict[str, Any]) -> None:
+    found = runs["left"]
+    said, _ = found["results"][0]
+    assert [batches for _, batches in found["results"]] == [1, 1]
+    assert "step 2: the evaluation was left, the job was asked to leave" in said
+    assert len(found["losses"]) == 2
+    assert not any("val_loss" in line for line in said)
