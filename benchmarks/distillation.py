@@ -4,7 +4,7 @@ against plain cross-entropy, on the text that comes with CPython, for several se
     python benchmarks/distillation.py [--seeds 0 1 2] [--out FILE] [--check] [--keep FOLDER]
 
 For each seed a teacher learns from all training topics, then students of a quarter of its size
-learn from a tenth of them: same start, same rows in the same order, same number of steps, except
+learn from a fifth of them: same start, same rows in the same order, same number of steps, except
 `ce-time`, which gets the training time of `top64`. The stages are the trainer's own. One target is
 not among them: `top8-renormalised`, the eight largest probabilities divided by their sum, as other
 trainers store them; it is made here from the store of `top8`, which counts all other tokens as one.
@@ -47,7 +47,7 @@ from trainer.config import (
     Train,
 )
 
-TEMPERATURE = 2.0
+TEMPERATURE = 1.0
 ALPHA = 0.1  # the weight of the cross-entropy
 STEPS = 250
 #: The student runs of as many steps on the same rows, each with the kind of its targets.
@@ -118,7 +118,7 @@ def one_seed(root: Path, seed: int) -> dict[str, Figures]:
 
 
 SCARCE = Data(
-    train=(Source(builtin="python-reference", split="train", share=0.1),),
+    train=(Source(builtin="python-reference", split="train", share=0.2),),
     validation=(Source(builtin="python-reference", split="heldout"),),
     sequence_length=128,
 )

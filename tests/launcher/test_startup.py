@@ -23,7 +23,8 @@ sys.addaudithook(lambda event, args: opened.append(str(args[0]))
 from launcher import cli
 real, sys.stdout = sys.stdout, io.StringIO()
 codes = [cli.run(words) for words in json.loads(sys.argv[1])]
-real.write(json.dumps({"codes": codes, "modules": sorted(set(sys.modules) - at_start), "opened": opened}))
+loaded = sorted(set(sys.modules) - at_start)
+real.write(json.dumps({"codes": codes, "modules": loaded, "opened": opened}))
 """
 
 
