@@ -219,7 +219,8 @@ def _train(config: Smoke, runtime: Runtime, say: Callable[[str], None]) -> tuple
             x, y = inputs[part].to(runtime.device), labels[part].to(runtime.device)
             loss = nn.functional.cross_entropy(model(x), y) / runtime.world_size
             loss.backward()
-            runtime.reduce_gradients(model.parameters())
+            if not runtime.reduce_gradients(model.parameters()):
+                raise SmokeFailed("a process has no memory for 64 MiB: end what else runs there")
             optimizer.step()
             optimizer.zero_grad()
             steps += 1

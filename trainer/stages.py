@@ -20,7 +20,7 @@ from trainer.data import chat, read
 from trainer.data.shapes import Skipped, View
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
-from trainer.evaluate import score
+from trainer.evaluate import Left, score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
 from trainer.metrics import Metrics, plain
@@ -254,9 +254,6 @@ def evaluate(context: Context) -> Outcome:
     table: list[dict[str, Any]] = []
     results: dict[str, float] = {}
     for label, reference in config.evaluate.models.items():
-        if context.runtime.any(context.signalled())[0]:
-            stopped = "stop" if context.stop_asked() else "signal"
-            return Outcome(stopped, 0, time.perf_counter() - started)
         tokens = models.load_tokenizer(reference)
         rows = build_rows(
             config.data.validation,
@@ -272,7 +269,14 @@ def evaluate(context: Context) -> Outcome:
         def smaller(rows: int, label: str = label) -> None:
             context.say(f"{label}: out of memory: {rows} rows at a time")
 
-        found = score(model, rows, context.runtime, micro_batch=8, smaller=smaller)
+        try:
+            found = score(
+                model, rows, context.runtime, micro_batch=8, smaller=smaller,
+                leave=context.signalled,
+            )  # fmt: skip
+        except Left:
+            stopped = "stop" if context.stop_asked() else "signal"
+            return Outcome(stopped, 0, time.perf_counter() - started)
         size = models.parameter_count(model)
         row = {"model": label, "parameters": size, "val_loss": found.loss, "ece": found.ece}
         table.append({**row, "val_tokens": found.tokens, **_history(reference)})
