@@ -36,7 +36,9 @@ _EXTRAS = {
         ("google.auth", "google-auth"),
         ("requests", "requests"),
         ("google.cloud.storage", "google-cloud-storage"),
+        ("google.cloud.aiplatform", "google-cloud-aiplatform"),
     ),
+    "s3": (("boto3", "boto3"),),
     "kubernetes": (("kubernetes", "kubernetes"),),
     "infra": (("pulumi", "pulumi"), ("pulumi_gcp", "pulumi-gcp")),
     "rehearse": (

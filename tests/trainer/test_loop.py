@@ -208,7 +208,9 @@ def asked_in_evaluation() -> Iterator[Callable[[int], list[int]]]:
         seen = [0]
 
         def before(module: Any, inputs: Any) -> None:
-            if isinstance(module, nn.Embedding) and not torch.is_grad_enabled():
+            # The few tokens of the trial at the start are no evaluation.
+            learning = torch.is_grad_enabled()
+            if isinstance(module, nn.Embedding) and not learning and inputs[0].shape[1] > 16:
                 seen[0] += 1
                 if seen[0] == batch:
                     os.kill(os.getpid(), signal.SIGTERM)
