@@ -239,7 +239,8 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     assert noted == ["take"] and not saver.news
     saver.save(2, {"step": 2})
     saver.wait()
-    assert noted == ["take", "join", "write 0", "take", "join", "write 7"]
+    assert noted[:4] == ["take", "join", "write 0", "take"]
+    assert sorted(noted[4:]) == ["join", "write 7"]  # in whatever order: nothing holds them
     assert [saved.path.name for saved in saver.news] == ["step-1", "step-2"]
     assert torch.load(tmp_path / "step-1" / "w.pt", weights_only=True)["w"].eq(0).all()
 
