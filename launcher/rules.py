@@ -120,7 +120,8 @@ def _hardware(stage: Stage) -> Iterator[Problem]:
         yield (at, "accelerator"), what
     if (what_machine := _machine(stage)) is not None:
         yield (at, "vertex", "machine"), what_machine
-    if asked.backend not in backends.names():
+    # Those installed beside ours are looked for only where they are needed: it takes 10 ms.
+    if asked.backend not in backends.BACKENDS and asked.backend not in backends.names():
         near = nearest(asked.backend, backends.names())
         yield (at, "backend"), f"no backend '{asked.backend}'; {near}"
         return
