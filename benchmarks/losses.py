@@ -4,9 +4,10 @@
     python benchmarks/losses.py           with CUDA: bf16, against the textbook and Liger
     python benchmarks/losses.py --tiny    in seconds: that it runs, not how fast
 
-The ways take turns in this process, and their medians are compared. On a CPU time is what the
-process spent on its cores, which other processes change little, and memory is the highest resident
-set (VmHWM) less what was resident before the call, so it includes the gradients. With CUDA there
+The ways take turns in this process, and their medians are compared. Time is the wall clock's: on a
+CPU measure on a quiet machine; beside it stands what the process spent on its cores, which other
+processes change little. Memory there is the highest resident set (VmHWM) less what was resident
+before the call, so it includes the gradients. With CUDA there
 are 20 turns after three warm-ups, time is measured by events and memory is the allocator's peak
 less what was allocated before the call. Liger's chunked distillation loss runs with beta = 0 and
 compiled; where it cannot be imported it is reported absent, and nothing is compared with it.
@@ -245,7 +246,8 @@ def row_of(op: str, shape: Shape, samples: Samples, ways: list[str], tolerance: 
     chunked, textbook = row["ways"]["chunked"], row["ways"]["textbook"]
     if abs(chunked["loss"] - textbook["loss"]) > tolerance * abs(textbook["loss"]):
         raise SystemExit(f"{op}: textbook and chunked do not compute the same loss: {row['ways']}")
-    for ratio, key in (("time_ratio", "seconds"), ("memory_ratio", "peak_mib")):
+    keys = (("time_ratio", "wall_seconds"), ("cpu_ratio", "seconds"), ("memory_ratio", "peak_mib"))
+    for ratio, key in keys:
         row[ratio] = chunked[key] / row["ways"][against][key]
     return row
 
@@ -258,11 +260,14 @@ def print_table(rows: list[Row], device: str, absent: list[str]) -> None:
         shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
         print(f"\n{TITLES[row['op']]}: {shape}; median of {count_of(row)}")
         for way, facts in row["ways"].items():
-            line = f"  {way:<9} {facts['seconds'] * 1e3:>9.1f} ms {facts['peak_mib']:>8.0f} MiB"
+            wall, seconds = facts["wall_seconds"] * 1e3, facts["seconds"] * 1e3
+            cpu = f" ({seconds:>8.1f} of CPU)" if wall != seconds else ""
+            line = f"  {way:<9} {wall:>9.1f} ms{cpu} {facts['peak_mib']:>6.0f} MiB"
             print(f"{line}   loss {facts['loss']:.6g}")
         time_ratio, memory_ratio = row["time_ratio"], row["memory_ratio"]
         verdict = f"  {time_ratio:.2f} of the time and 1/{1 / memory_ratio:.1f} of the memory"
-        print(f"{verdict} of {row['against']}")
+        cpu = f" ({row['cpu_ratio']:.2f} of the CPU time)" if row["cpu_ratio"] != time_ratio else ""
+        print(f"{verdict} of {row['against']}{cpu}")
 
 
 def count_of(row: Row) -> int:
