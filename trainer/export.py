@@ -131,5 +131,5 @@ def _upload(folder: Path, name: str, private: bool) -> None:
         api.create_repo(whole, private=private, exist_ok=True)
         api.upload_folder(repo_id=whole, folder_path=folder, commit_message="Export")
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = adapters.one_line(error)
         raise CheckpointError(f"the Hub did not take {name}: {line}") from error

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.adapters import one_line
 from trainer.data import DataError
 from trainer.data.stream import Rows
 from trainer.teacher import Answer, segments
@@ -162,9 +163,8 @@ def _array(path: Path) -> Any:
             " tensor alone"
         ) from error
     except (OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{path}: cannot be read: {line}; write the logits of this sample again"
+            f"{path}: cannot be read: {one_line(error)}; write the logits of this sample again"
         ) from error
 
 
