@@ -146,24 +146,26 @@ class LocalBackend:
     def stop(self, job: JobHandle, env: Env, grace: float) -> None:
         """Hurry: boot also polls the marker, which the engine has written."""
         for ref in job.refs:
-            _ask(Path(ref.data["work"]))
+            pid = _boot_pid(Path(ref.data["work"]))
+            if pid is not None:
+                _signal(pid, signal.SIGTERM)
 
     def delete(self, ref: Ref, env: Env) -> Held:
         """Ask boot to leave, so that the trainer can save; a minute later, kill what is left."""
         work = Path(ref.data["work"])
         if not _lives(work):
             return Held.GONE
-        asked = work / "deleting"
+        boot_pid, asked = _boot_pid(work), work / "deleting"
         now = env.clock.now()
         try:
             since: Optional[float] = float(asked.read_text())
         except (OSError, ValueError):
             since = None
-        if since is None and _ask(work):
+        if since is None and boot_pid is not None and _signal(boot_pid, signal.SIGTERM):
             with contextlib.suppress(OSError):  # a full disk: then it is asked again
                 asked.write_text(str(now))
-        elif since is None or now - since > _PATIENCE:  # nobody listens, or long enough
-            for pid in _processes(work):
+        elif since is None or boot_pid is None or now - since > _PATIENCE:
+            for pid in _processes(work):  # nobody listens (any more), or long enough
                 _signal(pid, signal.SIGKILL)
         return Held.DELETING
 
@@ -258,11 +260,11 @@ def _locked(work: Path) -> bool:
         return False
 
 
-def _ask(work: Path) -> bool:
-    """SIGTERM to boot; False when it is not there, or not yet known by its pid."""
+def _boot_pid(work: Path) -> Optional[int]:
+    """Boot's pid; None when it is not there (any more), or not yet known by its pid."""
     pid = (_read(work / "process.json") or {}).get("pid")
     marked = pid in _processes(work)  # also when the folder was moved away
-    return pid is not None and (marked or _locked(work)) and _signal(int(pid), signal.SIGTERM)
+    return int(pid) if pid is not None and (marked or _locked(work)) else None
 
 
 def _signal(pid: int, number: int) -> bool:
