@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher import backends, hardware
+from launcher import backends, hardware, wheels
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.rules import STAGE_REFERENCE
@@ -162,6 +162,8 @@ def job_spec(
         "deadline_seconds": "${deadline}",
         "grace_seconds": 600,
     }
+    if shipped := wheels.shipped(asked.environment):
+        boot["wheels"] = shipped
     labels = {"launch-run": run_id, "launch-owner": owner}
     return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
 
