@@ -45,14 +45,20 @@ class Local(Strict):
 @dataclass(frozen=True)
 class Vertex(Strict):
     """Vertex AI custom jobs. Unset fields: `project` from the environment, `machine` from the
-    hardware table, `image` from the backend's dated default. `network`:
-    projects/NUMBER/global/networks/NAME, for a peered VPC."""
+    hardware table, `image` from the backend's dated default, `disk_gb` (of the boot disk, which
+    holds the work folder) from the service. `network`: projects/NUMBER/global/networks/NAME, for a
+    peered VPC."""
 
     project: Optional[str] = None
     image: Optional[str] = None
     machine: Optional[str] = None
     service_account: Optional[str] = None
     network: Optional[str] = None
+    disk_gb: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        fits = self.disk_gb is None or 100 <= self.disk_gb <= 64000
+        require(self, disk_gb=(fits, "must be 100 to 64000"))
 
 
 @dataclass(frozen=True)

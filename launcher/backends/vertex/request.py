@@ -248,7 +248,7 @@ def _custom_job(
 ) -> dict[str, Any]:
     vertex = spec.hardware.vertex or Vertex()
     accelerator = hardware.parse(spec.hardware.accelerator)
-    worker = {
+    worker: dict[str, Any] = {
         "machineSpec": {
             "machineType": offer.machine,
             "acceleratorType": _ACCELERATOR_TYPES[accelerator.kind.name],
@@ -260,6 +260,8 @@ def _custom_job(
             "args": list(boot),
         },
     }
+    if vertex.disk_gb is not None:
+        worker["diskSpec"] = {"bootDiskSizeGb": vertex.disk_gb}
     pools = [{**worker, "replicaCount": "1"}]
     if spec.hardware.nodes > 1:
         pools.append({**worker, "replicaCount": str(spec.hardware.nodes - 1)})
