@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from launcher.spec import Environment
 from tests.tiny_wheels import build, sha256
 from trainer import environment
 from trainer.environment import DIRECT, Unfit, ensure, lock
@@ -179,6 +182,18 @@ def test_torch_is_the_images_and_must_be_in_the_tested_range(
 def test_an_image_without_torch_is_told_so(tmp_path: Path) -> None:
     said = asked(tmp_path)
     assert said.startswith("78 torch is not installed for ") and "docker/Dockerfile" in said
+
+
+def test_the_image_says_what_it_has_in_the_words_of_a_recipe() -> None:
+    lines = (ROOT / "docker" / "Dockerfile").read_text().splitlines()
+    (command,) = (json.loads(line[4:]) for line in lines if line.startswith("CMD "))
+    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = yaml.safe_load(done.stdout)["environment"]
+    assert said["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert environment.TORCH[0] <= environment._numbers(said["torch"])[:2] < environment.TORCH[1]
+    assert said["cxx11_abi"] is True and isinstance(said["glibc"], str)
+    Environment(**{**said, "cuda": None if said["cuda"] == "None" else said["cuda"]})
 
 
 def asked(folder: Path) -> str:
