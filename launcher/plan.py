@@ -233,6 +233,7 @@ def make(
         spec = job_spec(
             recipe, run_id, run_name, index, root, env.home, bundle, env.owner, env, commit
         )
+        notes += wheels.lines(index, spec.hardware.environment)
         planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes, refusals))
     rates = [job.usd_per_hour for job in planned]
     rate = None if None in rates else max(r for r in rates if r is not None)

@@ -119,6 +119,14 @@ def shipped(wanted: Optional[Environment]) -> list[dict[str, str]]:
     return [{"name": w.name, "url": w.source, "sha256": str(w.sha256)} for w in wheels]
 
 
+def lines(job: int, wanted: Optional[Environment]) -> list[str]:
+    """What a plan says of the wheels of a job."""
+    return [
+        f"job {job} installs {wheel.name} from {wheel.source} (sha256 {str(wheel.sha256)[:12]}...)"
+        for wheel in (wanted.wheels if wanted else ())
+    ]
+
+
 def is_remote(source: str) -> bool:
     """Whether a machine in a cloud can read this address; otherwise it is a path here."""
     return source.startswith(_REMOTE)

@@ -55,6 +55,8 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
 _PATIENCE = 1800.0  # seconds that one pip may take: a slow mirror, not a stuck one
 _WAITS = (2.0, 10.0)  # seconds between tries of a download
 _CHUNK = 1 << 20
+#: A bundle first on PYTHONPATH is not pip's business; the others contradict `--target`.
+_NOT_FOR_PIP = ("PYTHONPATH", "PIP_TARGET", "PIP_USER", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
 
 
 class Unfit(Exception):
@@ -288,8 +290,7 @@ def _pip(target: Path, what: list[str]) -> str:
         sys.executable, "-m", "pip", "install", "--no-deps", "--no-input", "--quiet",
         "--disable-pip-version-check", "--retries", "10", "--target", str(target), *what,
     ]  # fmt: skip
-    # Neither a bundle first on PYTHONPATH nor a target in the user's settings is pip's business.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_TARGET")}
+    inherited = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_PIP}
     ended = _run(command, inherited)
     return _last_line(ended.stdout, ended.returncode) if ended.returncode else ""
 

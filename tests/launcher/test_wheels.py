@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import json
 import ssl
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 import launcher.plan as planning
-from launcher import api, recipe, start, wheels
+from launcher import api, hardware, recipe, start, wheels
 from launcher.backends.vertex import VertexBackend
+from launcher.claim import recipe_of
 from launcher.errors import BadRequest, Denied, Exit, RecipeErrors, Transient
 from launcher.recipe import Loaded
 from launcher.spec import Environment, Wheel
@@ -192,11 +194,17 @@ def test_here_the_python_that_is_there_is_used(tmp_path: Path) -> None:
     text = HEAD.replace("artifacts", "#").replace("vertex: {", "#").replace("vertex", "local")
     with pytest.raises(RecipeErrors, match="backend 'local' uses the Python that is there"):
         load(tmp_path, text.replace("gs://bkt/t.jsonl", "r.yaml") + block("gs://m/w"))
-    moved = recipe.load(KD, on="local", environ={}).recipe  # what only a cloud needs goes
-    assert moved.stages[0].hardware.environment is None
+    text = HEAD + block("gs://m/w")
+    assert wheel_of(load(tmp_path, text)).source == "gs://m/w"
+    moved = recipe.load(tmp_path / "r.yaml", on="local", environ={}).recipe
+    assert moved.stages[0].hardware.environment is None  # what only a cloud needs goes
 
 
-KD = Path(__file__).resolve().parents[2] / "recipes" / "kd_l4.yaml"
+def test_the_capability_of_every_nvidia_gpu_is_known() -> None:
+    unknown = [
+        kind.name for kind in hardware.KINDS if kind.vendor == "nvidia" and not kind.capability
+    ]
+    assert not unknown and all(k.capability == 0 for k in hardware.KINDS if k.vendor != "nvidia")
 
 
 def test_torch_here_and_in_the_job_is_the_same_range() -> None:
@@ -245,11 +253,14 @@ def test_without_wheels_the_boot_specification_has_none(tmp_path: Path) -> None:
 
 def test_what_was_chosen_stays_chosen(tmp_path: Path) -> None:
     """The journal's recipe names the file: a relaunch, and a resume with --set, take the same."""
-    mirror(tmp_path / "w", FITS)
+    sums = mirror(tmp_path / "w", FITS)
     written = load(tmp_path, HEAD + block("./w"))
     made = resolved(written)
     assert made.fingerprint == written.fingerprint and made.canonical != written.canonical
     mirror(tmp_path / "w", FITS.replace("2.8.3", "2.8.4"))
+    recorded = recipe_of(json.loads(json.dumps(made.canonical)), "the journal")
+    assert recorded == made.recipe
+    assert wheels.shipped(recorded.stages[0].hardware.environment)[0]["sha256"] == sums[FITS]
     (tmp_path / "again.yaml").write_text(start.as_yaml(made.recipe))
     again = resolved(recipe.load(tmp_path / "again.yaml", ["train.lr=1.0e-3"], environ={}))
     assert wheel_of(again) == wheel_of(made)
@@ -300,6 +311,28 @@ def test_the_sha256_stands_beside_the_wheel_in_the_bucket(
     assert wheel_of(resolved(load(tmp_path, text))) == expected
     named = HEAD + block(expected.source)  # the file itself, without its sha256
     assert wheel_of(resolved(load(tmp_path, named))) == expected
+
+
+def test_a_wheel_of_this_machine_reaches_the_bucket_once(tmp_path: Path, bucket: Any) -> None:
+    from launcher.backends.vertex import jobs
+
+    sums = mirror(tmp_path / "w", FITS)
+    text = HEAD.replace("gs://bkt/runs", "gs://wheels/runs") + block("./w")
+    made, env = resolved(load(tmp_path, text)), environment()
+    environ = {"STORAGE_EMULATOR_HOST": bucket.url, "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true"}
+    env = replace(env, environ=environ)
+    spec = planning.job_spec(
+        made.recipe, "0f", "one-0f", 0, "gs://wheels/runs/one", tmp_path, BUNDLE, "ann", env,
+    )  # fmt: skip
+    (offer,) = VertexBackend().offers(spec.hardware, env)
+    intent = VertexBackend().plan(spec, offer).intents[1]
+    jobs.upload(intent, env)
+    (tmp_path / "w" / FITS).unlink()  # a relaunch from another machine does not have it
+    jobs.upload(intent, env)
+    key = f"launch/wheels/{sums[FITS]}/{FITS}"
+    from trainer.store import open_store
+
+    assert open_store("gs://wheels").checksum(key) == sums[FITS]
 
 
 def test_a_bucket_that_is_not_ours_or_not_there_is_an_error_of_access_or_of_the_recipe(
@@ -413,6 +446,7 @@ def test_plan_chooses_too_and_creates_nothing(
         "gcs_object", "gcs_object", "gcs_object", "custom_job",
     ]  # fmt: skip
     assert sums[FITS] in made.jobs[0].intents[1].name
+    assert any(f"job 0 installs flash-attn from {tmp_path}/w/{FITS}" in n for n in made.notes)
     (tmp_path / "w" / FITS).unlink()
     with pytest.raises(RecipeErrors, match="no wheel of flash-attn"):
         api.plan(tmp_path / "r.yaml")
