@@ -29,8 +29,8 @@ from trainer.config import (
 NAME = re.compile(r"^[a-z][a-z0-9-]{0,39}$")
 _ACCELERATOR = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9][0-9]*)?\Z")
 _DURATION = re.compile(r"^[0-9]+(\.[0-9]+)?[smhd]\Z")
-_VERSION = re.compile(r"^[0-9]+(\.[0-9]+){1,2}\Z")
-_MAJOR = re.compile(r"^[0-9]+(\.[0-9]+){0,2}\Z")
+_VERSION = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){1,2}\Z")
+_MAJOR = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){0,2}\Z")
 _SHA256 = re.compile(r"^[0-9a-fA-F]{64}\Z")
 CapacityName = Literal["spot", "standard", "flex", "reserved"]
 

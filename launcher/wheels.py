@@ -189,14 +189,19 @@ def choose(wheel: Wheel, image: Environment, files: Sequence[str]) -> str:
     judged = [(mismatches(built, image), built) for built in own]
     fitting = [built for wrong, built in judged if not wrong]
     if fitting:
-        return max(fitting, key=lambda b: (b.version.release, b.version.public, len(b.says),
-                                           int(b.says.get("cuda", "0").ljust(3, "0")),
-                                           b.build, b.file)).file  # fmt: skip
+        return max(fitting, key=_preference).file
     judged.sort(key=lambda one: (len(one[0]), one[1].file))
     shown = "; ".join(f"{built.file} ({', '.join(wrong)})" for wrong, built in judged[:_SHOWN])
     more = f"; and {len(judged) - _SHOWN} more" if len(judged) > _SHOWN else ""
     raise ValueError(f"no wheel of {wheel.name} for {_image(image)} in {wheel.source}; it has "
                      f"{shown}{more}")  # fmt: skip
+
+
+def _preference(built: Built) -> tuple[Any, ...]:
+    from packaging.version import Version
+
+    cuda = int(built.says.get("cuda", "0").ljust(3, "0"))
+    return Version(built.version.public), len(built.says), cuda, built.build, built.file
 
 
 def _wheel_problems(
@@ -266,7 +271,7 @@ def _supported(image: Environment) -> frozenset[Any]:
     """The tags of wheels that the image's Python takes, as PEP 425 and PEP 600 define them."""
     from packaging.tags import compatible_tags, cpython_tags
 
-    python = _numbers(str(image.python))
+    python = _numbers(str(image.python))[:2]
     major, minor = _numbers(image.glibc)[:2]
     platforms = [f"manylinux_{major}_{n}_{_MACHINE}" for n in range(minor, 4, -1)]
     old = (("manylinux2014", 17), ("manylinux2010", 12), ("manylinux1", 5))

@@ -132,6 +132,8 @@ def test_the_newest_that_fits_is_taken_and_the_one_that_says_most() -> None:
     assert choose(wanted, IMAGE, [*NAMES, "notes.whl", "other-9.0-py3-none-any.whl"]) == FITS
     older = replace(wanted, version="2.7.4.post1")
     assert choose(older, IMAGE, NAMES) == NAMES[6]
+    posts = [FITS.replace("2.8.3", f"2.8.3.post{n}") for n in (9, 10, 1)]
+    assert choose(wanted, IMAGE, [*posts, FITS]) == posts[1]
     plain = "flash_attn-2.8.3-cp311-cp311-linux_x86_64.whl"
     closest = "flash_attn-2.8.3+cu128torch2.9cxx11abiTRUE-cp311-cp311-linux_x86_64.whl"
     assert choose(wanted, IMAGE, [plain, FITS, closest]) == closest
