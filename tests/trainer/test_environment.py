@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -156,6 +159,59 @@ def test_a_wheel_that_does_not_work_costs_one_warning(
     (warning,) = (line for line in said if line.startswith("warning: "))
     assert warning.startswith("warning: wheel flash-attn ") and words in warning
     assert warning.endswith("training goes on without it (attention: auto takes SDPA)")
+
+
+def test_a_wheel_is_read_from_a_bucket(
+    tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("google.cloud.storage", reason="gs:// needs the extra `google`")
+    from launcher.rehearsal.gcs import GcsServer
+    from trainer.store import open_store
+
+    pinned(tmp_path, monkeypatch)
+    file = build(tmp_path, "flash-attn", "2.8.3+cu12torch2.9", source="x = 1\n")
+    with GcsServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        server.objects.create_bucket("wheels", {})
+        open_store("gs://wheels/a").put_file(file.name, file)
+        wheel = wheel_of(file, url=f"gs://wheels/a/{file.name}")
+        paths = ensure(tmp_path / "made", [wheel], lambda _: None)
+    assert [Path(path).name for path in paths] == ["flash-attn"]
+
+
+def test_a_download_that_fails_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, seen = [503, 200], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(answers.pop(0) if answers else 404)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"wheel")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(environment, "_WAITS", (0.0, 0.0))
+    monkeypatch.setenv("no_proxy", "*")
+    digest = hashlib.sha256(b"wheel").hexdigest()
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/a/flash_attn-2.8.3%2Bcu12-py3-none-any.whl"
+        file = environment._fetched(url, digest, tmp_path)
+        with pytest.raises(environment._WheelFailed, match="404"):
+            environment._fetched(url, digest, tmp_path)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert file.name == "flash_attn-2.8.3+cu12-py3-none-any.whl" and file.read_bytes() == b"wheel"
+    assert len(seen) == 3  # nobody asks again for what is not there
 
 
 @pytest.mark.parametrize(
