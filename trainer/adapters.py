@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
+from trainer import copies
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import Adapter, ConfigError, nearest
 
@@ -43,7 +44,8 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         lora_alpha=int(adapter.alpha) if whole else adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=_targets(model, layers, adapter),
-        base_model_name_or_path=resolve(base),
+        # Of a copy, its origin: the adapter will be read where the copy is elsewhere.
+        base_model_name_or_path=copies.origin(resolve(base)),
     )
     expected = expected_count(layers, adapter.rank)
     try:
@@ -154,7 +156,7 @@ def base_of(folder: str | Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{path}: names no base model")
-    return base
+    return copies.here(base)
 
 
 def tensors(model: Any) -> dict[str, Tensor]:

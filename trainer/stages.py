@@ -12,9 +12,9 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import models, probe, sinks, trial
+from trainer import copies, models, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
-from trainer.checkpoint import Checkpoints, load_state, resolve
+from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
 from trainer.data import chat, read
 from trainer.data.shapes import Skipped, View
@@ -87,7 +87,7 @@ def run_stage(
     folder = Path(config.output)
     if runtime.main:
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = sinks.without_secrets(to_dict(config), os.environ)
+        arguments = sinks.without_secrets(copies.named(to_dict(config)), os.environ)
         write_json(folder / "args_snapshot.json", arguments)
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
@@ -165,7 +165,9 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             world_size=runtime.world_size,
             seed=settings.seed,
         )
-        checkpoints, newest = _checkpoints(context)
+        checkpoints, newest = resume.begin(settings, context.folder, runtime, context.say)
+        if newest is not None and context.folder not in newest.parents:  # another run's
+            resume.check_model(newest, plan, tokens)
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(
@@ -426,18 +428,6 @@ def _held_out(context: Context, tokens: Any, view: View) -> Optional[Rows]:
         packing=data.packing,
         view=view,
     )
-
-
-def _checkpoints(context: Context) -> tuple[Optional[Checkpoints], Optional[Path]]:
-    """The stage's checkpoints, and the newest whole one: rank 0 looks and verifies, for all."""
-    settings, runtime = context.config.train, context.runtime
-    assert settings is not None
-    checkpoints = None
-    if runtime.main:
-        folder = context.folder / "checkpoints"
-        checkpoints = Checkpoints(folder, settings.keep, warn=context.say)
-    newest = runtime.gather(str(checkpoints.newest() or "") if checkpoints else "")[0]
-    return checkpoints, Path(newest) if newest else None
 
 
 def _horizon(context: Context, stream: Stream) -> Horizon:

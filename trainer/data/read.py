@@ -268,7 +268,8 @@ def local_path(given: str) -> Path:
     if scheme != "file":
         raise DataError(
             f"{given}: cannot read `{scheme}://` data; allowed: a file, folder or glob on this"
-            " machine (plain, or as file:///PATH); copy the data here first"
+            " machine (plain, or as file:///PATH); gs:// and s3:// are fetched before, by"
+            " `python -m trainer inputs`"
         )
     host, _, path = rest.partition("/")
     if host not in ("", "localhost"):
