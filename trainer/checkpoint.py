@@ -248,7 +248,8 @@ def resolve(reference: str, warn: Warn | None = None) -> str:
     not fetched."""
     if copies.REMOTE.match(reference):
         raise CheckpointError(
-            f"{reference}: is not on this machine; fetch it: python -m trainer inputs JOB.json FOLDER"
+            f"{reference}: is not on this machine; fetch it first:"
+            " python -m trainer inputs JOB.json FOLDER"
         )
     folder, which = _local(reference), "last"
     suffix = re.fullmatch(r"(.+)@(best|last)", reference)

@@ -157,8 +157,8 @@ class Shelf:
         found = path.stat()
         if found.st_size != wanted.entry.size:
             raise Transient(
-                f"{wanted.field}: {wanted.place} was replaced while it was fetched ({found.st_size} bytes"
-                f" instead of {wanted.entry.size}); try again"
+                f"{wanted.field}: {wanted.place} was replaced while it was fetched"
+                f" ({found.st_size} bytes instead of {wanted.entry.size}); try again"
             )
         if wanted.sha256 and sha256_file(path) != wanted.sha256:
             path.unlink()
