@@ -25,8 +25,8 @@ Say = Callable[[str], None]
 
 
 def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
-    """Write the model at `config.model` to `config.to`; without `to`, and for a store or the Hub, to
-    the stage's `folder`. Returns `parameters` and `bytes`. Errors: `ConfigError` for a reference
+    """Write the model at `config.model` to `config.to`; without `to`, and for a store or the Hub,
+    to the stage's `folder`. Returns `parameters` and `bytes`. Errors: `ConfigError` for a reference
     that is no model, a target that is taken, a missing token; `CheckpointError` when what was
     written does not read back the same, or the Hub refuses it; `StoreError`."""
     name = config.to.removeprefix(HUB) if config.to and config.to.startswith(HUB) else None

@@ -88,8 +88,7 @@ def _plan(job: Job, inputs: Inputs) -> dict[KeyPath, str]:
             try:
                 path = wanted(inputs, given, field)
             except (Missing, NotFound) as error:
-                line = str(error)
-                problems.append(line if line.startswith(field) else f"{field}: {line}")
+                problems.append(f"{field}: {error}")
             except ConfigError as error:
                 raise ConfigError(f"{field}: {error}") from error
             except StoreError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer import adapters, models
 from trainer.checkpoint import CheckpointError, Checkpoints, resolve
-from trainer.config import ConfigError, Model, Train
+from trainer.config import ConfigError, Model, StageConfig
 from trainer.manifest import MANIFEST, verify
 from trainer.runtime import Runtime
 
@@ -29,26 +29,27 @@ Say = Callable[[str], None]
 
 
 def begin(
-    settings: Train, folder: Path, runtime: Runtime, say: Say
+    folder: Path, config: StageConfig, tokens: Any, runtime: Runtime, say: Say
 ) -> tuple[Checkpoints | None, Path | None]:
     """The checkpoints of the stage's `folder` (None on ranks that do not write), and the one that
     its state is read from, if there is one: rank 0 looks and verifies, for all.
-    Errors: `CheckpointError`."""
+    Errors: `CheckpointError`; `ConfigError` for a checkpoint of another model."""
+    assert config.train is not None and config.model is not None
     checkpoints, found = None, None
     if runtime.main:
-        checkpoints = Checkpoints(folder / "checkpoints", settings.keep, warn=say)
+        checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, warn=say)
         found = checkpoints.newest()
-        if found is None and settings.resume is not None:
-            found = adopt(settings.resume, checkpoints, say)
+        if found is None and config.train.resume is not None:
+            found = whole(config.train.resume, say)
+            check_model(found, config.model, tokens)  # before it is taken for the stage's own
+            adopt(found, checkpoints, say)
     newest = runtime.gather(str(found or ""))[0]
     return checkpoints, Path(newest) if newest else None
 
 
-def adopt(reference: str, checkpoints: Checkpoints, say: Say) -> Path:
-    """Make the newest whole checkpoint of the stage folder `reference`, or the checkpoint that it
-    is, one of `checkpoints`, and the best one of those before it. Returns the original.
+def adopt(found: Path, checkpoints: Checkpoints, say: Say) -> None:
+    """Make a whole checkpoint one of `checkpoints`, and with it the best one of those before it.
     Errors: `CheckpointError`."""
-    found = _whole(reference, say)
     step = _step_of(found)
     checkpoints.adopt(found, step)
     best = _best(found.parent)
@@ -60,7 +61,6 @@ def adopt(reference: str, checkpoints: Checkpoints, say: Say) -> Path:
             checkpoints.adopt(place, best[0])
             checkpoints.mark_best(*best)
     say(f"train.resume: step {step} of {found.parent.parent}")
-    return found
 
 
 def check_model(found: Path, plan: Model, tokens: Any) -> None:
@@ -84,7 +84,9 @@ def check_model(found: Path, plan: Model, tokens: Any) -> None:
             )
 
 
-def _whole(reference: str, say: Say) -> Path:
+def whole(reference: str, say: Say) -> Path:
+    """The newest whole checkpoint of a stage folder, or the checkpoint that `reference` is itself.
+    Errors: `CheckpointError`."""
     folder = Path(reference.removeprefix("file://"))
     if not (folder / MANIFEST).exists():
         try:

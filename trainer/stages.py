@@ -165,9 +165,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             world_size=runtime.world_size,
             seed=settings.seed,
         )
-        checkpoints, newest = resume.begin(settings, context.folder, runtime, context.say)
-        if newest is not None and context.folder not in newest.parents:  # another run's
-            resume.check_model(newest, plan, tokens)
+        checkpoints, newest = resume.begin(context.folder, config, tokens, runtime, context.say)
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from trainer.config import ConfigError
 from trainer.copies import REMOTE, here
 from trainer.data.read import SUFFIXES, local_path
 from trainer.downloads import Place, Shelf, parse
 from trainer.manifest import MANIFEST, STATE, VERSION
-from trainer.store import NotFound, atomic_write
+from trainer.store import NotFound, StoreError, atomic_write
 from trainer.store_remote import Entry
 
 #: How much of a model is read: what a tokenizer needs, what `from_pretrained` reads, or also the
@@ -92,7 +93,7 @@ class Inputs:
             return None
         base = str(place).rpartition("/")[0] if remote else str(path.absolute().parent)
         lines = [
-            self._listed(line, base, f"{field}: {given}:{number}")
+            self._listed(line, base, f"{given}:{number}", field)
             for number, line in enumerate(text.split("\n"), 1)
         ]
         digest = hashlib.sha256(given.encode()).hexdigest()[:12]
@@ -206,7 +207,7 @@ class Inputs:
         # Of the machine's own folder no character is to be taken for a part of the pattern.
         return "/".join([glob.escape(str(self.shelf.path(base))), *pattern])
 
-    def _listed(self, line: str, base: str, at: str) -> str:
+    def _listed(self, line: str, base: str, at: str, field: str) -> str:
         """A line of a manifest with a path of this machine. What is wrong with it otherwise is for
         the reader to say."""
         try:
@@ -220,9 +221,9 @@ class Inputs:
             where = _joined(base, where, at)
         if REMOTE.match(where):
             try:
-                where = self.data(where, at)
-            except (Missing, NotFound) as error:
-                raise Missing(f"{at}: {error}") from None
+                where = self.data(where, f"{field}: {at}")
+            except (Missing, ConfigError, StoreError) as error:
+                raise type(error)(f"{at}: {error}") from error
         return json.dumps({**record, "path": where}, ensure_ascii=False)
 
     def _plain(self, place: Place, found: Mapping[str, Entry], field: str, part: Part) -> str:
