@@ -44,8 +44,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         lora_alpha=int(adapter.alpha) if whole else adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=_targets(model, layers, adapter),
-        # Of a copy, its origin: the adapter will be read where the copy is elsewhere.
-        base_model_name_or_path=copies.origin(resolve(base)),
+        base_model_name_or_path=resolve(base),
     )
     expected = expected_count(layers, adapter.rank)
     try:
@@ -176,6 +175,9 @@ def save(model: Any, folder: Path, values: Optional[dict[str, Tensor]] = None) -
     save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
+    # Of a copy, its origin: the adapter will be read where the copy is elsewhere.
+    base = config.get("base_model_name_or_path")
+    config["base_model_name_or_path"] = copies.origin(base) if isinstance(base, str) else base
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (folder / CONFIG).write_text(text + "\n")
 
