@@ -233,7 +233,7 @@ def make(
         )
         planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes, refusals))
     notes += [
-        f"stage {stage.id} goes on from {stage.train.resume}, where it has no checkpoint of its own"
+        f"stage {stage.id} goes on from {stage.train.resume} where it has no checkpoint of its own"
         for stage in recipe.stages
         if stage.train is not None and stage.train.resume is not None
     ]

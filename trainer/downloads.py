@@ -18,6 +18,7 @@ from pathlib import Path
 from trainer.config import ConfigError
 from trainer.store import (
     DiskFull,
+    NotFound,
     Store,
     StoreError,
     Transient,
@@ -152,6 +153,10 @@ class Shelf:
         """Whether what came is what its manifest says."""
         try:
             self._store(wanted.place).get_file(wanted.place.key, path)
+        except NotFound as error:  # a run that goes on there removes its older checkpoints
+            raise Transient(
+                f"{wanted.field}: {wanted.place} was removed while it was fetched; try again"
+            ) from error
         except StoreError as error:
             raise type(error)(f"{wanted.field}: {error}") from error
         found = path.stat()

@@ -479,6 +479,21 @@ def test_an_outage_is_one_line_that_names_the_field(world: World, fault: Fault, 
         world.fetch(reading(Source(path=uri)))
 
 
+def test_what_goes_away_meanwhile_is_an_outage_and_not_an_error_of_the_recipe(
+    world: World,
+) -> None:
+    uri = world.put("a.txt", b"x")
+
+    class Removes:
+        def next(self, request: str) -> None:
+            if "alt=media" in request and world.server.objects.find("in", f"{world.base}/a.txt"):
+                world.server.objects.delete("in", f"{world.base}/a.txt")
+
+    world.server.faults = Removes()
+    with pytest.raises(Transient, match=r"^data\.train\[0\]\.path: .* was removed while"):
+        world.fetch(reading(Source(path=uri)))
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,12 +504,41 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
     assert not world.downloads()
 
 
-def command(world: World, config: StageConfig) -> subprocess.CompletedProcess[str]:
+def started(world: World, config: StageConfig) -> subprocess.Popen[str]:
     world.file.write_text(json.dumps(to_dict(Job(run="r", stages=(config,)))))
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "trainer", "inputs", str(world.file), str(world.folder)],
-        capture_output=True, text=True, timeout=60,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def command(world: World, config: StageConfig) -> subprocess.CompletedProcess[str]:
+    with started(world, config) as process:
+        output, error = process.communicate(timeout=60)
+    return subprocess.CompletedProcess([], process.returncode, output, error)
+
+
+def test_a_sigterm_ends_the_command_at_once_and_the_next_one_goes_on(world: World) -> None:
+    for name in ("a.txt", "b.txt"):
+        world.put(name, b"words")
+    config = reading(Source(path=world.uri))
+    processes: list[subprocess.Popen[str]] = []
+
+    class Kills:
+        def next(self, request: str) -> Fault | None:
+            if "alt=media" not in request or "b.txt" not in request:
+                return None
+            processes[0].terminate()
+            return Fault("cut_before")  # the client waits before it asks again
+
+    world.server.faults = Kills()
+    with started(world, config) as process:
+        processes.append(process)
+        process.communicate(timeout=60)
+    assert process.returncode == 75 and "://" in world.file.read_text()
+    world.server.faults = Script()
+    world.fetch(config)
+    assert world.copies() == {"a.txt", "b.txt"}
 
 
 def test_the_command_says_what_it_did_by_its_exit_code(world: World) -> None:
