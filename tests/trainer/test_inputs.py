@@ -48,7 +48,7 @@ from trainer.data.read import documents
 from trainer.downloads import INDEX
 from trainer.inputs import fetch_inputs
 from trainer.manifest import MANIFEST, STATE
-from trainer.store import Denied, DiskFull, Store, Transient, open_store
+from trainer.store import Denied, DiskFull, Store, StoreError, Transient, open_store
 from trainer.store_gcs import GcsStore
 from trainer.store_remote import Patience
 
@@ -474,6 +474,8 @@ def test_an_outage_is_one_line_that_names_the_field(world: World, fault: Fault, 
     with pytest.raises(Transient, match=rf"^data\.train\[0\]\.path: .*{said}") as caught:
         world.fetch(reading(Source(path=uri)))
     assert "\n" not in str(caught.value) and not world.copies()
+    with pytest.raises(StoreError, match=r"^data\.train\[0\]\.path: .*there is no bucket no-such"):
+        world.fetch(reading(Source(path="gs://no-such/a.txt")))
     world.server.objects.denied.add("in")
     with pytest.raises(Denied, match=r"^data\.train\[0\]\.path: .*roles/storage\.objectViewer"):
         world.fetch(reading(Source(path=uri)))

@@ -25,6 +25,7 @@ from trainer.config import (
     Adapter,
     ConfigError,
     Data,
+    Distill,
     Export,
     Job,
     Merge,
@@ -36,6 +37,7 @@ from trainer.config import (
     to_dict,
 )
 from trainer.inputs import fetch_inputs
+from trainer.shrink import shrink
 from trainer.store import Store, Transient, open_store
 from trainer.store_gcs import GcsStore
 from trainer.store_remote import Patience
@@ -196,3 +198,20 @@ def test_the_client_asks_for_nothing_but_objects(server: GcsServer) -> None:
         if "_fetch_background" in thread.name:
             thread.join()
     assert [row for row in server.log if "/o" not in row[1]] == []
+
+
+def test_a_dry_run_needs_nothing_of_a_bucket(
+    stage: StageConfig, run_stage: Run, tmp_path: Path
+) -> None:
+    uri = "gs://no-such-bucket/x"
+    asked = replace(
+        in_folder(stage, tmp_path / "dry", resume=uri, steps=None, seconds_of=uri),
+        stage="kd",
+        model=Model(name=uri, tokenizer=uri),
+        data=Data(train=(Source(path=f"{uri}/*"), Source(manifest=uri)), chat_template=uri),
+        kd=Distill(mode="precompute", logits_dir=uri),
+    )
+    config, notes = shrink(asked, set())
+    assert uri not in json.dumps(to_dict(config))
+    assert any(note.startswith(f"data.chat_template {uri}: not on this machine") for note in notes)
+    assert run_stage(config).step == 1
