@@ -51,6 +51,7 @@ from trainer.manifest import MANIFEST, STATE
 from trainer.store import Denied, DiskFull, Store, StoreError, Transient, open_store
 from trainer.store_gcs import GcsStore
 from trainer.store_remote import Patience
+from trainer.wanted import _matches
 
 PATIENCE = Patience(**QUICK, total=5.0)
 UNIQUE = itertools.count()
@@ -173,6 +174,22 @@ def test_a_file_a_folder_and_a_glob_read_like_local_ones(world: World) -> None:
         ours = list(documents((Source(path=source["path"]),)))
         assert ours and ours == list(documents((Source(path=str(whole / way)),))), way
     assert world.copies() == {"data/a.jsonl", "data/b/c.jsonl", "data/b/d/e.txt"}
+
+
+def test_globs_match_in_a_bucket_what_they_match_in_a_folder(tmp_path: Path) -> None:
+    files = ["a.txt", "A.txt", "x/a.txt", "x/y/b.txt", "x/y/z/ab.txt", "xy/a-1.txt", "x/[a].txt"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    parts = ("*", "**", "?.txt", "x", "[ax]*", "[!a]*", "a-?.txt", "[[]a].txt", "y")
+    patterns = [p for n in (1, 2, 3) for p in itertools.product(parts, repeat=n) if p[-1] != "**"]
+    found = 0
+    for pattern in patterns:
+        paths = (path for path in tmp_path.glob("/".join(pattern)) if path.is_file())
+        there = {path.relative_to(tmp_path).as_posix() for path in paths}
+        assert {name for name in files if _matches(name.split("/"), pattern)} == there, pattern
+        found += bool(there)
+    assert found > 100
 
 
 def test_what_two_fields_name_is_fetched_once_and_never_again(world: World) -> None:
