@@ -226,7 +226,7 @@ def targets(context: Context) -> Outcome:
     attention = models.attention_implementations(config.model, runtime)
     teacher = models.load_frozen(plan.teacher, runtime, attention)
     trial.check(teacher, runtime, plan.teacher, packing=config.data.packing)
-    context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
+    context.say(f"targets: {copies.origin(plan.teacher)} reads {len(rows)} rows")
     folder = context.folder / "targets"
     totals = write_targets(
         folder,
@@ -312,7 +312,7 @@ def _distill(context: Context, tokens: Any) -> Objective:
     teacher = models.load_frozen(kd.teacher, context.runtime, attention)
     trial.check(teacher, context.runtime, kd.teacher, packing=context.config.data.packing)
     context.say(
-        f"teacher: {kd.teacher}, {models.parameter_count(teacher):,} parameters,"
+        f"teacher: {copies.origin(kd.teacher)}, {models.parameter_count(teacher):,} parameters,"
         f" vocabulary {teacher.config.vocab_size}"
     )
     return DistillOnline(kd, teacher, context.runtime, keep)

@@ -77,14 +77,14 @@ class Machine:
         self.disk, self.run_stage = disk, run_stage
 
     def run(self, config: StageConfig) -> StageConfig:
-        """Returns the stage as it was run here."""
+        """Returns the stage as it was run here; what it said is in `said`."""
         self.disk.mkdir(exist_ok=True)
         file = self.disk / "job.json"
         file.write_text(json.dumps(to_dict(Job(run="r", stages=(config,)))))
         fetch_inputs(file, self.disk / "inputs", lambda line: None)
         job = load_job(file)
         copies.use(job.copies)
-        self.run_stage(job.stages[0])
+        self.said: list[str] = self.run_stage(job.stages[0]).lines
         return job.stages[0]
 
 
@@ -114,6 +114,7 @@ def test_a_model_exported_to_a_bucket_is_trained_from_there(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     kept = json.loads((tmp_path / "s" / "args_snapshot.json").read_text())
     assert kept["model"]["name"] == "gs://b/models/tiny"
+    assert any(line.startswith("model gs://b/models/tiny: ") for line in machine.said)
 
 
 def test_an_export_takes_no_place_of_another_model(
