@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,11 +45,19 @@ def write(stage, **meta):
 """
 
 
+#: What boot itself needs of the bundle.
+BOOTS = ("attempts", "boot", "cluster", "manifest", "mirror", "mirror_parts", "remote_root",
+         "restore", "secret_manager", "store", "store_gcs", "store_remote", "supervise", "wheels",
+         "workers")  # fmt: skip
+
+
 def bundle(folder: Path, source: str) -> dict[str, Any]:
     """The `bundle` block of a boot specification, for a trainer that is `source`."""
     package = folder / "source" / "trainer"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
+    for name in BOOTS:
+        shutil.copyfile(BOOT.with_name(f"{name}.py"), package / f"{name}.py")
     (package / "__main__.py").write_text(_BEGIN + source)
     made = build(folder / "home", package)
     return {"url": str(made.path), "sha256": made.sha256, "bytes": made.bytes}

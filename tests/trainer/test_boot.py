@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from tests.stub_jobs import eventually, finish, log, read, specification, start
 from trainer import boot
+from trainer.workers import verdict, worst
 
 SECRET = "s3cr3t-value-of-the-token"
 
@@ -111,7 +112,11 @@ def test_boot_writes_no_secret(tmp_path: Path) -> None:
     ("secrets", "line"),
     [
         ({"T": "env://NOT_SET_ANYWHERE"}, "secret T: the variable NOT_SET_ANYWHERE is not set"),
-        ({"T": "vault://x"}, "secret T: vault:// is not read here, use env://"),
+        (
+            {"T": "vault://x"},
+            "secret T: vault:// is not known; allowed: env://NAME, "
+            "secret-manager://PROJECT/NAME[/VERSION]",
+        ),
     ],
 )
 def test_a_secret_that_is_not_there_is_one_line_and_78(
@@ -303,9 +308,11 @@ def test_who_only_looks_at_the_lock_is_in_nobodys_way(tmp_path: Path) -> None:
         ({"env": ["A"]}, "env: expected dict | None, got ['A']"),
         ({"bundle": {"url": "/x", "bytes": 1}}, "bundle.sha256: expected str, got None"),
         ({"schema": 2}, "schema: 2; this boot reads 1"),
-        ({"nodes": 2}, "1 workers on 2 nodes; allowed: 1 or more on 1"),
-        ({"workers": 0}, "0 workers on 1 nodes; allowed: 1 or more on 1"),
-        ({"root": "gs://b/r"}, "gs://b/r: this boot reads paths and file:// only"),
+        ({"nodes": 0}, "1 workers on 0 nodes; allowed: 1 or more of each"),
+        ({"workers": 0}, "0 workers on 1 nodes; allowed: 1 or more of each"),
+        ({"nodes": 2}, "the variable CLUSTER_SPEC does not say which one this is"),
+        ({"root": "ftp://b/r"}, "root: ftp://b/r; allowed: a path, file://, gs://, s3://"),
+        ({"wheels": {}}, "wheels: expected list | None, got {}"),
     ],
 )
 def test_a_bad_specification_is_one_line_and_64(
@@ -466,7 +473,7 @@ def test_whatever_its_names_nothing_is_written_outside_the_folder(
 @given(st.lists(st.sampled_from([0, 1, 2, 64, 65, 75, 78, 137, 143]), min_size=1, max_size=8))
 def test_the_worst_code_wins_in_the_documented_order(codes: list[int]) -> None:
     rank = {65: 0, 64: 1, 78: 2, 1: 3, 2: 4, 137: 5, 143: 6, 75: 7, 0: 8}
-    assert boot.worst(codes) == min(codes, key=lambda code: rank[code])
+    assert worst(codes) == min(codes, key=lambda code: rank[code])
 
 
 @pytest.mark.parametrize(
@@ -491,7 +498,7 @@ def test_how_the_ranks_ended_decides(
     codes: list[int], workers: int, reason: str, killed: bool, expected: tuple[int, str]
 ) -> None:
     ranks = {str(rank): {"code": code, "error": f"e{code}"} for rank, code in enumerate(codes)}
-    assert boot.verdict(ranks, workers, reason, killed) == expected
+    assert verdict(ranks, workers, reason, killed) == expected
 
 
 # Several workers: torchrun, which itself returns 1 whatever they return.
