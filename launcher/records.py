@@ -22,7 +22,8 @@ _TAIL = 64 * 1024
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics lines of a stage folder in the order of their steps. Of each (kind, step) only
-    the highest attempt (of it the last restart) is kept; within it the last line, except events, which are all kept."""
+    the highest attempt is kept, and of it the last restart; within that the last line, except
+    events, which are all kept."""
     kept: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in _lines(folder):
         kind, step = line.get("kind"), line.get("global_step")

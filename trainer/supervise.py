@@ -243,10 +243,10 @@ class _Job:
 
     def _in_time(self, act: Callable[[], object], what: str) -> None:
         """`act`, for as long as boot's last records may take; a line when it fails."""
-        task = _Task(act)
+        task, bound = _Task(act), min(_RECORDS, self.spec.grace)
         try:
-            if not task.done.wait(_RECORDS):
-                raise StoreError(f"the store does not answer within {_RECORDS:g} s")
+            if not task.done.wait(bound):
+                raise StoreError(f"the store does not answer within {bound:g} s")
             task.result()
         except (StoreError, OSError) as error:
             say(self.spec, f"warning: {what}: {error}")
