@@ -122,12 +122,14 @@ class Spec:
 
 def run(spec: Spec, bundle: Optional[str] = None) -> int:
     """Run the job once. `bundle`: the file to read instead of `bundle.url`. A second boot of the
-    same work folder leaves at once: the lock or the result of the first is there."""
+    same work folder leaves at once: the lock or the result of the first is there. Where the
+    artifact root is remote only the lock counts: a service that starts a container again, on a disk
+    that it kept, means the job to go on."""
     spec.work.mkdir(parents=True, exist_ok=True)
     if take_lock(spec.work) is None:
         return OK
     result = spec.work / "result.json"
-    if result.exists():
+    if result.exists() and not spec.remote:
         return int(json.loads(result.read_text())["exit_code"])
     started = time.time()
     try:

@@ -129,7 +129,7 @@ class _Job:
         missing = self._close(code) if self.root is not None else []
         for line in missing:
             say(spec, line)
-        if missing and code == OK:
+        if missing and code == OK and not spec.node:  # node 0 keeps the record of the job
             code, why = AGAIN, f"{why}, but {spec.root} lacks {missing[0].partition(':')[0]}"
         say(spec, f"exit code {code}: {why}")
         if self.start is not None:

@@ -60,7 +60,8 @@ def _install(spec: Spec, wheel: Mapping[str, str], run: Run) -> Path:
     if found != wheel["sha256"]:
         raise WheelError(f"{url}: sha256 is {found[:12]}..., expected {wheel['sha256'][:12]}...")
     pip = [spec.python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet",
-           "--disable-pip-version-check", "--target", str(folder), str(path)]  # fmt: skip
+           "--disable-pip-version-check", "--root-user-action=ignore",
+           "--target", str(folder), str(path)]  # fmt: skip
     code, said = run(pip, _SECONDS)
     path.unlink(missing_ok=True)
     if code:

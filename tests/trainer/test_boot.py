@@ -279,6 +279,26 @@ def test_a_second_boot_leaves_at_once_and_the_job_runs_once(tmp_path: Path) -> N
     assert log(tmp_path) == ["began", "ready"]
 
 
+def test_a_boot_after_one_that_was_killed_is_a_restart_of_the_attempt(tmp_path: Path) -> None:
+    """It keeps the first's log, says so to the trainer, and has what is left of the deadline."""
+    source = "say('restart', job.get('restart', 0)); wait_until_asked(); sys.exit(75)"
+    spec = specification(tmp_path, source, deadline_seconds=100)
+    first = start(tmp_path, spec)
+    eventually(lambda: log(tmp_path) == ["restart 0", "ready"], "the trainer")
+    first.kill()
+    finish(first)
+    path = tmp_path / "root" / "attempts" / "00-0001.json"
+    record = read(path)
+    assert {"restart", "started"} <= record.keys() and "ended" not in record
+    path.write_text(json.dumps({**record, "started": time.time() - 98}))
+    assert run(tmp_path, spec)[0] == 75
+    assert log(tmp_path) == ["restart 0", "ready"]
+    again = (tmp_path / "root" / "logs" / "worker-0" / "00-0001r1.log").read_text()
+    assert [line.partition(" ")[2] for line in again.splitlines()] == ["restart 1", "ready"]
+    ended = read(tmp_path / "root" / "attempts" / "00-0001r1.json")
+    assert (ended["restart"], ended["why"], ended["exit_code"]) == (1, "deadline", 75)
+
+
 def test_who_only_looks_at_the_lock_is_in_nobodys_way(tmp_path: Path) -> None:
     """Looking shares the lock for an instant; who wants it waits that long and then has it."""
     taken: list[Any] = []

@@ -85,6 +85,16 @@ write(0, completed=True)
     assert it.json("attempts/00-0001r2.json")["restart"] == 2
 
 
+def test_a_container_started_again_on_its_old_disk_goes_on(it: Cloud) -> None:
+    source = SAVES + "say('found', *found()); save(len(found()) + 1); sys.exit(75)"
+    spec = it.spec(source)
+    assert [it.run(spec)[0] for _ in range(2)] == [75, 75]
+    assert [it.log(part=part) for part in ("00-0001", "00-0001r1")] == [
+        ["found"], ["found step-1"],
+    ]  # fmt: skip
+    assert {f"s/checkpoints/step-{step}/MANIFEST.json" for step in (1, 2)} <= set(it.names())
+
+
 def test_a_signal_saves_and_what_was_saved_is_sent(it: Cloud) -> None:
     process = it.start(it.spec(SAVES + "wait_until_asked(); save(5); sys.exit(75)"))
     eventually(lambda: it.log() == ["ready"], "the trainer")
