@@ -138,7 +138,7 @@ class _Job:
                      "ranks": {rank: end["code"] for rank, end in ranks.items()}}  # fmt: skip
             self._in_time(lambda: attempts.end(self.store, start, facts), "the attempt's end")
         if self.root is not None and not missing:
-            self.root.close(_RECORDS)  # the lines since
+            self._in_time(lambda: self.root.close(_RECORDS), "the last lines")
         leave(spec, code, why)
         return code
 

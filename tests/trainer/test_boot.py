@@ -151,6 +151,15 @@ out.write(b"\xa9 without end"); out.flush()
     assert before - 1 < times[0] <= times[-1] < time.time() + 1
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_local_boot_says_on_stdout_what_it_has_to_say_itself(
+    tmp_path: Path, workers: int
+) -> None:
+    process = start(tmp_path, specification(tmp_path, "say('hello')", workers=workers))
+    assert process.communicate(timeout=90)[0] == "exit code 0: ended\n"
+    assert [log(tmp_path, rank) for rank in range(workers)] == [["hello"]] * workers
+
+
 def test_ten_thousand_lines_a_second_pass(tmp_path: Path) -> None:
     source = """
 for start in range(0, 200_000, 100):

@@ -216,8 +216,14 @@ def secret_spec(
 
 def test_a_secret_is_read_with_the_jobs_identity_and_written_nowhere(it: Cloud) -> None:
     it.server.secrets.values["proj/token"] = SECRET
-    code, said = it.run(secret_spec(it, "say('it is', os.environ['T'])"))
+    spec = secret_spec(it, "say('it is', os.environ['T'])")
+    code, said = it.run(
+        spec, CLOUDSDK_AUTH_DISABLE_CREDENTIALS="false", GOOGLE_APPLICATION_CREDENTIALS="",
+        HOME=str(it.folder), CLOUDSDK_CONFIG=str(it.folder),
+        GCE_METADATA_IP=f"127.0.0.1:{it.server.port}",
+    )  # fmt: skip
     assert code == 0, said
+    assert any("service-accounts/default" in path for _, path, _ in it.server.log)
     assert it.log() == ["it is ***"]
     assert SECRET not in said
     files = [path for path in it.folder.rglob("*") if path.is_file()]
