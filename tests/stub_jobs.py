@@ -46,9 +46,11 @@ def write(stage, **meta):
 
 
 #: What boot itself needs of the bundle.
-BOOTS = ("attempts", "boot", "cluster", "manifest", "mirror", "mirror_parts", "remote_root",
-         "restore", "secret_manager", "store", "store_gcs", "store_remote", "supervise", "wheels",
-         "workers")  # fmt: skip
+BOOTS = (
+    "attempts", "boot", "cluster", "manifest", "mirror", "mirror_parts", "remote_root", "restore",
+    "secret_manager", "store", "store_gcs", "store_remote", "store_s3", "supervise", "wheels",
+    "workers",
+)  # fmt: skip
 
 
 def bundle(folder: Path, source: str) -> dict[str, Any]:
