@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Optional, TypeVar
 
@@ -31,7 +32,7 @@ from trainer.boot import (
     write_json,
 )
 from trainer.cluster import ClusterError, Node, vertex_node
-from trainer.store import StoreError, Transient, open_store
+from trainer.store import Store, StoreError, Transient, open_store
 
 #: Seconds, at least, for what is left when the workers have taken the whole grace to leave.
 _LAST = 60.0
@@ -61,6 +62,9 @@ def supervise(spec: Spec, asked: Sequence[str], started: float) -> int:
         code, why = (AGAIN if isinstance(error, Transient) else ENVIRONMENT), str(error)
     except OSError as error:
         code, why = ENVIRONMENT, f"{error.filename or spec.work}: {error.strerror}"
+    except Exception as error:  # a bug of ours must not cost what the trainer has saved
+        traceback.print_exception(error)
+        code, why = ERROR, f"{type(error).__name__}: {error}"
     return job.end(code, why, ranks)
 
 
@@ -93,7 +97,7 @@ class _Job:
     def __init__(self, spec: Spec, asked: Sequence[str], started: float) -> None:
         self.spec, self.started = spec, started
         self.watch = _Watch(spec, asked)
-        self.store = open_store(spec.root if spec.remote else spec.folder)
+        self.store: Store
         self.start: Optional[attempts.Start] = None
         self.root: Any = None  # RemoteRoot, once it is open
 
@@ -101,6 +105,7 @@ class _Job:
         """Errors: `BootError`, `StoreError`, `OSError`, `_Asked`."""
         spec, watch = self.spec, self.watch
         node = _node(spec)
+        self.store = _store(spec)
         self.start = start = self._unless_asked(
             lambda: attempts.begin(self.store, spec, self.started)
         )
@@ -155,7 +160,10 @@ class _Job:
         def run(command: Sequence[str], seconds: float) -> tuple[int, str]:
             return self._run(command, given, seconds)
 
-        folders = wheels.install(self.spec, run, lambda line: say(self.spec, line))
+        def warn(line: str) -> None:
+            say(self.spec, line)
+
+        folders = wheels.install(self.spec, run, self._unless_asked, warn)
         given["PYTHONPATH"] = os.pathsep.join([*folders, given["PYTHONPATH"]])
 
     def _fetch_inputs(self, given: dict[str, str]) -> None:
@@ -298,6 +306,14 @@ def _node(spec: Spec) -> Optional[Node]:
         raise BootError(CONFIG, what)
     spec.node = node.rank
     return node
+
+
+def _store(spec: Spec) -> Store:
+    """The artifact root. Errors: `BootError` 64 for a URI that names none."""
+    try:
+        return open_store(spec.root if spec.remote else spec.folder)
+    except StoreError as error:
+        raise BootError(CONFIG, str(error)) from error
 
 
 def _refuse(spec: Spec) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ _REQUEST_SECONDS = 60.0
 _WAITS = (1.0, 4.0)
 #: Runs a command to its end within so many seconds: its exit code and the last thing it said.
 Run = Callable[[Sequence[str], float], tuple[int, str]]
+#: Calls it, while somebody watches.
+Wait = Callable[[Callable[[], None]], None]
 _SECONDS = 600.0
 
 
@@ -27,21 +28,21 @@ class WheelError(Exception):
     """One line: what keeps a wheel from being used."""
 
 
-def install(spec: Spec, run: Run, warn: Callable[[str], None]) -> list[str]:
+def install(spec: Spec, run: Run, wait: Wait, warn: Callable[[str], None]) -> list[str]:
     """Install the wheels of the specification, each into `<work>/wheels/<name>`; the folders of
     those that can be imported, for PYTHONPATH."""
     folders = []
     for wheel in spec.raw.get("wheels") or []:
         name = str(wheel.get("name")) if isinstance(wheel, dict) else str(wheel)
         try:
-            folders.append(str(_install(spec, wheel, run)))
+            folders.append(str(_install(spec, wheel, run, wait)))
         except (WheelError, StoreError, OSError) as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             warn(f"warning: wheel {name}: {what}; training goes on without it")
     return folders
 
 
-def _install(spec: Spec, wheel: Mapping[str, str], run: Run) -> Path:
+def _install(spec: Spec, wheel: Mapping[str, str], run: Run, wait: Wait) -> Path:
     if not isinstance(wheel, dict) or not all(
         isinstance(wheel.get(key), str) for key in ("name", "url", "sha256")
     ):
@@ -53,9 +54,9 @@ def _install(spec: Spec, wheel: Mapping[str, str], run: Run) -> Path:
     folder: Path = spec.work / "wheels" / module
     shutil.rmtree(folder, ignore_errors=True)
     # pip reads the tags in the name of the file.
-    path = spec.work / "wheels" / urllib.parse.unquote(url.rpartition("/")[2])
+    path = spec.work / "wheels" / Path(urllib.parse.unquote(url)).name
     path.parent.mkdir(parents=True, exist_ok=True)
-    _fetch(url, path)
+    wait(lambda: _fetch(url, path))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel["sha256"]:
         raise WheelError(f"{url}: sha256 is {found[:12]}..., expected {wheel['sha256'][:12]}...")

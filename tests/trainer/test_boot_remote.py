@@ -168,6 +168,11 @@ def test_a_bucket_that_is_not_ours_is_one_line_and_78(it: Cloud) -> None:
     assert "began" not in said
 
 
+def test_a_root_without_a_bucket_is_one_line_and_64(it: Cloud) -> None:
+    assert it.run(it.spec(root="gs:///runs"))[0] == 64
+    assert it.result()["why"] == "gs:///runs: names no bucket; write gs://BUCKET/FOLDER"
+
+
 def test_the_deadline_counts_from_the_attempts_first_start(it: Cloud) -> None:
     """An attempt that began 90 s ago has 10 s left of 100."""
     record = {"v": 1, "job": 0, "attempt": 1, "restart": 0, "started": time.time() - 90}
