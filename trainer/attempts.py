@@ -21,12 +21,14 @@ from trainer.store import Store, StoreError
 @dataclass(frozen=True)
 class Start:
     """One start of an attempt. `first`: when the attempt was first started, seconds since the
-    epoch; `key`: its record in the store, empty on nodes that keep none."""
+    epoch; `key`: its record in the store, empty on nodes that keep none; `before`: the record of
+    the start before this one, empty where there is none or it cannot be read."""
 
     restart: int
     first: float
     key: str
     record: Mapping[str, Any]
+    before: Mapping[str, Any]
 
     @property
     def suffix(self) -> str:
@@ -40,13 +42,13 @@ def begin(store: Store, spec: Spec, started: float) -> Start:
         return _follow(store, spec, started)
     restart = 0
     while True:
-        suffix = f"r{restart}" if restart else ""
-        key = f"attempts/{spec.part}{suffix}.json"
+        key = _key(spec, restart)
         at = {"job": spec.raw["job_index"], "attempt": spec.raw["attempt"]}
         record = {"v": 1, **at, "restart": restart, "started": started}
         if store.create_once(key, _encoded(record)):
-            first = started if not restart else _first(store, spec, started)
-            return Start(restart, first, key, record)
+            first = _first(store, spec, started) if restart else started
+            before = _read(store, _key(spec, restart - 1)) if restart else {}
+            return Start(restart, first, key, record, before)
         restart += 1
 
 
@@ -63,15 +65,25 @@ def _follow(store: Store, spec: Spec, started: float) -> Start:
     name = re.compile(rf"logs/([^/]+)/{re.escape(spec.part)}(?:r(\d+))?(?:-\d+)?\.log")
     found = [name.fullmatch(key) for key in store.list("logs/")]
     seen = [int(match[2] or 0) for match in found if match and match[1] in ours]
-    return Start(max(seen, default=-1) + 1, _first(store, spec, started), "", {})
+    return Start(max(seen, default=-1) + 1, _first(store, spec, started), "", {}, {})
 
 
 def _first(store: Store, spec: Spec, started: float) -> float:
     """When the attempt was first started; now, when its record does not say."""
-    with contextlib.suppress(StoreError, ValueError, KeyError, TypeError):
-        first = float(json.loads(store.get_bytes(f"attempts/{spec.part}.json"))["started"])
-        return min(first, started)
-    return started
+    first = _read(store, _key(spec, 0)).get("started")
+    return min(float(first), started) if isinstance(first, (int, float)) else started
+
+
+def _key(spec: Spec, restart: int) -> str:
+    return f"attempts/{spec.part}{f'r{restart}' if restart else ''}.json"
+
+
+def _read(store: Store, key: str) -> Mapping[str, Any]:
+    """A record; empty when it is not there or cannot be read."""
+    with contextlib.suppress(StoreError, ValueError):
+        record = json.loads(store.get_bytes(key))
+        return record if isinstance(record, dict) else {}
+    return {}
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:

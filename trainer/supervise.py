@@ -19,6 +19,7 @@ from trainer import attempts, secret_manager, wheels, workers
 from trainer.boot import (
     AGAIN,
     CONFIG,
+    DATA,
     ENVIRONMENT,
     ERROR,
     OK,
@@ -111,6 +112,9 @@ class _Job:
         )
         spec.part += start.suffix
         watch.ends_at = time.monotonic() + spec.deadline - (time.time() - start.first)
+        if (code := start.before.get("exit_code")) in (CONFIG, DATA, ENVIRONMENT):
+            # A service starts again whatever failed; this would only fail again, at a price.
+            raise BootError(code, str(start.before.get("why")))
         _refuse(spec)
         if spec.remote:
             self._bring()
@@ -174,7 +178,7 @@ class _Job:
         job, folder = spec.work / "job.json", spec.work / "inputs"
         code, said = self._run(spec.trainer("inputs", str(job), str(folder)), given, math.inf)
         if code:
-            raise BootError(code if code in (CONFIG, 65, AGAIN) else ERROR, f"inputs: {said}")
+            raise BootError(code if code in (CONFIG, DATA, AGAIN) else ERROR, f"inputs: {said}")
 
     def _run(
         self, command: Sequence[str], given: dict[str, str], seconds: float

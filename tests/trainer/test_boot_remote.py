@@ -95,6 +95,13 @@ def test_a_container_started_again_on_its_old_disk_goes_on(it: Cloud) -> None:
     assert {f"s/checkpoints/step-{step}/MANIFEST.json" for step in (1, 2)} <= set(it.names())
 
 
+def test_what_no_restart_can_change_is_not_tried_again(it: Cloud) -> None:
+    spec = it.spec("say('error: no such column'); sys.exit(65)")
+    assert [it.run(spec)[0] for _ in range(2)] == [65, 65]
+    assert it.log() == ["error: no such column"] and it.log(part="00-0001r1") == []
+    assert it.json("attempts/00-0001r1.json")["why"] == "worker 0: no such column"
+
+
 def test_a_signal_saves_and_what_was_saved_is_sent(it: Cloud) -> None:
     process = it.start(it.spec(SAVES + "wait_until_asked(); save(5); sys.exit(75)"))
     eventually(lambda: it.log() == ["ready"], "the trainer")
