@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -21,7 +22,8 @@ _TAIL = 64 * 1024
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics lines of a stage folder in the order of their steps. Of each (kind, step) only
-    the highest attempt is kept; within it the last line, except events, which are all kept."""
+    the highest attempt is kept, and of it the last restart; within that the last line, except
+    events, which are all kept."""
     kept: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in _lines(folder):
         kind, step = line.get("kind"), line.get("global_step")
@@ -147,7 +149,14 @@ def _eta(steps: list[dict[str, Any]]) -> Optional[float]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    return sorted((folder / "metrics").glob("*.jsonl")) or sorted(folder.glob("metrics.jsonl"))
+    found = sorted((folder / "metrics").glob("*.jsonl"), key=_start)
+    return found or sorted(folder.glob("metrics.jsonl"))
+
+
+def _start(part: Path) -> tuple[int, int, str]:
+    """Parts in the order of attempt and restart (`0001r2-00000.jsonl`), then of their numbers."""
+    match = re.match(r"(\d+)(?:r(\d+))?", part.name)
+    return (int(match[1]), int(match[2] or 0), part.name) if match else (0, 0, part.name)
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
@@ -193,9 +202,13 @@ def _object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _attempt(line: Mapping[str, Any]) -> int:
-    attempt = line.get("attempt")
-    return attempt if isinstance(attempt, int) else 0
+def _attempt(line: Mapping[str, Any]) -> tuple[int, int]:
+    """(attempt, restart) of a line: what a later start wrote counts."""
+    attempt, restart = line.get("attempt"), line.get("restart")
+    return (
+        attempt if isinstance(attempt, int) else 0,
+        restart if isinstance(restart, int) else 0,
+    )
 
 
 def _by_step(item: tuple[tuple[str, int], list[dict[str, Any]]]) -> tuple[int, str]:

@@ -195,7 +195,7 @@ def _events(lines: dict[str, list[dict[str, Any]]]) -> str:
     saved = sum(line.get("event") == "checkpoint" for _, line in events)
     events = [(stage, line) for stage, line in events if line.get("event") != "checkpoint"]
     events.sort(key=lambda item: records.number(item[1].get("time")) or 0.0)
-    known = {"v", "kind", "attempt", "stage", "time", "global_step", "event"}
+    known = {"v", "kind", "attempt", "restart", "stage", "time", "global_step", "event"}
     rows = [
         [
             _utc(records.number(line.get("time"))),

@@ -19,6 +19,7 @@ CAPACITY = {"local": ("standard",), "vertex": ("spot", "standard", "flex")}
 _CLOUD = {"vertex": "gcp"}
 _SECRET = re.compile(
     r"env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
+    r"(?:/[A-Za-z0-9_-]+)?"
 )
 _DATA = (".jsonl", ".txt")  # what trainer.data reads
 _BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?")

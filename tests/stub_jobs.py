@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import trainer.boot
 from launcher.bundle import build
 
 BOOT = Path(trainer.boot.__file__)
+#: A stub that does not speak of inputs reads none.
+_NO_INPUTS = 'if sys.argv[1] == "inputs": sys.exit(0)\n'
 _BEGIN = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -44,12 +47,24 @@ def write(stage, **meta):
 """
 
 
+#: What boot itself needs of the bundle.
+BOOTS = (
+    "attempts", "boot", "cluster", "environment", "manifest", "mirror", "mirror_parts",
+    "remote_root", "restore", "secret_manager", "store", "store_gcs", "store_remote", "store_s3",
+    "supervise", "workers",
+)  # fmt: skip
+
+
 def bundle(folder: Path, source: str) -> dict[str, Any]:
     """The `bundle` block of a boot specification, for a trainer that is `source`."""
     package = folder / "source" / "trainer"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
-    (package / "__main__.py").write_text(_BEGIN + source)
+    shutil.copytree(BOOT.with_name("locks"), package / "locks", dirs_exist_ok=True)
+    for name in BOOTS:
+        shutil.copyfile(BOOT.with_name(f"{name}.py"), package / f"{name}.py")
+    nothing = "" if '"inputs"' in source else _NO_INPUTS
+    (package / "__main__.py").write_text(_BEGIN + nothing + source)
     made = build(folder / "home", package)
     return {"url": str(made.path), "sha256": made.sha256, "bytes": made.bytes}
 

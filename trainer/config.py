@@ -446,6 +446,7 @@ class Job(Strict):
     stages: tuple[StageConfig, ...]
     schema: int = SCHEMA
     attempt: int = 1
+    restart: int = 0  # how often a service started this attempt again
     control: Optional[str] = None
     dry_run: bool = False
     commit: Optional[str] = None  # git commit of the user's tree, when known

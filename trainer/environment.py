@@ -74,16 +74,19 @@ class Pin:
     text: str
 
 
-def ensure(folder: Path, wheels: list[dict[str, Any]], say: Say) -> list[str]:
+def ensure(
+    folder: Path, wheels: list[dict[str, Any]], say: Say, packages: bool = True
+) -> list[str]:
     """Make this interpreter able to run the trainer. What is missing is installed below `folder`,
-    never into the environment itself; `wheels` (`name`, `url`, `sha256`) after that, one folder
-    each. Returns the folders to put first on PYTHONPATH, best first; they are first on this
-    process's path already. A wheel that fails costs a warning, through `say`. Errors: `Unfit`."""
+    never into the environment itself (without `packages` it is not looked for); `wheels` (`name`,
+    `url`, `sha256`) after that, one folder each. Returns the folders to put first on PYTHONPATH,
+    best first; they are first on this process's path already. A wheel that fails costs a warning,
+    through `say`. Errors: `Unfit`."""
     torch, cuda = torch_found()
     say(f"environment: Python {_python()}, torch {torch}, CUDA {cuda or 'none'}")
     pins = lock("cuda" if cuda else "cpu")
     paths: list[str] = []
-    if short := lacking(cuda is not None):
+    if packages and (short := lacking(cuda is not None)):
         wanted = [pin for pin in pins if _installed(pin.name) != pin.version]
         say(f"environment: {'; '.join(short)}: installing {len(wanted)} packages")
         paths.append(str(_packages(wanted, folder)))

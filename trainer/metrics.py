@@ -21,7 +21,7 @@ from trainer.store import DiskFull, StoreError, disk_full, free_bytes, make_fold
 
 VERSION = 1
 #: Keys that every line has; facts must not carry them.
-HEAD = ("v", "kind", "attempt", "stage", "time", "global_step")
+HEAD = ("v", "kind", "attempt", "restart", "stage", "time", "global_step")
 
 
 class Sink(Protocol):
@@ -32,7 +32,8 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """Writes `metrics/<attempt>.jsonl` and `tensorboard/` of a stage folder. One process does.
+    """Writes `metrics/<attempt>.jsonl` and `tensorboard/` of a stage folder. One process does. A
+    `restart` of the attempt has a file of its own, `<attempt>r<restart>.jsonl`.
 
     `trackers` get the same numbers. `warn` is told, once for each, when TensorBoard or a tracker
     cannot be written. Errors of every method that writes a
@@ -44,13 +45,15 @@ class Metrics:
         stage: str,
         attempt: int,
         *,
+        restart: int = 0,
         tensorboard: bool = True,
         trackers: Optional[Mapping[str, Sink]] = None,
         warn: Callable[[str], None] | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.path = Path(folder) / "metrics" / f"{attempt:04d}.jsonl"
-        self.stage, self.attempt, self.now = stage, attempt, now
+        part = f"{attempt:04d}" + (f"r{restart}" if restart else "")
+        self.path = Path(folder) / "metrics" / f"{part}.jsonl"
+        self.stage, self.attempt, self.restart, self.now = stage, attempt, restart, now
         self._warn = warn or _to_stderr
         self._descriptor = _open_after_whole_lines(self.path)
         self._sinks = dict(trackers or {})
@@ -92,7 +95,9 @@ class Metrics:
     def _line(self, kind: str, global_step: int, facts: Mapping[str, Any]) -> None:
         if taken := [key for key in facts if key in HEAD]:
             raise ValueError(f"a metrics line has its own {', '.join(taken)}; rename the fact")
-        head = (VERSION, kind, self.attempt, self.stage, round(self.now(), 3), global_step)
+        restart = self.restart or None  # absent: the attempt's first start
+        time = round(self.now(), 3)
+        head = (VERSION, kind, self.attempt, restart, self.stage, time, global_step)
         line = json.dumps(plain({**dict(zip(HEAD, head)), **facts}), allow_nan=False) + "\n"
         _append(self._descriptor, line.encode(), self.path)
 

@@ -22,7 +22,7 @@ from trainer.store import NotFound, Store, atomic_write, fsync, make_folder
 _MANIFEST = re.compile(rf"((?:.+/)?)checkpoints/step-(\d+)/{re.escape(MANIFEST)}")
 _STAYS = re.compile(
     r"(?:.+/)?(?:checkpoints|metrics|logs|tensorboard)/.+|(?:control|journal|attempts)/.+"
-    r"|(?:.+/)?crash_dump\.pt|(?:recipe\.yaml|summary\.json|report\.html)"
+    r"|boot/[^/]+\.json|(?:.+/)?crash_dump\.pt|(?:recipe\.yaml|summary\.json|report\.html)"
 )
 
 Warn = Callable[[str], None]

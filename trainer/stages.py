@@ -115,8 +115,9 @@ def _metrics(config: StageConfig, job: Job, say: Callable[[str], None]) -> Metri
     trackers = {} if job.dry_run else sinks.start(chosen, about)
     board = "tensorboard" in chosen
     return Metrics(
-        config.output, config.id, job.attempt, tensorboard=board, trackers=trackers, warn=say
-    )
+        config.output, config.id, job.attempt, restart=job.restart, tensorboard=board,
+        trackers=trackers, warn=say,
+    )  # fmt: skip
 
 
 def tokenizer(context: Context) -> Outcome:

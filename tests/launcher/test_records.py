@@ -31,6 +31,22 @@ def test_the_highest_attempt_of_a_step_wins_whatever_the_order_of_the_parts(tmp_
     ]
 
 
+def test_of_an_attempt_the_last_restart_wins_and_is_the_newest(tmp_path: Path) -> None:
+    """Names alone would put the tenth restart before the second."""
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    for name, restart, step, loss in [
+        ("0001-00000", None, 10, 5.0), ("0001r2-00000", 2, 20, 3.0), ("0001r10-00000", 10, 10, 2.0)
+    ]:  # fmt: skip
+        line = {"v": 1, "attempt": 1, "restart": restart, **_step(step, train_loss=loss)}
+        (folder / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+
+    found = [(line["global_step"], line["train_loss"]) for line in records.metrics(tmp_path)]
+
+    assert found == [(10, 2.0), (20, 3.0)]
+    assert records.progress(tmp_path)["train_loss"] == 2.0
+
+
 def test_kinds_of_one_step_do_not_replace_each_other(tmp_path: Path) -> None:
     write_part(tmp_path, [_step(50), {"kind": "eval", "global_step": 50, "val_loss": 4.0}])
 

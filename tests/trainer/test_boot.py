@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from tests.stub_jobs import eventually, finish, log, read, specification, start
 from trainer import boot
+from trainer.workers import verdict, worst
 
 SECRET = "s3cr3t-value-of-the-token"
 
@@ -111,7 +112,11 @@ def test_boot_writes_no_secret(tmp_path: Path) -> None:
     ("secrets", "line"),
     [
         ({"T": "env://NOT_SET_ANYWHERE"}, "secret T: the variable NOT_SET_ANYWHERE is not set"),
-        ({"T": "vault://x"}, "secret T: vault:// is not read here, use env://"),
+        (
+            {"T": "vault://x"},
+            "secret T: vault:// is not known; allowed: env://NAME, "
+            "secret-manager://PROJECT/NAME[/VERSION]",
+        ),
     ],
 )
 def test_a_secret_that_is_not_there_is_one_line_and_78(
@@ -144,6 +149,15 @@ out.write(b"\xa9 without end"); out.flush()
     times = [datetime.fromisoformat(stamp[:-1] + "+00:00").timestamp() for stamp in stamps]
     assert times == sorted(times)
     assert before - 1 < times[0] <= times[-1] < time.time() + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_local_boot_says_on_stdout_what_it_has_to_say_itself(
+    tmp_path: Path, workers: int
+) -> None:
+    process = start(tmp_path, specification(tmp_path, "say('hello')", workers=workers))
+    assert process.communicate(timeout=90)[0] == "exit code 0: ended\n"
+    assert [log(tmp_path, rank) for rank in range(workers)] == [["hello"]] * workers
 
 
 def test_ten_thousand_lines_a_second_pass(tmp_path: Path) -> None:
@@ -274,6 +288,26 @@ def test_a_second_boot_leaves_at_once_and_the_job_runs_once(tmp_path: Path) -> N
     assert log(tmp_path) == ["began", "ready"]
 
 
+def test_a_boot_after_one_that_was_killed_is_a_restart_of_the_attempt(tmp_path: Path) -> None:
+    """It keeps the first's log, says so to the trainer, and has what is left of the deadline."""
+    source = "say('restart', job.get('restart', 0)); wait_until_asked(); sys.exit(75)"
+    spec = specification(tmp_path, source, deadline_seconds=100)
+    first = start(tmp_path, spec)
+    eventually(lambda: log(tmp_path) == ["restart 0", "ready"], "the trainer")
+    first.kill()
+    finish(first)
+    path = tmp_path / "root" / "attempts" / "00-0001.json"
+    record = read(path)
+    assert {"restart", "started"} <= record.keys() and "ended" not in record
+    path.write_text(json.dumps({**record, "started": time.time() - 98}))
+    assert run(tmp_path, spec)[0] == 75
+    assert log(tmp_path) == ["restart 0", "ready"]
+    again = (tmp_path / "root" / "logs" / "worker-0" / "00-0001r1.log").read_text()
+    assert [line.partition(" ")[2] for line in again.splitlines()] == ["restart 1", "ready"]
+    ended = read(tmp_path / "root" / "attempts" / "00-0001r1.json")
+    assert (ended["restart"], ended["why"], ended["exit_code"]) == (1, "deadline", 75)
+
+
 def test_who_only_looks_at_the_lock_is_in_nobodys_way(tmp_path: Path) -> None:
     """Looking shares the lock for an instant; who wants it waits that long and then has it."""
     taken: list[Any] = []
@@ -303,9 +337,11 @@ def test_who_only_looks_at_the_lock_is_in_nobodys_way(tmp_path: Path) -> None:
         ({"env": ["A"]}, "env: expected dict | None, got ['A']"),
         ({"bundle": {"url": "/x", "bytes": 1}}, "bundle.sha256: expected str, got None"),
         ({"schema": 2}, "schema: 2; this boot reads 1"),
-        ({"nodes": 2}, "1 workers on 2 nodes; allowed: 1 or more on 1"),
-        ({"workers": 0}, "0 workers on 1 nodes; allowed: 1 or more on 1"),
-        ({"root": "gs://b/r"}, "gs://b/r: this boot reads paths and file:// only"),
+        ({"nodes": 0}, "1 workers on 0 nodes; allowed: 1 or more of each"),
+        ({"workers": 0}, "0 workers on 1 nodes; allowed: 1 or more of each"),
+        ({"nodes": 2}, "the variable CLUSTER_SPEC does not say which one this is"),
+        ({"root": "ftp://b/r"}, "root: ftp://b/r; allowed: a path, file://, gs://, s3://"),
+        ({"wheels": {}}, "wheels: expected list | None, got {}"),
     ],
 )
 def test_a_bad_specification_is_one_line_and_64(
@@ -337,7 +373,7 @@ def test_a_specification_that_cannot_be_read_is_one_line_and_64(
 def test_a_missing_python_is_one_line_and_78(tmp_path: Path) -> None:
     assert run(tmp_path, specification(tmp_path, python="/no/such/python"))[0] == 78
     why = read(tmp_path / "work" / "result.json")["why"]
-    assert why == "cannot start worker-0: /no/such/python: No such file or directory"
+    assert why == "cannot start /no/such/python: No such file or directory"
 
 
 def test_a_work_folder_that_cannot_be_made_is_one_line_and_78(tmp_path: Path) -> None:
@@ -466,7 +502,7 @@ def test_whatever_its_names_nothing_is_written_outside_the_folder(
 @given(st.lists(st.sampled_from([0, 1, 2, 64, 65, 75, 78, 137, 143]), min_size=1, max_size=8))
 def test_the_worst_code_wins_in_the_documented_order(codes: list[int]) -> None:
     rank = {65: 0, 64: 1, 78: 2, 1: 3, 2: 4, 137: 5, 143: 6, 75: 7, 0: 8}
-    assert boot.worst(codes) == min(codes, key=lambda code: rank[code])
+    assert worst(codes) == min(codes, key=lambda code: rank[code])
 
 
 @pytest.mark.parametrize(
@@ -491,7 +527,7 @@ def test_how_the_ranks_ended_decides(
     codes: list[int], workers: int, reason: str, killed: bool, expected: tuple[int, str]
 ) -> None:
     ranks = {str(rank): {"code": code, "error": f"e{code}"} for rank, code in enumerate(codes)}
-    assert boot.verdict(ranks, workers, reason, killed) == expected
+    assert verdict(ranks, workers, reason, killed) == expected
 
 
 # Several workers: torchrun, which itself returns 1 whatever they return.

@@ -209,3 +209,15 @@ def test_a_disk_too_full_for_tensorboard_alone_does_not_stop_training(tmp_path: 
     assert len(told) == 1 and "disk full (file size limit)" in told[0]
     assert len(lines(tmp_path)) == 20
     assert list((tmp_path / "tensorboard").iterdir()) == [events]
+
+
+def test_a_restart_of_an_attempt_has_a_part_of_its_own(tmp_path: Path) -> None:
+    for restart in (0, 2):
+        metrics = Metrics(tmp_path, "sft", 1, restart=restart, tensorboard=False)
+        metrics.step(1, loss=1.0)
+        metrics.close()
+    first, second = (
+        json.loads((tmp_path / "metrics" / name).read_text())
+        for name in ("0001.jsonl", "0001r2.jsonl")
+    )
+    assert "restart" not in first and (second["attempt"], second["restart"]) == (1, 2)

@@ -58,7 +58,8 @@ IMAGES = (
 )  # fmt: skip
 
 #: Runs in the container before anything of ours is there: takes the bundle from the bucket with
-#: the job's identity, and starts the boot.py inside it. `sha256` is of the tar inside the gzip.
+#: the job's identity, and starts the boot.py inside it, which reads the file left beside it.
+#: `sha256` is of the tar inside the gzip.
 #: The two variables are those of Google's own libraries.
 FETCH = """\
 import gzip, hashlib, io, json, os, sys, tarfile, tempfile, time, urllib.error, urllib.parse
@@ -83,16 +84,17 @@ def read(uri):
     name = urllib.parse.quote(name, safe="")
     return get("%s/storage/v1/b/%s/o/%s?alt=media" % (storage, bucket, name), **bearer)
 bundle, sha256, spec = sys.argv[1:]
-data = gzip.decompress(read(bundle))
+packed = read(bundle)
+data = gzip.decompress(packed)
 if hashlib.sha256(data).hexdigest() != sha256:
     sys.exit("the bundle " + bundle + " is damaged: its sha256 differs")
 boot = tarfile.open(fileobj=io.BytesIO(data)).extractfile("trainer/boot.py").read()
 folder = tempfile.mkdtemp(prefix="launch-")
-paths = [os.path.join(folder, name) for name in ("boot.py", "boot.json")]
-for path, content in zip(paths, (boot, read(spec))):
+paths = [os.path.join(folder, name) for name in ("boot.py", "boot.json", "bundle.tar.gz")]
+for path, content in zip(paths, (boot, read(spec), packed)):
     with open(path, "wb") as file:
         file.write(content)
-os.execv(sys.executable, [sys.executable, paths[0], "run", paths[1]])
+os.execv(sys.executable, [sys.executable, paths[0], "run", *paths[1:]])
 """
 
 
