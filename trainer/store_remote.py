@@ -39,6 +39,13 @@ class Patience:
     longest: float = 32.0
     total: float = 120.0
 
+    def told(self) -> str:
+        return f"asked for {self.total:g} s" if self.total else "asked once"
+
+
+#: For callers that own the waiting.
+ONCE = Patience(total=0.0)
+
 
 @dataclass(frozen=True)
 class Content:
@@ -130,8 +137,15 @@ class RemoteStore(abc.ABC):
         if folder := prefix.rpartition("/")[0]:
             check_key(folder)
         with self._told(f"cannot list {self.uri}", "", writing=False):
-            names = list(self._names(self.prefix + prefix))
+            names = [name for name, _ in self._listed(self.prefix + prefix)]
         return sorted(key for key in (name[len(self.prefix) :] for name in names) if _is_key(key))
+
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        if folder := prefix.rpartition("/")[0]:
+            check_key(folder)
+        with self._told(f"cannot list {self.uri}", "", writing=False):
+            found = {name[len(self.prefix) :]: v for name, v in self._listed(self.prefix + prefix)}
+        return {key: found[key] for key in sorted(found) if _is_key(key)}
 
     def exists(self, key: str) -> bool:
         try:
@@ -184,7 +198,8 @@ class RemoteStore(abc.ABC):
         """Size in bytes and metadata. Errors: the client's."""
 
     @abc.abstractmethod
-    def _names(self, prefix: str) -> Iterable[str]: ...
+    def _listed(self, prefix: str) -> Iterable[tuple[str, str]]:
+        """Names with this prefix, each with a text that changes when the object does."""
 
     @abc.abstractmethod
     def _remove(self, name: str) -> None: ...

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from trainer.store import Denied, NotFound, StoreError, Transient
 from trainer.store_remote import (
+    ONCE,
     SHA256,
     WRITER,
     Content,
@@ -40,10 +41,10 @@ _BUSY = {
 }  # fmt: skip
 
 
-def open_uri(uri: str) -> S3Store:
+def open_uri(uri: str, again: bool = True) -> S3Store:
     """The store at s3://BUCKET/FOLDER; the rest of the name is taken as it is. Errors: `StoreError`
     for a URI without a bucket."""
-    return S3Store(uri)
+    return S3Store(uri, None if again else ONCE)
 
 
 class S3Store(RemoteStore):
@@ -159,10 +160,10 @@ class S3Store(RemoteStore):
             raise
         return int(found["ContentLength"]), found.get("Metadata", {})
 
-    def _names(self, prefix: str) -> Iterable[str]:
+    def _listed(self, prefix: str) -> Iterable[tuple[str, str]]:
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
-            yield from (item["Key"] for item in page.get("Contents", ()))
+            yield from ((item["Key"], item["ETag"]) for item in page.get("Contents", ()))
 
     def _remove(self, name: str) -> None:
         self.client.delete_object(Bucket=self.bucket, Key=name)
