@@ -21,6 +21,7 @@ from launcher.errors import Exit, LaunchError, Leaked, UsageError
 from launcher.run import Run
 
 if TYPE_CHECKING:
+    from launcher.artifacts import Artifacts
     from launcher.plan import RunPlan
     from launcher.recipe import Loaded
 
@@ -90,7 +91,7 @@ def attach(run: Which, take_over: bool = False) -> Run:
     if not seen.live:
         return seen
     place = home.folder(here.home, seen.id)
-    journal = Journal(place, home.local_root(seen.root), here.clock)
+    journal = Journal(place, _artifacts(seen), here.clock)
     journal.name = seen.name
     lock = driver.relieve(seen.id, here) if take_over else home.DriverLock.acquire(place, wait=0.2)
     if lock is None:
@@ -160,7 +161,7 @@ def stop(run: Which, reason: str = "") -> Run:
     here, seen = env(), status(run)
     if seen.ended is not None:
         return seen
-    write_marker(home.local_root(seen.root), here.clock.now(), here.owner, reason)
+    write_marker(_artifacts(seen), here.clock.now(), here.owner, reason)
     return attach(seen.id)
 
 
@@ -185,9 +186,13 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     if lock is None:
         raise held_elsewhere(home.claimed(place), seen.name)
     try:
-        journal = Journal(place, home.local_root(seen.root), here.clock)
+        journal = Journal(place, _artifacts(seen), here.clock)
         journal.name = seen.name
-        start.reopen(Fold(journal.read(heal=True)), journal, place, given, here)
+        fold = Fold(journal.read(heal=True))
+        if fold.run.ended is None:  # another machine has opened it again since we looked
+            (place / "summary.json").unlink(missing_ok=True)
+            raise held_elsewhere(None, seen.name)
+        start.reopen(fold, journal, place, given, here)
     except BaseException:
         lock.close()
         raise
@@ -204,7 +209,7 @@ def teardown(run: Which) -> Run:
     here, facts = env(), _find(run)
     seen = status(facts["id"])
     if seen.ended is None:  # should we die here, the job still ends
-        write_marker(home.local_root(seen.root), here.clock.now(), here.owner, "teardown")
+        write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
     engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
     return status(seen.id)
 
@@ -246,6 +251,13 @@ def pull(run: Which, to: Optional[str | Path] = None) -> Path:
 
 def _find(run: Which) -> dict[str, Any]:
     return home.find(env().home, run.id if isinstance(run, Run) else run)
+
+
+def _artifacts(run: Run) -> Artifacts:
+    from launcher.artifacts import open_artifacts
+
+    here = env()
+    return open_artifacts(run.root, home.folder(here.home, run.id), here.environ, here.clock)
 
 
 def _sweep(here: Env, name: str) -> list[Leaked]:

@@ -1,7 +1,7 @@
 """A run's artifact root as the launcher sees it: a folder of this machine, or a store.
 
-Of a store a copy is kept in `$LAUNCH_HOME/runs/<id>/copy`: what `status`, `logs`, `report` and gates
-read, and never weights. A service that does not answer is asked again here, by the injected clock,
+Of a store a copy is kept in `$LAUNCH_HOME/runs/<id>/copy`: what `status`, `logs` and `report` read,
+and never weights. A service that does not answer is asked again here, by the injected clock,
 for as long as `patience` says. Errors of stores become those of `launcher.errors` here.
 """
 
@@ -122,6 +122,12 @@ def here(run: Run, uri: Optional[str] = None) -> Path:
     machine."""
     where = run.root if uri is None else uri
     return Path(run.folder, below(run.root, where)) if run.folder else home.local_root(where)
+
+
+def journals(run: Run) -> list[Path]:
+    """The folders of this machine that together hold the run's journal, as far as it is known."""
+    own = [Path(run.folder).parent / "journal"] if is_remote(run.root) and run.folder else []
+    return [here(run) / "journal", *own]
 
 
 def parsed(data: Optional[bytes]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import Claim, Load, claimed, read_json, write_marker
-from launcher.clear import clear, insist, sweep
+from launcher.claim import Claim, Load, claimed
+from launcher.clear import PATIENCE, clear, insist, sweep
 from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
 from launcher.plan import affordable, fill
@@ -54,7 +54,7 @@ def teardown(
 ) -> Run:
     """Delete everything the run holds, wait until it is gone, and end the run. Takes the run over
     from a driver on another host. Errors: `Leaked` with what could not be confirmed absent."""
-    with claimed(run_id, env, load, lock, take_over=True) as claim:
+    with claimed(run_id, env, load, lock, take_over=True, patience=PATIENCE) as claim:
         return Engine(claim).teardown()
 
 
@@ -264,7 +264,7 @@ class Engine:
             if not attempt.phase.over:
                 changed = attempt.phase is not before
                 interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
-                self.clock.sleep(interval)
+                self.claim.rest(interval)
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
         """Record what a look shows, where it differs from what is known."""
@@ -301,7 +301,7 @@ class Engine:
         if marker is None:
             left = claim.budget_left(attempt.usd_per_hour)
             if left is not None and left <= 0:
-                write_marker(claim.root, self.clock.now(), "budget", claim.budget_text())
+                claim.ask_to_stop("budget", claim.budget_text())
             return
         spec = claim.spec(job, claim.offer(job, attempt))
         grace = float(spec.boot.get("grace_seconds", 600))
@@ -338,7 +338,7 @@ class Engine:
             if stage.job != job.index:
                 continue
             wanted = stage.phase
-            if read_json(home.local_root(stage.folder) / "run_meta.json").get("completed") is True:
+            if self.claim.meta(stage).get("completed") is True:
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True
@@ -353,8 +353,7 @@ class Engine:
             state = next(s for s in stages if s.id == stage.id)
             if not stage.gate or state.gate == "passed":
                 continue
-            folders = {s.id: home.local_root(s.folder) for s in stages}
-            evaluations = {i: read_json(f / "evaluation.json") or None for i, f in folders.items()}
+            evaluations = {s.id: self.claim.evaluation(s) for s in stages}
             result = gates.evaluate(stage.gate, evaluations, stage.id)
             lines = list(result.lines)
             self.claim.record("gate", id=stage.id, passed=result.passed, lines=lines)
@@ -375,7 +374,7 @@ class Engine:
         claim = self.claim
         claim.record("end", phase=outcome.phase, why=outcome.why, exit_code=int(outcome.exit_code))
         claim.say(f"{claim.run.name} {outcome.phase.value}: {outcome.why or 'done'}")
-        write_summary(claim.place, claim.run)
+        write_summary(claim.place, claim.run, claim.artifacts)
         return claim.run
 
     def _phase(

@@ -90,7 +90,8 @@ class Journal:
         Errors: `JournalDamaged` for a record that has no whole copy, with both paths.
         """
         self.warnings = []
-        listed = sorted(self._numbers(known) | _numbers(_listing(self.copy)))
+        there = self._numbers(known)
+        listed = sorted(there | _numbers(_listing(self.copy)))
         reading = _Reading()
         records = reading.records
         for number in listed:
@@ -100,6 +101,8 @@ class Journal:
             if record is None and number == listed[-1] and number == len(records) + 1 > 1:
                 self._set_aside(number, heal)
                 break
+            if record is not None and number not in there and self.artifacts.remote and not known:
+                self._restore(number, heal)
             if record is None:
                 missing = _name(len(records) + 1)
                 raise JournalDamaged(
@@ -170,6 +173,13 @@ class Journal:
         if heal:
             write(copy, data.decode(), sync=False)
         return record
+
+    def _restore(self, number: int, heal: bool) -> None:
+        """A record that only its copy still holds: somebody has removed it from the store."""
+        name = _name(number)
+        self.warnings.append(f"{self.first}/{name} is missing: read from {self.copy / name}")
+        if heal:
+            self.artifacts.create_once(f"journal/{name}", (self.copy / name).read_text())
 
     def _set_aside(self, number: int, heal: bool) -> None:
         name = _name(number)

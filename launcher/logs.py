@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Optional
 
-from launcher import backends, home
+from launcher import backends
+from launcher.artifacts import here
 from launcher.backends.base import Env, JobHandle, Line, LogQuery
 from launcher.errors import LaunchError, Transient, UsageError
 from launcher.run import Attempt, JobState, Run
@@ -79,7 +80,7 @@ def read(
 def workers(run: Run) -> list[int]:
     """The workers that the run has had so far, in order: boot opens a worker's log before it
     starts the worker."""
-    logs = home.local_root(run.root) / "logs"
+    logs = here(run) / "logs"
     found = (re.fullmatch(r"worker-(\d+)", place.name) for place in logs.glob("worker-*"))
     return sorted(int(match[1]) for match in found if match)
 
