@@ -1,6 +1,7 @@
 """The verbs, typed: what the command line and notebooks call. Heavy modules load on use.
 
-`run` is a name, an id, a prefix that no other run shares, or a `Run`. Every function raises
+`run` is a name, an id, a prefix that no other run shares, where a run's artifacts lie (gs://, s3://,
+a folder: one that this machine does not know is adopted), or a `Run`. Every function raises
 `launcher.errors.LaunchError` and nothing else on bad input; its `code` is the exit code.
 """
 
@@ -43,12 +44,15 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
+    from launcher.artifacts import missing_client
     from launcher.plan import make
     from launcher.start import commit_of
 
     loaded = validate(path, overrides, on)
     made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
-    return replace(made, notes=(*made.notes, *loaded.notes()))
+    missing = missing_client(made.root)
+    needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
+    return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
 
 
 def up(
@@ -246,10 +250,14 @@ def pull(run: Which, to: Optional[str | Path] = None) -> Path:
     from launcher.pulling import pull as copy
 
     seen = status(run)
-    return copy(seen, Path(to) if to is not None else Path(seen.name))
+    return copy(seen, Path(to) if to is not None else Path(seen.name), _artifacts(seen))
 
 
 def _find(run: Which) -> dict[str, Any]:
+    from launcher.adopt import adopt, is_root
+
+    if isinstance(run, str) and is_root(run):
+        return adopt(run, env())
     return home.find(env().home, run.id if isinstance(run, Run) else run)
 
 

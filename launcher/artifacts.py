@@ -124,6 +124,12 @@ def here(run: Run, uri: Optional[str] = None) -> Path:
     return Path(run.folder, below(run.root, where)) if run.folder else home.local_root(where)
 
 
+def known_names(run: Run, prefix: str = "") -> list[str]:
+    """The names under the root of a run in a store, as of its last refresh."""
+    names = _Index.read(Path(run.folder)).names if run.folder else []
+    return [name for name in names if name.startswith(prefix)]
+
+
 def journals(run: Run) -> list[Path]:
     """The folders of this machine that together hold the run's journal, as far as it is known."""
     own = [Path(run.folder).parent / "journal"] if is_remote(run.root) and run.folder else []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ Load = Callable[[str], Backend]
 NAP = 2.0
 #: Seconds between two looks for the marker in a store.
 POLL = 5.0
+#: A whole checkpoint: its manifest is written last.
+_MANIFEST = re.compile(r"checkpoints/step-(\d+)/MANIFEST\.json$")
 
 
 @contextmanager
@@ -162,6 +165,22 @@ class Claim:
     def evaluation(self, stage: StageState) -> Optional[dict[str, Any]]:
         """`evaluation.json` of a stage; None: it has none."""
         return self._read(stage, "evaluation.json") or None
+
+    def beginning(self, job: JobState, number: int) -> dict[str, Any]:
+        """What the first intent of a further attempt says: `{"from": {"stage", "step"}}`, the first
+        stage that is not done and the step of its newest whole checkpoint, 0: it has none."""
+        if number == 1 or len(job.attempts) >= number:
+            return {}
+        unfinished = self.unfinished(job)
+        if unfinished is None:
+            return {}
+        stage = next(s for s in self.run.stages if s.id == unfinished[0])
+        at = below(self.run.root, stage.folder)
+        names = self.artifacts.names(f"{at}/checkpoints/" if at else "checkpoints/")
+        step = max((int(m[1]) for name in names if (m := _MANIFEST.search(name))), default=0)
+        where = f"step {step}" if step else "the beginning"
+        self.say(f"{job.name} attempt {number}: stage {stage.id} from {where}")
+        return {"from": {"stage": stage.id, "step": step}}
 
     def marker(self) -> Optional[dict[str, Any]]:
         """`control/stop.json`; its presence asks, whatever it says. A store is looked into every

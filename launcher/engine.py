@@ -225,7 +225,7 @@ class Engine:
             yield replace(template, **fill(request, holes))
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
-        at = {"job": job.index, "attempt": number}
+        at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}
         self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import backends, hardware
+from launcher.artifacts import missing_client
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.rules import STAGE_REFERENCE
@@ -252,6 +253,8 @@ def refuse(plan: RunPlan) -> None:
                 "`launch up RECIPE --dry-run` tries the recipe here, `launch plan RECIPE` shows "
                 "what would be sent",
             )
+    if missing := missing_client(plan.root):
+        raise UsageError(f"artifacts: {plan.root} cannot be reached from here", missing)
     if plan.refusal is not None:
         raise plan.refusal.error()
 

@@ -47,6 +47,8 @@ class Attempt:
     capacity: str = ""  # of the offer: spot, standard, ...
     usd_per_hour: Optional[float] = None
     gone: list[str] = field(default_factory=list)  # names of refs confirmed absent
+    from_step: Optional[int] = None  # of the newest whole checkpoint when it began; 0: of none
+    restarts: int = 0  # by the service itself, within the attempt
 
     @property
     def holding(self) -> list[Ref]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from launcher import home, records
-from launcher.artifacts import Artifacts, is_remote, open_artifacts
+from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
 from launcher.errors import LaunchError, Signal
 from launcher.fold import run_of, spent
@@ -19,6 +20,8 @@ from launcher.run import Driver, JobState, Run
 
 #: How many stores are asked at the same time.
 _AT_ONCE = 8
+#: What a restarted boot leaves: job, attempt, which restart.
+_RESTART = re.compile(r"(\d+)-(\d+)r(\d+)\.json")
 
 
 def listed(env: Env, limit: Optional[int]) -> list[Run]:
@@ -72,6 +75,7 @@ def look(env: Env, facts: dict[str, Any]) -> Run:
     if run.ended is None:
         run.spent_usd = spent(run, env.clock.now())
     run.progress = records.run_progress(run)
+    note_restarts(run)
     run.warnings += _warnings(env, run, place, written[-1]["time"])
     return run
 
@@ -84,6 +88,7 @@ def write_summary(place: Path, run: Run, artifacts: Artifacts) -> None:
     with suppress(Signal):
         artifacts.refresh()
     run.progress = records.run_progress(run)
+    note_restarts(run)
     text = json.dumps(run.to_json(), indent=1) + "\n"
     with suppress(Signal):
         if run.live:
@@ -94,6 +99,17 @@ def write_summary(place: Path, run: Run, artifacts: Artifacts) -> None:
         (place / "summary.json").unlink(missing_ok=True)
     else:
         home.write(place / "summary.json", text)
+
+
+def note_restarts(run: Run) -> None:
+    """How often the service itself has started a boot again, by what each boot has left."""
+    folder = here(run) / "attempts"
+    found = [match for file in folder.glob("*r*.json") if (match := _RESTART.fullmatch(file.name))]
+    for job in run.jobs:
+        for attempt in job.attempts:
+            at = (job.index, attempt.number)
+            own = (int(m[3]) for m in found if (int(m[1]), int(m[2])) == at)
+            attempt.restarts = max(own, default=0)
 
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:
