@@ -200,10 +200,14 @@ class Claim:
                 self.artifacts.patience = patience
         return self._marker
 
+    def look_anew(self) -> None:
+        """Before a decision: the next `marker` asks the store, however new its last answer is."""
+        self._asked = None
+
     def ask_to_stop(self, by: str, reason: str) -> None:
         """Write the marker."""
         write_marker(self.artifacts, self.clock.now(), by, reason)
-        self._asked = None
+        self.look_anew()
 
     def rest(self, wait: float) -> None:
         """Wait, but see a new request to stop soon."""

@@ -118,6 +118,7 @@ class Engine:
     def _open(self, job: JobState) -> Optional[Outcome]:
         """Begin the next attempt with its first intent, or say why there is none."""
         claim, fresh = self.claim, self.claim.fresh(job)
+        claim.look_anew()
         last = fresh[-1] if fresh else None
         outcome = self._stopped(last) or self._spent(last)
         if outcome is None and last is not None:
@@ -268,6 +269,8 @@ class Engine:
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
         """Record what a look shows, where it differs from what is known."""
+        if seen.phase.over:
+            self.claim.look_anew()
         phase, why = self._judged(job, seen)
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
@@ -337,8 +340,8 @@ class Engine:
         for stage in self.claim.run.stages:
             if stage.job != job.index:
                 continue
-            wanted = stage.phase
-            if self.claim.meta(stage).get("completed") is True:
+            wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
+            if done or (not reached and self.claim.meta(stage).get("completed") is True):
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True

@@ -69,7 +69,9 @@ def look(env: Env, facts: dict[str, Any]) -> Run:
         run.warnings.append(f"as last known: {deaf}")
     if not run.live:
         if home.holder(place) is None and deaf is None:
-            write_summary(place, run, artifacts)  # it was lost, or its driver died just before
+            # It was lost, its driver died just before, or another machine has it.
+            shared = artifacts.remote and "summary.json" in artifacts.known("summary.json")
+            write_summary(place, run, artifacts, share=not shared)
         return run
     run.driver = _driver(run, place, written)
     if run.ended is None:
@@ -80,10 +82,10 @@ def look(env: Env, facts: dict[str, Any]) -> Run:
     return run
 
 
-def write_summary(place: Path, run: Run, artifacts: Artifacts) -> None:
+def write_summary(place: Path, run: Run, artifacts: Artifacts, share: bool = True) -> None:
     """`summary.json` in both places once nothing can change, so that `status` stays instant; none
     while something still may. One that a store does not take is left out there: the journal says
-    it all."""
+    it all. Without `share` it is written here only."""
     run.folder = str(artifacts.folder)
     with suppress(Signal):
         artifacts.refresh()
@@ -93,7 +95,7 @@ def write_summary(place: Path, run: Run, artifacts: Artifacts) -> None:
     with suppress(Signal):
         if run.live:
             artifacts.remove("summary.json")
-        else:
+        elif share:
             artifacts.write("summary.json", text)
     if run.live:
         (place / "summary.json").unlink(missing_ok=True)

@@ -173,7 +173,7 @@ def test_stop_and_teardown_work_from_another_laptop(it: Scene, tmp_path: Path) -
 
 
 def test_a_summary_here_does_not_hide_that_another_laptop_went_on(
-    it: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    it: Scene, tmp_path: Path
 ) -> None:
     run_id = begin(it)
     engine.drive(run_id, it.env, load)
@@ -182,8 +182,25 @@ def test_a_summary_here_does_not_hide_that_another_laptop_went_on(
     assert look(other, run_id).ended is not None
     summary = home.folder(other.home, run_id) / "summary.json"
     assert summary.exists()
+    asked = [method for method, _, _ in list(it.server.log)]
     adopt(root(run_id), other)
     assert not summary.exists(), "named by its URI it is looked at again"
+    assert look(other, run_id).ended is not None and summary.exists()
+    later = [method for method, _, _ in list(it.server.log)[len(asked) :]]
+    assert set(later) <= {"GET"}, "looking writes nothing"
+
+
+def test_what_a_run_from_elsewhere_holds_is_swept_here_once_it_was_looked_at(
+    it: Scene, tmp_path: Path
+) -> None:
+    run_id = driven_for_a_while(it)
+    environ = {k: v for k, v in it.env.environ.items() if k != "GOOGLE_CLOUD_PROJECT"}
+    other = Env(tmp_path / "other", environ, LeavesAt(it, 2), "bob", "python3")
+    adopt(root(run_id), other)
+    with pytest.raises(Left):
+        engine.drive(run_id, other, load, take_over=True)
+    (ref,) = it.backend.sweep(Env(other.home, environ, it.clock, "ann", "python3"))
+    assert ref.run == run_id
 
 
 def test_what_is_no_run_is_one_clear_line(it: Scene, tmp_path: Path) -> None:
