@@ -26,6 +26,8 @@ from launcher.home import write
 from launcher.run import Run
 
 VERSION = 1
+#: The claim that this machine was about to write, or has written.
+_CLAIM = "claim.json"
 #: What every record has, whatever its kind.
 _ENVELOPE: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -72,6 +74,8 @@ class Journal:
         }
         text = json.dumps(record, default=_plain) + "\n"
         name = _name(self.seq + 1)
+        if kind == "driver":  # should we die before the copy is written, it is known as ours
+            write(self.copy.parent / _CLAIM, text, sync=False)
         if not self.artifacts.create_once(f"journal/{name}", text):
             there = self.artifacts.read(f"journal/{name}")
             if there != text.encode():  # equal: a file system that repeated our request
@@ -192,6 +196,13 @@ class Journal:
             for file in (self.copy / name, self.artifacts.folder / "journal" / name):
                 with suppress(FileNotFoundError):
                     file.replace(file.with_name(aside))
+
+
+def ours(place: Path, claim: Record) -> bool:
+    """Whether a `driver` record came from this $LAUNCH_HOME, where the run's folder is `place`."""
+    if (place / "journal" / _name(claim["seq"])).exists():
+        return True
+    return _parse(_bytes(place / _CLAIM), claim["seq"], place / _CLAIM) == claim
 
 
 class _Reading:

@@ -15,7 +15,7 @@ from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
 from launcher.errors import LaunchError, Signal
 from launcher.fold import run_of, spent
-from launcher.journal import Journal, fold
+from launcher.journal import Journal, fold, ours
 from launcher.run import Driver, JobState, Run
 
 #: How many stores are asked at the same time.
@@ -195,9 +195,8 @@ def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Dr
         return Driver(who["host"], who["pid"], who["since"], epoch, alive=True)
     if run.driver is None:
         return None
-    seq = next(r["seq"] for r in reversed(written) if r["kind"] == "driver")
-    ours = (place / "journal" / f"{seq:08d}.json").exists()
-    run.driver.alive = False if ours else None
+    claim = next(r for r in reversed(written) if r["kind"] == "driver")
+    run.driver.alive = False if ours(place, claim) else None
     return run.driver
 
 

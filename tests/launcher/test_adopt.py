@@ -158,6 +158,18 @@ def test_another_laptop_needs_no_bundle_file_of_its_own(it: Scene, tmp_path: Pat
     assert boot["bundle"]["sha256"] == "ab" * 32
 
 
+def test_a_driver_that_died_before_it_copied_its_claim_is_known_as_ours(it: Scene) -> None:
+    run_id = driven_for_a_while(it)
+    place = home.folder(it.home, run_id)
+    (claim,) = [f for f in (place / "journal").iterdir() if '"kind": "driver"' in f.read_text()]
+    later = [f for f in (place / "journal").iterdir() if f.name >= claim.name]
+    for file in later:
+        file.unlink()
+    seen = look(it.env, run_id)
+    assert seen.driver is not None and seen.driver.alive is False
+    assert engine.drive(run_id, it.env, load).phase is Phase.SUCCEEDED
+
+
 def test_stop_and_teardown_work_from_another_laptop(it: Scene, tmp_path: Path) -> None:
     run_id = driven_for_a_while(it)
     other = laptop(it, tmp_path / "other", "bob")
