@@ -1,4 +1,4 @@
-"""The same seam over s3://: journal, marker, refresh, adoption, against a server of its protocol."""
+"""The same seam over s3://: journal, marker, refresh, adoption, against a server that speaks it."""
 
 from __future__ import annotations
 
