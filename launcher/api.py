@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from launcher import home
 from launcher.backends.base import Env, Held, Line, Ref
 from launcher.clock import SystemClock
-from launcher.errors import Exit, LaunchError, Leaked, UsageError
+from launcher.errors import Exit, LaunchError, Leaked, Signal, UsageError
 from launcher.run import Run
 
 if TYPE_CHECKING:
@@ -206,15 +206,27 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
 
 def teardown(run: Which) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
-    run over from its driver. Errors: `Leaked` with the commands that finish by hand."""
+    run over from its driver. Errors: `Leaked` with the commands that finish by hand; those of a
+    store that does not take records, after everything was deleted all the same."""
     from launcher import driver, engine
+    from launcher.artifacts import is_remote
     from launcher.claim import write_marker
 
     here, facts = env(), _find(run)
     seen = status(facts["id"])
-    if seen.ended is None:  # should we die here, the job still ends
-        write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
-    engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+    try:
+        if seen.ended is None:  # should we die here, the job still ends
+            write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
+        engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+    except Leaked:
+        raise
+    except (Signal, UsageError) as error:
+        if not is_remote(seen.root):
+            raise
+        _clear_without_journal(seen, here)
+        error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "
+                      f"{error}",)  # fmt: skip
+        raise
     return status(seen.id)
 
 
@@ -268,13 +280,25 @@ def _artifacts(run: Run) -> Artifacts:
     return open_artifacts(run.root, home.folder(here.home, run.id), here.environ, here.clock)
 
 
-def _sweep(here: Env, name: str) -> list[Leaked]:
-    """Delete all that the backend `name` finds under our label; what could not be deleted."""
+def _clear_without_journal(run: Run, here: Env) -> None:
+    """Delete what the run's backends find under its label. Errors: `Leaked`."""
+    for name in dict.fromkeys(job.backend for job in run.jobs):
+        leaks = _sweep(replace(here, owner=run.owner), name, run.id)
+        if leaks:
+            commands = [command for leak in leaks for command in leak.commands]
+            raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
+
+
+def _sweep(here: Env, name: str, run: Optional[str] = None) -> list[Leaked]:
+    """Delete all that the backend `name` finds under our label (of one `run`); what could not be
+    deleted."""
     from launcher import backends
     from launcher.clear import remove
 
     backend, leaks = backends.load(name), []
     for ref in list(backend.sweep(here)):
+        if run not in (None, ref.run):
+            continue
         try:
             remove(backend, ref, here)
         except Leaked as leak:

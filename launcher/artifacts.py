@@ -80,9 +80,10 @@ class Artifacts(Protocol):
         """The same as of the last `refresh`: no call."""
         ...
 
-    def refresh(self, *more: re.Pattern[str]) -> None:
+    def refresh(self, *more: re.Pattern[str], anew: bool = False) -> None:
         """Bring `SMALL`, and what `more` names, to `folder`: one list call and what has changed.
-        Nothing is asked when that was done within the last seconds. Errors: those of one try."""
+        Nothing is asked when that was done within the last seconds, unless `anew`. Errors: those
+        of one try."""
         ...
 
 
@@ -190,7 +191,7 @@ class Folder:
     def known(self, prefix: str = "") -> list[str]:
         return self.names(prefix)
 
-    def refresh(self, *more: re.Pattern[str]) -> None:
+    def refresh(self, *more: re.Pattern[str], anew: bool = False) -> None:
         return None
 
 
@@ -262,11 +263,12 @@ class Bucket:
     def known(self, prefix: str = "") -> list[str]:
         return sorted(name for name in _Index.read(self.folder).names if name.startswith(prefix))
 
-    def refresh(self, *more: re.Pattern[str]) -> None:
+    def refresh(self, *more: re.Pattern[str], anew: bool = False) -> None:
         with _locked(self.folder):
             index = _Index.read(self.folder)
             asked = sorted(pattern.pattern for pattern in more)
-            if 0 <= self.clock.now() - index.time < FRESH and {*asked} <= {*index.more}:
+            fresh = 0 <= self.clock.now() - index.time < FRESH
+            if fresh and not anew and {*asked} <= {*index.more}:
                 return
             patience, self.patience = self.patience, 0.0
             try:

@@ -15,7 +15,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import Claim, Load, claimed
-from launcher.clear import PATIENCE, clear, insist, sweep
+from launcher.clear import clear, insist, sweep
 from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
 from launcher.plan import affordable, fill
@@ -25,6 +25,8 @@ from launcher.view import write_summary
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
+#: How long a teardown waits for a store that does not answer.
+DEAF = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 _NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
@@ -54,7 +56,7 @@ def teardown(
 ) -> Run:
     """Delete everything the run holds, wait until it is gone, and end the run. Takes the run over
     from a driver on another host. Errors: `Leaked` with what could not be confirmed absent."""
-    with claimed(run_id, env, load, lock, take_over=True, patience=PATIENCE) as claim:
+    with claimed(run_id, env, load, lock, take_over=True, patience=DEAF) as claim:
         return Engine(claim).teardown()
 
 

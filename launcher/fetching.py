@@ -32,7 +32,7 @@ def fetch(
     """Bring the run into the folder `to`. `metrics(stage folder, file)` and `logs(folder, folder)`
     make one file of the parts. Errors: those of a store; `Transient` for a checkpoint that does
     not arrive whole."""
-    artifacts.refresh(LOGS)
+    artifacts.refresh(LOGS, anew=True)
     there = artifacts.versions()
     have = {key: str(value) for key, value in parsed(_bytes(to / _VERSIONS)).items()}
     kept = {m["step"] for name in there if (m := _CHECKPOINT.fullmatch(name))

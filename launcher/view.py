@@ -88,7 +88,7 @@ def write_summary(place: Path, run: Run, artifacts: Artifacts, share: bool = Tru
     it all. Without `share` it is written here only."""
     run.folder = str(artifacts.folder)
     with suppress(Signal):
-        artifacts.refresh()
+        artifacts.refresh(anew=share)
     run.progress = records.run_progress(run)
     note_restarts(run)
     text = json.dumps(run.to_json(), indent=1) + "\n"

@@ -178,7 +178,7 @@ class GcsStore(RemoteStore):
         away = (requests.RequestException, ConnectionError, TimeoutError)
         if code in (408, 429) or code >= 500 or isinstance(error, away):
             return Transient(
-                f"{failed}: the service does not answer as it should, {self.patience.told()} "
+                f"{failed}: the service does not answer as it should{self.patience.told()} "
                 f"({_said(error)}); try again later"
             )
         return StoreError(f"{failed}: {_said(error)}") if code else None

@@ -40,7 +40,7 @@ class Patience:
     total: float = 120.0
 
     def told(self) -> str:
-        return f"asked for {self.total:g} s" if self.total else "asked once"
+        return f", asked for {self.total:g} s" if self.total else ""
 
 
 #: For callers that own the waiting.

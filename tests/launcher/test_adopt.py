@@ -239,3 +239,17 @@ def test_a_folder_on_a_shared_disk_is_adopted_too(tmp_path: Path) -> None:
     facts = adopt(str(made.root), other)
     assert facts["id"] == made.run_id
     assert look(other, made.run_id).phase is Phase.SUCCEEDED
+
+
+def test_a_teardown_deletes_the_job_though_its_bucket_is_gone(
+    it: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = driven_for_a_while(it)
+    look(it.env, run_id)
+    it.clock.sleep(60)
+    monkeypatch.setattr(api, "env", lambda: it.env)
+    del it.server.objects.buckets["bkt"]
+    with pytest.raises(UsageError, match="holds nothing any more, but its journal") as caught:
+        api.teardown(run_id)
+    assert "there is no bucket bkt" in str(caught.value)
+    assert it.server.vertex.states() == {}
