@@ -263,7 +263,7 @@ def test_whatever_is_cut_or_lost_the_journal_is_whole_and_no_job_is_doubled(
     assert journal(it, run_id)[-1] == "end"
 
 
-@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_the_next_driver_ends_it_with_the_same_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
