@@ -44,11 +44,12 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
+    from launcher import wheels
     from launcher.artifacts import missing_client
     from launcher.plan import make
     from launcher.start import commit_of
 
-    loaded = validate(path, overrides, on)
+    loaded = wheels.resolved(validate(path, overrides, on))
     made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
     missing = missing_client(made.root)
     needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
@@ -66,7 +67,7 @@ def up(
     trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import bundle, driver, start, view
+    from launcher import bundle, driver, start, view, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
@@ -76,6 +77,7 @@ def up(
         same = next(view.live_like(here, wanted), None) if wanted else None
         if same is not None:
             return attach(same)
+        loaded = wheels.resolved(loaded)
         refuse(make(loaded.recipe, here, packed))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))

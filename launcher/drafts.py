@@ -244,7 +244,7 @@ def _moved(hardware: Node, on: str, at: Position) -> dict[str, Node]:
     if before != on:
         foreign = {"places", *backends.names()} - {on}
         if on == "local":
-            foreign |= {"capacity", "nodes"}
+            foreign |= {"capacity", "nodes", "environment"}
             accelerator = keys.get("accelerator")
             if accelerator is None or not str(accelerator.value).startswith("cpu"):
                 foreign.add("accelerator")
@@ -281,6 +281,9 @@ def _resolved(node: Node) -> Node:
     if "data" in keys:
         files = {"train": _source_paths, "validation": _source_paths, "chat_template": _template}
         keys["data"] = _change(keys["data"], files)
+    if "hardware" in keys:
+        listed = {"environment": lambda n: _change(n, {"wheels": _wheel_paths})}
+        keys["hardware"] = _change(keys["hardware"], listed)
     return replace(node, value=keys)
 
 
@@ -296,6 +299,12 @@ def _source_paths(node: Node) -> Node:
         return node
     paths = {"path": _data_path, "manifest": _data_path, "hf": _hub_folder}
     return replace(node, value=[_change(source, paths) for source in node.value])
+
+
+def _wheel_paths(node: Node) -> Node:
+    if not isinstance(node.value, list):
+        return node
+    return replace(node, value=[_change(wheel, {"source": _data_path}) for wheel in node.value])
 
 
 def _hub_folder(node: Node) -> Node:

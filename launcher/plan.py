@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher import backends, hardware
+from launcher import backends, hardware, wheels
 from launcher.artifacts import missing_client
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
@@ -163,6 +163,8 @@ def job_spec(
         "deadline_seconds": "${deadline}",
         "grace_seconds": 600,
     }
+    if shipped := wheels.shipped(asked.environment):
+        boot["wheels"] = shipped
     labels = {"launch-run": run_id, "launch-owner": owner}
     return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
 
@@ -232,6 +234,7 @@ def make(
         spec = job_spec(
             recipe, run_id, run_name, index, root, env.home, bundle, env.owner, env, commit
         )
+        notes += wheels.lines(index, spec.hardware.environment)
         planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes, refusals))
     rates = [job.usd_per_hour for job in planned]
     rate = None if None in rates else max(r for r in rates if r is not None)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import backends, hardware
+from launcher import backends, hardware, wheels
 from launcher.positions import Node, Problems
 from launcher.references import Written, reference_problems
 from launcher.spec import Gate, Stage
@@ -48,6 +48,7 @@ def stage_problems(
     """Problems of one stage. `earlier`: stages it can reach; `known`: all ids, in order;
     `complete`: nothing was left out because of problems of its own; `written`: by other stages."""
     yield from _hardware(stage)
+    yield from wheels.problems(stage.hardware)
     if complete:
         yield from _training(stage)
     yield from _references(stage, earlier, known)

@@ -107,8 +107,8 @@ def _stage_keys(allowed: tuple[str, ...]) -> dict[str, Any]:
     }
     return {
         **blocks,
-        "stage": {"enum": list(STAGES)},
-        "gate": {"anyOf": [gate, {"type": "array", "items": gate}]},
+        "stage": _optional({"enum": list(STAGES)}),
+        "gate": {"anyOf": [gate, {"type": "array", "items": gate}, {"type": "null"}]},
     }
 
 

@@ -24,6 +24,7 @@ from launcher.plan import artifact_root, cloud_project, jobs, stage_configs
 from launcher.recipe import Loaded, load
 from launcher.run import Run, StageState
 from launcher.spec import Recipe
+from launcher.wheels import resolved
 from trainer.config import dotted, to_dict
 
 #: stage id -> its run_meta.json
@@ -168,7 +169,7 @@ def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env, meta
     draft = place / "resume.yaml"
     home.write(draft, as_yaml(before))
     try:
-        after = load(draft, overrides, None, env.environ).recipe
+        after = resolved(load(draft, overrides, None, env.environ)).recipe
     finally:
         draft.unlink(missing_ok=True)
     fixed = {"name": (before.name, after.name),
