@@ -18,11 +18,14 @@ from launcher.backends.vertex import VertexBackend
 from launcher.bundle import Bundle
 from launcher.clock import Clock
 from launcher.recipe import Loaded
-from launcher.spec import Hardware, Recipe, Retry, Vertex
+from launcher.spec import Gate, Hardware, Recipe, Retry, Vertex
 from tests.launcher import runs
 from tests.launcher.rehearsed import Scene, scene
+from tests.trainer.remote import QUICK
 from trainer.config import to_dict
 from trainer.store import open_store
+from trainer.store_gcs import GcsStore
+from trainer.store_remote import Patience
 
 HARDWARE = Hardware(
     "vertex", "L4:1", capacity=("spot", "standard"), places=("us-central1",),
@@ -38,9 +41,13 @@ class Mirrored(VertexBackend):
 
     def observe(self, job: JobHandle, env: Env) -> Seen:
         seen = super().observe(job, env)
-        store = open_store(job.root)
+        store = GcsStore(job.root, Patience(**QUICK))
         if seen.phase is Phase.SUCCEEDED:
-            store.put_bytes("run_meta.json", b'{"v": 1, "completed": true, "global_step": 200}')
+            done = b'{"v": 1, "completed": true, "global_step": 200}'
+            stage = f"s{job.name.rpartition('-j')[2]}"  # of a pipeline
+            for name in ("run_meta.json", f"{stage}/run_meta.json"):
+                store.put_bytes(name, done)
+            store.put_bytes(f"{stage}/evaluation.json", b'{"val_loss": 2.0}')
         elif seen.phase is Phase.PREEMPTED:
             for step in self.checkpoints:
                 store.put_bytes(f"checkpoints/step-{step}/MANIFEST.json", b'{"v": 1, "files": {}}')
@@ -54,11 +61,11 @@ def load(name: str) -> Backend:
     return Mirrored()
 
 
-def recipe() -> Recipe:
-    (stage,) = runs.recipe().stages
-    return Recipe(
-        "thing", (replace(stage, hardware=HARDWARE),), retry=Retry(5, 20, 2, 0),
-        artifacts="gs://bkt/runs/{run}",
+def recipe(stages: int = 1, gate: Optional[Gate] = None) -> Recipe:
+    made = runs.recipe(stages, gate=gate)
+    return replace(
+        made, stages=tuple(replace(stage, hardware=HARDWARE) for stage in made.stages),
+        retry=Retry(5, 20, 2, 0), artifacts="gs://bkt/runs/{run}",
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher import api, engine, home, logs, records, view
-from launcher.artifacts import LOGS, Artifacts, Bucket, here, open_artifacts
+from launcher import api, console, engine, home, logs, records, view
+from launcher.artifacts import EVENTS, LOGS, Artifacts, Bucket, here, journals, open_artifacts
 from launcher.backends.base import Env, Phase
 from launcher.claim import write_marker
 from launcher.clock import ManualClock
@@ -20,8 +20,9 @@ from launcher.errors import Denied, Exit, LaunchError, Transient, UsageError
 from launcher.journal import Journal
 from launcher.pulling import pull
 from launcher.run import Run
+from launcher.spec import Gate
 from tests.launcher import runs
-from tests.launcher.bucketed import Mirrored, begin, bucket, journal, lists, load
+from tests.launcher.bucketed import Mirrored, begin, bucket, journal, lists, load, recipe
 from tests.launcher.rehearsed import Scene
 from tests.launcher.test_vertex_engine import SharedClock
 from trainer.store import open_store
@@ -96,6 +97,30 @@ def test_without_a_checkpoint_it_begins_at_the_beginning(
     it.server.vertex.fates.append(Stub(2, 2, 20, PREEMPTED))
     assert [a.from_step for a in drive(it, begin(it)).jobs[0].attempts] == [None, 0]
     assert "attempt 2: stage s0 from the beginning" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("most", "phase"), [(2.5, Phase.SUCCEEDED), (1.5, Phase.FAILED)])
+def test_a_gate_of_a_pipeline_reads_the_evaluation_in_the_bucket(
+    it: Scene, most: float, phase: Phase
+) -> None:
+    run = drive(it, begin(it, recipe(2, Gate(metric="val_loss", max=most))))
+    assert run.phase is phase and nothing_is_left(it)
+    assert len(it.server.vertex.created) == (2 if phase is Phase.SUCCEEDED else 1)
+    recorded = records.gates(*journals(look(it, run.id)))
+    assert [(r["id"], r["passed"]) for r in recorded] == [("s0", phase is Phase.SUCCEEDED)]
+
+
+def test_access_lost_in_the_middle_ends_the_driver_and_not_the_job(it: Scene) -> None:
+    it.server.vertex.fates.append(Stub(2, 2, 60))
+    run_id = begin(it)
+    well = [("/b/bkt/o", Fault("slow"))] * 20
+    it.server.faults = Script([*well, *[("/b/bkt/o", Fault("status", 403))] * 3])
+    with pytest.raises(Denied, match="access denied"):
+        drive(it, run_id)
+    it.server.faults = Script()
+    assert list(it.server.vertex.states().values()) != []
+    assert drive(it, run_id).phase is Phase.SUCCEEDED
+    assert len(it.server.vertex.created) == 1
 
 
 @pytest.mark.parametrize("before", [0, 1, 4, 9])
@@ -331,7 +356,7 @@ def test_pull_brings_whole_checkpoints_and_one_file_of_each_growing_one(
         ".versions.json", "pulled.json", "checkpoints/last.json", "evaluation.json",
         "checkpoints/step-10/MANIFEST.json", "checkpoints/step-10/model.safetensors",
         "checkpoints/step-10/state/__0_0.distcp", "logs/worker-0.log", "metrics.jsonl",
-        "recipe.yaml", "run_meta.json", "summary.json",
+        "recipe.yaml", "run_meta.json", "s0/evaluation.json", "s0/run_meta.json", "summary.json",
     }  # fmt: skip
     assert [text.split()[1] for text in (to / "logs/worker-0.log").read_text().splitlines()] == [
         "one", "two", "three", "four",
@@ -374,12 +399,46 @@ def test_logs_come_from_the_service_and_from_the_store_where_it_has_none(it: Sce
     assert [x.text for x in logs.read(run, it.env)] == ["from the service"]
 
 
-def test_what_a_report_reads_lies_here_after_a_refresh(it: Scene) -> None:
+def test_logs_that_may_not_be_read_from_the_service_come_from_the_store(it: Scene) -> None:
     run, _ = finished(it)
+    it.server.faults = Script([("entries:list", Fault("status", 403))])
+    assert [x.text for x in logs.read(run, it.env)] == ["one", "two", "three", "four"]
+    assert it.server.faults.left == []
+
+
+def test_lines_of_a_part_that_grows_come_once(it: Scene) -> None:
+    run, store = finished(it)
+    reader = logs.Reader(it.env)
+    assert len(list(reader.new(run))) == 4
+    part = "logs/worker-0/00-0001r10-00000.log"
+    store.put_bytes(part, store.get_bytes(part) + b"2026-11-21T08:32:50.123456Z five\n")
+    store.put_bytes("logs/worker-0/00-0001r10-00001.log", b"2026-11-21T08:32:51.123456Z six\n")
+    assert list(reader.new(run)) == [], "a look just before is new enough"
+    it.clock.sleep(5)
+    assert [x.text for x in reader.new(run)] == ["five", "six"]
+
+
+def test_restarts_by_the_service_are_shown_with_the_attempt(it: Scene) -> None:
+    it.server.vertex.fates.append(Stub(2, 2, 20, PREEMPTED))
+    run_id = begin(it)
+    store = open_store(root(run_id))
+    for name in ("00-0001", "00-0001r1", "00-0001r2", "00-0002", "01-0002r7"):
+        store.put_bytes(f"attempts/{name}.json", b"{}")
+    run = drive(it, run_id)
+    assert [a.restarts for a in run.jobs[0].attempts] == [2, 0]
+    shown = "\n".join(console.run_lines(look(it, run_id), it.clock.now()))
+    assert "the beginning, 2 restarts" in shown and "step 120" in shown
+
+
+def test_what_a_report_reads_lies_here_after_a_refresh(it: Scene) -> None:
+    run, store = finished(it)
     assert records.evaluation(here(run)) == {"val_loss": 2.5}
     assert not list(here(run).rglob("*.safetensors"))
     opened(it, run.id).refresh(LOGS)
     assert len(list(here(run).glob("logs/worker-0/*.log"))) == 4
+    store.put_bytes("tensorboard/events.1", b"curve")
+    opened(it, run.id).refresh(EVENTS)
+    assert (here(run) / "tensorboard/events.1").read_bytes() == b"curve"
 
 
 def test_a_record_that_vanished_from_the_store_is_restored_from_its_copy(it: Scene) -> None:
