@@ -23,7 +23,7 @@ BLOCKS = (
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
-       "budget", "retry", "env", "secrets", "artifacts", *SHARED)  # fmt: skip
+       "budget", "retry", "env", "secrets", "artifacts", "tensorboard", *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)
 NAME_RULE = "write a lower-case letter, then at most 39 of a-z, 0-9 and -"
 #: Folders that the artifact root needs for itself (docs/contracts.md).
@@ -73,9 +73,10 @@ def place_on(on: str, tree: Node, stages: list[Draft]) -> tuple[Node, list[Draft
     if on != "local":
         return tree, placed
     keys = dict(tree.map)
-    artifacts, secrets = keys.get("artifacts"), keys.get("secrets")
-    if artifacts is not None and artifacts.at.line and "://" in str(artifacts.value):
-        del keys["artifacts"]
+    for key in ("artifacts", "tensorboard"):
+        if (node := keys.get(key)) and node.at.line and "://" in str(node.value):
+            del keys[key]
+    secrets = keys.get("secrets")
     if secrets is not None and isinstance(secrets.value, dict):
         here = {name: _from_environment(name, node) for name, node in secrets.map.items()}
         keys["secrets"] = replace(secrets, value=here)
@@ -269,6 +270,7 @@ def _resolved(node: Node) -> Node:
         "targets": {"teacher": _model_path},
         "merge": dict.fromkeys(("adapter", "base"), _model_path),
         "export": {"model": _model_path},
+        "train": {"resume": _data_path},
     }
     for block, changes in references.items():
         if block in keys:

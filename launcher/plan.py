@@ -116,9 +116,7 @@ def artifact_root(recipe: Recipe, run_id: str, run_name: str, home: Path) -> str
     runs may not share a folder."""
     if recipe.artifacts is None:
         return str(home / "runs" / run_id / "artifacts")
-    if "{run}" in recipe.artifacts:
-        return recipe.artifacts.replace("{run}", run_name)
-    return f"{recipe.artifacts.rstrip('/')}/{run_name}"
+    return _of_run(recipe.artifacts, run_name)
 
 
 def job_spec(
@@ -165,6 +163,8 @@ def job_spec(
     }
     if shipped := wheels.shipped(asked.environment):
         boot["wheels"] = shipped
+    if recipe.tensorboard is not None:
+        boot["tensorboard"] = _of_run(recipe.tensorboard, run_name)
     labels = {"launch-run": run_id, "launch-owner": owner}
     return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
 
@@ -236,6 +236,11 @@ def make(
         )
         notes += wheels.lines(index, spec.hardware.environment)
         planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes, refusals))
+    notes += [
+        f"stage {stage.id} goes on from {stage.train.resume} where it has no checkpoint of its own"
+        for stage in recipe.stages
+        if stage.train is not None and stage.train.resume is not None
+    ]
     rates = [job.usd_per_hour for job in planned]
     rate = None if None in rates else max(r for r in rates if r is not None)
     total = _total(rate, recipe.budget)
@@ -321,6 +326,12 @@ def _stage_config(recipe: Recipe, stage: Stage, root: str) -> StageConfig:
 
 def _join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
+
+
+def _of_run(folder: str, run_name: str) -> str:
+    if "{run}" in folder:
+        return folder.replace("{run}", run_name)
+    return f"{folder.rstrip('/')}/{run_name}"
 
 
 def _total(rate: Optional[float], budget: Budget) -> Optional[float]:

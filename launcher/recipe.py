@@ -167,7 +167,8 @@ def _whole(
     _version_and_name(tree, sources.problems)
     top: dict[str, Any] = {}
     for key, kind in (("description", str), ("budget", Budget), ("retry", Retry),
-                      ("env", Mapping[str, str]), ("artifacts", str)):  # fmt: skip
+                      ("env", Mapping[str, str]), ("artifacts", str),
+                      ("tensorboard", str)):  # fmt: skip
         node = tree.get(key)
         if node is not None and node.value is not None:
             found: list[Problem] = []

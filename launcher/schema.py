@@ -77,6 +77,7 @@ def _recipe() -> dict[str, Any]:
             }
         ),
         "artifacts": _optional(_text("Where a run's files go; {run} is the run's name.")),
+        "tensorboard": _optional(_text("Another bucket folder for TensorBoard's files.")),
     }
     assert set(keys) == set(drafts.TOP)
     complete = {"required": ["launch", "name"]}

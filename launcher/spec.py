@@ -202,7 +202,8 @@ class Stage(Strict):
 @dataclass(frozen=True)
 class Recipe(Strict):
     """A whole recipe, resolved: `extends`, variables, overrides and pipeline inheritance applied.
-    A recipe without `pipeline:` has one stage. `artifacts` may hold `{run}`."""
+    A recipe without `pipeline:` has one stage. `artifacts` and `tensorboard` may hold
+    `{run}`."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -212,6 +213,7 @@ class Recipe(Strict):
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
     artifacts: Optional[str] = None  # None: $LAUNCH_HOME/runs/<id>/artifacts (local backend only)
+    tensorboard: Optional[str] = None  # gs:// or s3://; None: below `artifacts`, as the rest
     launch: int = 1
 
     @property
