@@ -267,6 +267,26 @@ def pull(run: Which, to: Optional[str | Path] = None) -> Path:
     return copy(seen, Path(to) if to is not None else Path(seen.name), _artifacts(seen))
 
 
+def event_files(run: Which) -> tuple[str, Path]:
+    """Where TensorBoard's event files of a run lie, and the folder of this machine that has them:
+    from a store they are copied there now, as far as they have changed."""
+    from launcher.artifacts import ANYTHING, EVENTS, journals, open_artifacts, parsed
+    from launcher.plan import of_run
+
+    here, seen = env(), status(run)
+    first = (folder / "00000001.json" for folder in journals(seen))
+    created = next((parsed(file.read_bytes()) for file in first if file.exists()), {})
+    board = (created.get("recipe") or {}).get("tensorboard")
+    if board is None:
+        artifacts = _artifacts(seen)
+        artifacts.refresh(EVENTS, anew=True)
+        return seen.root, artifacts.folder
+    place, uri = home.folder(here.home, seen.id), of_run(board, seen.name)
+    apart = open_artifacts(uri, place / "events", here.environ, here.clock)
+    apart.refresh(ANYTHING, anew=True)
+    return uri, apart.folder
+
+
 def _find(run: Which) -> dict[str, Any]:
     from launcher.adopt import adopt, is_root
 
@@ -309,6 +329,6 @@ def _sweep(here: Env, name: str, run: Optional[str] = None) -> list[Leaked]:
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "env", "list_runs", "logs", "plan", "pull", "resume", "status",
-    "stop", "teardown", "teardown_all", "up", "validate", "wait",
+    "Held", "Ref", "Run", "attach", "env", "event_files", "list_runs", "logs", "plan", "pull",
+    "resume", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
 ]  # fmt: skip

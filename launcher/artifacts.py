@@ -41,6 +41,7 @@ SMALL = re.compile(
 )
 LOGS = re.compile(r"logs/.+\.log")
 EVENTS = re.compile(r"(?:.+/)?tensorboard/.+")
+ANYTHING = re.compile(r".+")
 _JOURNAL = re.compile(r"journal/\d{8}\.json")
 #: scheme -> the module of its client, and the extra that brings it.
 _CLIENTS = {"gs": ("google.cloud.storage", "google"), "s3": ("boto3", "s3")}

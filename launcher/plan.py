@@ -116,7 +116,7 @@ def artifact_root(recipe: Recipe, run_id: str, run_name: str, home: Path) -> str
     runs may not share a folder."""
     if recipe.artifacts is None:
         return str(home / "runs" / run_id / "artifacts")
-    return _of_run(recipe.artifacts, run_name)
+    return of_run(recipe.artifacts, run_name)
 
 
 def job_spec(
@@ -164,7 +164,7 @@ def job_spec(
     if shipped := wheels.shipped(asked.environment):
         boot["wheels"] = shipped
     if recipe.tensorboard is not None:
-        boot["tensorboard"] = _of_run(recipe.tensorboard, run_name)
+        boot["tensorboard"] = of_run(recipe.tensorboard, run_name)
     labels = {"launch-run": run_id, "launch-owner": owner}
     return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
 
@@ -328,7 +328,8 @@ def _join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
-def _of_run(folder: str, run_name: str) -> str:
+def of_run(folder: str, run_name: str) -> str:
+    """A folder of a recipe for one run: `{run}` is its name, and without it the name is added."""
     if "{run}" in folder:
         return folder.replace("{run}", run_name)
     return f"{folder.rstrip('/')}/{run_name}"

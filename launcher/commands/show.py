@@ -9,8 +9,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from launcher import api, console, home
-from launcher.artifacts import EVENTS, is_remote, open_artifacts
+from launcher import api, console
+from launcher.artifacts import is_remote
 from launcher.errors import Exit, UsageError
 
 if TYPE_CHECKING:
@@ -112,13 +112,10 @@ def tensorboard(run: str, *, port: int) -> int:
     found = api.status(run)
     if util.find_spec("tensorboard") is None:
         raise UsageError("TensorBoard is not installed", "pip install 'launch-llm[train]'")
-    env = api.env()
-    artifacts = open_artifacts(found.root, home.folder(env.home, found.id), env.environ, env.clock)
-    artifacts.refresh(EVENTS)
-    copied = " (copied now)" if artifacts.remote else ""
-    console.notice(f"TensorBoard of {found.name}, event files under {found.root}{copied}")
-    folder = str(artifacts.folder)
-    arguments = ["-m", "tensorboard.main", "--logdir", folder, "--port", str(port)]
+    uri, folder = api.event_files(found)
+    copied = " (copied now; again with the next `launch tensorboard`)" if is_remote(uri) else ""
+    console.notice(f"TensorBoard of {found.name}, event files under {uri}{copied}")
+    arguments = ["-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *arguments])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -439,6 +440,24 @@ def test_what_a_report_reads_lies_here_after_a_refresh(it: Scene) -> None:
     store.put_bytes("tensorboard/events.1", b"curve")
     opened(it, run.id).refresh(EVENTS)
     assert (here(run) / "tensorboard/events.1").read_bytes() == b"curve"
+
+
+@pytest.mark.parametrize("board", [None, "gs://bkt/curves"])
+def test_event_files_come_here_from_wherever_they_go(
+    it: Scene, monkeypatch: pytest.MonkeyPatch, board: str | None
+) -> None:
+    run_id = begin(it, replace(recipe(), tensorboard=board))
+    at = f"{root(run_id)}/tensorboard" if board is None else f"{board}/thing-{run_id[-6:]}"
+    store = open_store(at)
+    store.put_bytes("s0/events.1", b"curve")
+    monkeypatch.setattr(api, "env", lambda: it.env)
+    uri, folder = api.event_files(run_id)
+    assert at.startswith(uri)
+    (found,) = folder.rglob("events.*")
+    assert found.read_bytes() == b"curve"
+    store.put_bytes("s0/events.1", b"curve, longer")
+    api.event_files(run_id)
+    assert found.read_bytes() == b"curve, longer"
 
 
 def test_a_record_that_vanished_from_the_store_is_restored_from_its_copy(it: Scene) -> None:
