@@ -304,23 +304,24 @@ def _artifacts(run: Run) -> Artifacts:
 
 def _clear_without_journal(run: Run, here: Env) -> None:
     """Delete what the run's backends find under its label. Errors: `Leaked`."""
+    from launcher import backends
+    from launcher.clear import remove
+
+    theirs = replace(here, owner=run.owner)
     for name in dict.fromkeys(job.backend for job in run.jobs):
-        leaks = _sweep(replace(here, owner=run.owner), name, run.id)
-        if leaks:
-            commands = [command for leak in leaks for command in leak.commands]
-            raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
+        backend = backends.load(name)
+        for ref in list(backend.sweep(theirs)):
+            if ref.run == run.id:
+                remove(backend, ref, theirs)
 
 
-def _sweep(here: Env, name: str, run: Optional[str] = None) -> list[Leaked]:
-    """Delete all that the backend `name` finds under our label (of one `run`); what could not be
-    deleted."""
+def _sweep(here: Env, name: str) -> list[Leaked]:
+    """Delete all that the backend `name` finds under our label; what could not be deleted."""
     from launcher import backends
     from launcher.clear import remove
 
     backend, leaks = backends.load(name), []
     for ref in list(backend.sweep(here)):
-        if run not in (None, ref.run):
-            continue
         try:
             remove(backend, ref, here)
         except Leaked as leak:

@@ -93,8 +93,7 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
     """Open a run that is over: its recipe with `overrides`, no request to stop, a `resumed`
     record. Errors: `RecipeErrors` and `UsageError`; the run is then as it was."""
     given = tuple(overrides)
-    metas = {stage.id: _meta(fold.run, stage, journal.artifacts) for stage in fold.run.stages}
-    recipe = _revised(fold, place, given, env, metas)
+    recipe = _revised(fold, place, given, env)
     artifacts = journal.artifacts
     taken = len(artifacts.names("control/stop-"))
     artifacts.move("control/stop.json", f"control/stop-{taken + 1}.json")
@@ -158,6 +157,8 @@ def _meta(run: Run, stage: StageState, artifacts: Artifacts) -> dict[str, Any]:
 def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env, metas: Metas) -> Recipe:
     """The recipe in force, without a `train.until` that was reached, with `overrides`."""
     raw = json.loads(json.dumps(fold.recipe))
+    artifacts = open_artifacts(fold.run.root, place, env.environ, env.clock)
+    metas = {stage.id: _meta(fold.run, stage, artifacts) for stage in fold.run.stages}
     for stage in raw["stages"]:
         meta = metas[stage["id"]]
         train = stage.get("train") or {}
