@@ -154,7 +154,7 @@ def _meta(run: Run, stage: StageState, artifacts: Artifacts) -> dict[str, Any]:
     return parsed(artifacts.read(f"{at}/run_meta.json" if at else "run_meta.json"))
 
 
-def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env, metas: Metas) -> Recipe:
+def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> Recipe:
     """The recipe in force, without a `train.until` that was reached, with `overrides`."""
     raw = json.loads(json.dumps(fold.recipe))
     artifacts = open_artifacts(fold.run.root, place, env.environ, env.clock)
