@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 
 from launcher import api, console, engine, home, logs, records, view
+from launcher.adopt import adopt
 from launcher.artifacts import EVENTS, LOGS, Artifacts, Bucket, here, journals, open_artifacts
 from launcher.backends.base import Env, Phase
 from launcher.claim import write_marker
 from launcher.clock import ManualClock
-from launcher.errors import Denied, Exit, LaunchError, Transient, UsageError
+from launcher.errors import Denied, Exit, HeldElsewhere, LaunchError, Transient, UsageError
 from launcher.journal import Journal
 from launcher.pulling import pull
 from launcher.run import Run
 from launcher.spec import Gate
 from tests.launcher import runs
-from tests.launcher.bucketed import Mirrored, begin, bucket, journal, lists, load, recipe
+from tests.launcher.bucketed import Mirrored, begin, bucket, journal, laptop, lists, load, recipe
 from tests.launcher.rehearsed import Scene
 from tests.launcher.test_vertex_engine import SharedClock
 from trainer.store import open_store
@@ -139,24 +140,23 @@ def test_a_reply_that_was_lost_does_not_fork_the_journal(
     assert len(it.server.vertex.created) == 1
 
 
+@pytest.mark.parametrize("well", [0, 4, 6, 12, 20])
 def test_an_outage_of_the_bucket_is_waited_for_and_nothing_is_created_meanwhile(
-    it: Scene,
+    it: Scene, well: int
 ) -> None:
     run_id = begin(it)
-    before = it.clock.now()
-    storm = [("/b/bkt/o", Fault("status", status)) for status in (503, 429, 500) * 4]
-    it.server.faults = Script(storm)
+    seen, before = len(it.server.log), it.clock.now()
+    storm = [("/b/bkt/o", Fault("status", status)) for status in (503, 429, 500) * 2]
+    it.server.faults = Script([*[("/b/bkt/o", Fault("slow"))] * well, *storm])
     run = drive(it, run_id)
     assert it.server.faults.left == []
     assert run.phase is Phase.SUCCEEDED and nothing_is_left(it)
-    assert len(it.server.vertex.created) == 1
-    begun = json.loads((place(it, run_id) / "journal" / "00000002.json").read_bytes())["time"]
-    assert begun - before >= 0 and run.created <= begun
-    first = next(
-        i for i, (m, t, s) in enumerate(it.server.log) if "customJobs" in t and m == "POST"
-    )
-    stormy = [i for i, (_, t, s) in enumerate(it.server.log) if "/b/bkt/o" in t and s >= 429]
-    assert stormy and max(stormy) < first
+    assert len(run.jobs[0].attempts) == len(it.server.vertex.created) == 1
+    assert it.clock.now() - before > 1 + 2 + 4 + 8, "it waited longer each time"
+    log = list(it.server.log)[seen:]
+    stormy = [i for i, (_, target, code) in enumerate(log) if "/b/bkt/o" in target and code >= 429]
+    made = [i for i, (how, target, _) in enumerate(log) if how == "POST" and "Jobs" in target]
+    assert len(stormy) == 6 and not [i for i in made if stormy[0] < i < stormy[-1]]
 
 
 def test_a_command_does_not_wait_for_a_bucket_for_ever(it: Scene) -> None:
@@ -429,6 +429,41 @@ def test_restarts_by_the_service_are_shown_with_the_attempt(it: Scene) -> None:
     assert [a.restarts for a in run.jobs[0].attempts] == [2, 0]
     shown = "\n".join(console.run_lines(look(it, run_id), it.clock.now()))
     assert "the beginning, 2 restarts" in shown and "step 120" in shown
+
+
+def test_a_run_that_was_stopped_is_resumed_on_the_bucket(
+    it: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = begin(it)
+    artifacts = opened(it, run_id)
+    write_marker(artifacts, it.clock.now(), "ann", "lunch")
+    assert drive(it, run_id).phase is Phase.CANCELLED
+    assert "summary.json" in artifacts.names()
+    monkeypatch.setattr(api, "env", lambda: it.env)
+    monkeypatch.setattr("launcher.driver.spawn", lambda run, env, lock: lock.close())
+    assert api.resume(run_id).ended is None
+    assert artifacts.names("control/") == ["control/stop-1.json"]
+    assert "summary.json" not in artifacts.names()
+    run = drive(it, run_id)
+    assert run.phase is Phase.SUCCEEDED and journal(it, run_id).count("resumed") == 1
+
+
+def test_resuming_what_another_laptop_has_resumed_changes_nothing(
+    it: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = begin(it)
+    write_marker(opened(it, run_id), it.clock.now(), "ann", "lunch")
+    drive(it, run_id)
+    other = laptop(it, tmp_path / "other")
+    adopt(root(run_id), other)
+    monkeypatch.setattr("launcher.driver.spawn", lambda run, env, lock: lock.close())
+    monkeypatch.setattr(api, "env", lambda: other)
+    api.resume(run_id)
+    records_ = journal(it, run_id)
+    monkeypatch.setattr(api, "env", lambda: it.env)
+    with pytest.raises(HeldElsewhere):
+        api.resume(run_id)  # the summary here still says that it is over
+    assert journal(it, run_id) == records_
 
 
 def test_what_a_report_reads_lies_here_after_a_refresh(it: Scene) -> None:
