@@ -1,6 +1,7 @@
 """The verbs, typed: what the command line and notebooks call. Heavy modules load on use.
 
-`run` is a name, an id, a prefix that no other run shares, or a `Run`. Every function raises
+`run` is a name, an id, a prefix that no other run shares, where a run's artifacts lie (gs://, s3://,
+a folder: one that this machine does not know is adopted), or a `Run`. Every function raises
 `launcher.errors.LaunchError` and nothing else on bad input; its `code` is the exit code.
 """
 
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from launcher import home
 from launcher.backends.base import Env, Held, Line, Ref
 from launcher.clock import SystemClock
-from launcher.errors import Exit, LaunchError, Leaked, UsageError
+from launcher.errors import Exit, LaunchError, Leaked, Signal, UsageError
 from launcher.run import Run
 
 if TYPE_CHECKING:
+    from launcher.artifacts import Artifacts
     from launcher.plan import RunPlan
     from launcher.recipe import Loaded
 
@@ -43,12 +45,15 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
     from launcher import wheels
+    from launcher.artifacts import missing_client
     from launcher.plan import make
     from launcher.start import commit_of
 
     loaded = wheels.resolved(validate(path, overrides, on))
     made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
-    return replace(made, notes=(*made.notes, *loaded.notes()))
+    missing = missing_client(made.root)
+    needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
+    return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
 
 
 def up(
@@ -92,7 +97,7 @@ def attach(run: Which, take_over: bool = False) -> Run:
     if not seen.live:
         return seen
     place = home.folder(here.home, seen.id)
-    journal = Journal(place, home.local_root(seen.root), here.clock)
+    journal = Journal(place, _artifacts(seen), here.clock)
     journal.name = seen.name
     lock = driver.relieve(seen.id, here) if take_over else home.DriverLock.acquire(place, wait=0.2)
     if lock is None:
@@ -162,7 +167,7 @@ def stop(run: Which, reason: str = "") -> Run:
     here, seen = env(), status(run)
     if seen.ended is not None:
         return seen
-    write_marker(home.local_root(seen.root), here.clock.now(), here.owner, reason)
+    write_marker(_artifacts(seen), here.clock.now(), here.owner, reason)
     return attach(seen.id)
 
 
@@ -187,9 +192,13 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     if lock is None:
         raise held_elsewhere(home.claimed(place), seen.name)
     try:
-        journal = Journal(place, home.local_root(seen.root), here.clock)
+        journal = Journal(place, _artifacts(seen), here.clock)
         journal.name = seen.name
-        start.reopen(Fold(journal.read(heal=True)), journal, place, given, here)
+        fold = Fold(journal.read(heal=True))
+        if fold.run.ended is None:  # another machine has opened it again since we looked
+            (place / "summary.json").unlink(missing_ok=True)
+            raise held_elsewhere(None, seen.name)
+        start.reopen(fold, journal, place, given, here)
     except BaseException:
         lock.close()
         raise
@@ -199,15 +208,27 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
 
 def teardown(run: Which) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
-    run over from its driver. Errors: `Leaked` with the commands that finish by hand."""
+    run over from its driver. Errors: `Leaked` with the commands that finish by hand; those of a
+    store that does not take records, after everything was deleted all the same."""
     from launcher import driver, engine
+    from launcher.artifacts import is_remote
     from launcher.claim import write_marker
 
     here, facts = env(), _find(run)
     seen = status(facts["id"])
-    if seen.ended is None:  # should we die here, the job still ends
-        write_marker(home.local_root(seen.root), here.clock.now(), here.owner, "teardown")
-    engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+    try:
+        if seen.ended is None:  # should we die here, the job still ends
+            write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
+        engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+    except Leaked:
+        raise
+    except (Signal, UsageError) as error:
+        if not is_remote(seen.root):
+            raise
+        _clear_without_journal(seen, here)
+        error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "
+                      f"{error}",)  # fmt: skip
+        raise
     return status(seen.id)
 
 
@@ -243,11 +264,55 @@ def pull(run: Which, to: Optional[str | Path] = None) -> Path:
     from launcher.pulling import pull as copy
 
     seen = status(run)
-    return copy(seen, Path(to) if to is not None else Path(seen.name))
+    return copy(seen, Path(to) if to is not None else Path(seen.name), _artifacts(seen))
+
+
+def event_files(run: Which) -> tuple[str, Path]:
+    """Where TensorBoard's event files of a run lie, and the folder of this machine that has them:
+    from a store they are copied there now, as far as they have changed."""
+    from launcher.artifacts import ANYTHING, EVENTS, journals, open_artifacts, parsed
+    from launcher.plan import of_run
+
+    here, seen = env(), status(run)
+    first = (folder / "00000001.json" for folder in journals(seen))
+    created = next((parsed(file.read_bytes()) for file in first if file.exists()), {})
+    board = (created.get("recipe") or {}).get("tensorboard")
+    if board is None:
+        artifacts = _artifacts(seen)
+        artifacts.refresh(EVENTS, anew=True)
+        return seen.root, artifacts.folder
+    place, uri = home.folder(here.home, seen.id), of_run(board, seen.name)
+    apart = open_artifacts(uri, place / "events", here.environ, here.clock)
+    apart.refresh(ANYTHING, anew=True)
+    return uri, apart.folder
 
 
 def _find(run: Which) -> dict[str, Any]:
+    from launcher.adopt import adopt, is_root
+
+    if isinstance(run, str) and is_root(run):
+        return adopt(run, env())
     return home.find(env().home, run.id if isinstance(run, Run) else run)
+
+
+def _artifacts(run: Run) -> Artifacts:
+    from launcher.artifacts import open_artifacts
+
+    here = env()
+    return open_artifacts(run.root, home.folder(here.home, run.id), here.environ, here.clock)
+
+
+def _clear_without_journal(run: Run, here: Env) -> None:
+    """Delete what the run's backends find under its label. Errors: `Leaked`."""
+    from launcher import backends
+    from launcher.clear import remove
+
+    theirs = replace(here, owner=run.owner)
+    for name in dict.fromkeys(job.backend for job in run.jobs):
+        backend = backends.load(name)
+        for ref in list(backend.sweep(theirs)):
+            if ref.run == run.id:
+                remove(backend, ref, theirs)
 
 
 def _sweep(here: Env, name: str) -> list[Leaked]:
@@ -265,6 +330,6 @@ def _sweep(here: Env, name: str) -> list[Leaked]:
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "env", "list_runs", "logs", "plan", "pull", "resume", "status",
-    "stop", "teardown", "teardown_all", "up", "validate", "wait",
+    "Held", "Ref", "Run", "attach", "env", "event_files", "list_runs", "logs", "plan", "pull",
+    "resume", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
 ]  # fmt: skip

@@ -4,44 +4,62 @@ of it. No loops over backends here."""
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 from launcher import home, retry
+from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Backend, Env, JobHandle, JobSpec, Offer
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
-from launcher.errors import JournalDamaged
+from launcher.clock import Clock
+from launcher.errors import JournalDamaged, Transient
 from launcher.fold import Fold, duration, spent
-from launcher.journal import Journal, held_elsewhere
+from launcher.journal import Journal, held_elsewhere, ours
 from launcher.plan import job_spec, jobs, placed
-from launcher.run import Attempt, JobState, Run
+from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Hardware, Recipe, Stage, seconds
 from trainer.config import Problem, build, dotted
 
 Load = Callable[[str], Backend]
 #: The longest single wait, so that a request to stop is seen soon.
 NAP = 2.0
+#: Seconds between two looks for the marker in a store.
+POLL = 5.0
+#: A whole checkpoint: its manifest is written last.
+_MANIFEST = re.compile(r"checkpoints/step-(\d+)/MANIFEST\.json$")
 
 
 @contextmanager
 def claimed(
-    run_id: str, env: Env, load: Load, lock: Optional[home.DriverLock], take_over: bool
+    run_id: str,
+    env: Env,
+    load: Load,
+    lock: Optional[home.DriverLock],
+    take_over: bool,
+    patience: float = math.inf,
 ) -> Iterator[Claim]:
     """The run, held by this process alone while the context lasts. A run that is over is not
-    claimed unless `take_over`. Errors: `HeldElsewhere`, `JournalDamaged`, `UsageError`."""
+    claimed unless `take_over`. `patience`: seconds to wait for a store that does not answer.
+    Errors: `HeldElsewhere`, `JournalDamaged`, `UsageError`, `Transient` after `patience`."""
     facts = home.identity(env.home, run_id) or home.find(env.home, run_id)
     place = home.folder(env.home, run_id)
     lock = lock or home.DriverLock.acquire(place)
     if lock is None:
         raise held_elsewhere(home.claimed(place), facts["name"])
     try:
-        journal = Journal(place, home.local_root(facts["root"]), env.clock)
+        artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
+        artifacts.patience, artifacts.tell = patience, partial(_say, env.clock)
+        journal = Journal(place, artifacts, env.clock)
         journal.name = facts["name"]
         refuse_foreign(journal, facts["name"], take_over)
         fold = Fold(journal.read(heal=True))
@@ -61,7 +79,7 @@ def refuse_foreign(journal: Journal, name: str, take_over: bool) -> None:
     """Raise `HeldElsewhere` when the newest claim came from another $LAUNCH_HOME. A driver copies
     its claim to its own; where the copy is missing, this host's lock says nothing about it."""
     newest = next((r for r in reversed(journal.read()) if r["kind"] == "driver"), None)
-    if newest is None or take_over or (journal.copy / f"{newest['seq']:08d}.json").exists():
+    if newest is None or take_over or ours(journal.copy.parent, newest):
         return
     raise held_elsewhere({**newest["driver"], "since": newest["time"]}, name)
 
@@ -70,13 +88,16 @@ class Claim:
     """What the engine, and the clearing, know and write."""
 
     def __init__(self, env: Env, load: Load, journal: Journal, fold: Fold, place: Path) -> None:
-        self.env, self.clock = env, env.clock
+        # Somebody else's run that was taken over keeps its owner, by whose label it is swept.
+        self.env, self.clock = replace(env, owner=fold.run.owner), env.clock
         self.journal, self.fold, self.place = journal, fold, place
-        self.root = home.local_root(fold.run.root)
-        self.recipe = recipe_of(fold.recipe, str(journal.first))
+        self.artifacts = journal.artifacts
+        self.recipe = recipe_of(fold.recipe, journal.first)
         self.jobs: list[list[Stage]] = [list(stages) for stages in jobs(self.recipe)]
         self._load = load
         self._backends: dict[str, Backend] = {}
+        self._asked: Optional[float] = None  # when the marker was last looked for
+        self._marker: Optional[dict[str, Any]] = None
 
     @property
     def run(self) -> Run:
@@ -87,9 +108,7 @@ class Claim:
 
     def say(self, text: str) -> None:
         """A line for driver.log."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock.now()))
-        sys.stderr.write(f"{stamp} {text}\n")
-        sys.stderr.flush()
+        _say(self.clock, text)
 
     def backend(self, name: str) -> Backend:
         if name not in self._backends:
@@ -134,15 +153,68 @@ class Claim:
         """The first stage of the job that did not reach its last step, and its run_meta.json."""
         for stage in self.run.stages:
             if stage.job == job.index:
-                meta = read_json(home.local_root(stage.folder) / "run_meta.json")
+                meta = self.meta(stage)
                 if meta.get("completed") is not True:
                     return stage.id, meta
         return None
 
+    def meta(self, stage: StageState) -> dict[str, Any]:
+        """`run_meta.json` of a stage; {}: it has not begun."""
+        return self._read(stage, "run_meta.json")
+
+    def evaluation(self, stage: StageState) -> Optional[dict[str, Any]]:
+        """`evaluation.json` of a stage; None: it has none."""
+        return self._read(stage, "evaluation.json") or None
+
+    def beginning(self, job: JobState, number: int) -> dict[str, Any]:
+        """What the first intent of a further attempt says: `{"from": {"stage", "step"}}`, the first
+        stage that is not done and the step of its newest whole checkpoint, 0: it has none."""
+        if number == 1 or len(job.attempts) >= number:
+            return {}
+        unfinished = self.unfinished(job)
+        if unfinished is None:
+            return {}
+        stage = next(s for s in self.run.stages if s.id == unfinished[0])
+        at = below(self.run.root, stage.folder)
+        names = self.artifacts.names(f"{at}/checkpoints/" if at else "checkpoints/")
+        step = max((int(m[1]) for name in names if (m := _MANIFEST.search(name))), default=0)
+        where = f"step {step}" if step else "the beginning"
+        self.say(f"{job.name} attempt {number}: stage {stage.id} from {where}")
+        return {"from": {"stage": stage.id, "step": step}}
+
     def marker(self) -> Optional[dict[str, Any]]:
-        """`control/stop.json`; its presence asks, whatever it says."""
-        file = self.root / "control" / "stop.json"
-        return read_json(file) if file.exists() else None
+        """`control/stop.json`; its presence asks, whatever it says. A store is looked into every
+        few seconds; one that does not answer asks for nothing."""
+        if not self.artifacts.remote:
+            return self._look_for_marker()
+        now = self.clock.now()
+        due = self._asked is None or not 0 <= now - self._asked < POLL
+        if self._marker is None and due:
+            self._asked = now
+            patience, self.artifacts.patience = self.artifacts.patience, 0.0
+            try:
+                self._marker = self._look_for_marker()
+            except Transient as signal:
+                self.say(str(signal))
+            finally:
+                self.artifacts.patience = patience
+        return self._marker
+
+    def look_anew(self) -> None:
+        """Before a decision: the next `marker` asks the store, however new its last answer is."""
+        self._asked = None
+
+    def ask_to_stop(self, by: str, reason: str) -> None:
+        """Write the marker."""
+        write_marker(self.artifacts, self.clock.now(), by, reason)
+        self.look_anew()
+
+    def rest(self, wait: float) -> None:
+        """Wait, but see a new request to stop soon."""
+        if self.marker() is None:
+            self.pause(wait)
+        else:
+            self.clock.sleep(wait)
 
     def pause(self, wait: float) -> None:
         """Wait, but not past a request to stop."""
@@ -177,14 +249,31 @@ class Claim:
                  f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
         return f"the budget is spent ({', '.join(filter(None, parts))})"
 
+    def _look_for_marker(self) -> Optional[dict[str, Any]]:
+        name = "control/stop.json"
+        return parsed(self.artifacts.read(name)) if self.artifacts.exists(name) else None
+
+    def _read(self, stage: StageState, name: str) -> dict[str, Any]:
+        at = below(self.run.root, stage.folder)
+        return parsed(self.artifacts.read(f"{at}/{name}" if at else name))
+
     def _bundle(self) -> Bundle:
+        """The trainer that the run began with. Where a job's objects include it, the file itself
+        is not needed: it may lie on another machine."""
         raw = self.fold.bundle
-        if Path(raw["path"]).exists():
+        refs = (r for job in self.run.jobs for attempt in job.attempts for r in attempt.refs)
+        if Path(raw["path"]).exists() or any(raw["sha256"] in ref.name for ref in refs):
             return Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
         fresh = build_bundle(self.env.home)
         if fresh.sha256 != raw["sha256"]:
             self.say(f"{raw['path']} is gone; going on with the trainer that is installed now")
         return fresh
+
+
+def _say(clock: Clock, text: str) -> None:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.now()))
+    sys.stderr.write(f"{stamp} {text}\n")
+    sys.stderr.flush()
 
 
 def recipe_of(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -197,17 +286,7 @@ def recipe_of(raw: Mapping[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def write_marker(root: Path, now: float, by: str, reason: str) -> None:
-    """Ask the job to end. The first request stands. Errors: `Unwritable`."""
-    file = root / "control" / "stop.json"
-    if not file.exists():
-        home.write(file, json.dumps({"time": now, "by": by, "reason": reason}) + "\n")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or {} when there is none (yet)."""
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
+def write_marker(artifacts: Artifacts, now: float, by: str, reason: str) -> None:
+    """Ask the job to end. The first request stands. Errors: `Unwritable`, those of a store."""
+    text = json.dumps({"time": now, "by": by, "reason": reason}) + "\n"
+    artifacts.create_once("control/stop.json", text)

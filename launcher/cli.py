@@ -102,7 +102,9 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run's name, id, or the start of one.", autocompletion=_run_names
+        metavar="RUN",
+        help="A run's name, id, the start of one, or the URI of its artifacts.",
+        autocompletion=_run_names,
     ),
 ]
 SetOption = Annotated[

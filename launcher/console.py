@@ -12,16 +12,16 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Optional
 
 from launcher import records
+from launcher.artifacts import here
 from launcher.errors import LaunchError, UsageError
 from launcher.run import JSON_VERSION
 
 if TYPE_CHECKING:
     from launcher.backends.base import Check
-    from launcher.run import Driver, Run, StageState
+    from launcher.run import Attempt, Driver, Run, StageState
 
 _CODES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", "bold": "1"}
 _PHASE = {
@@ -176,20 +176,29 @@ def run_lines(run: Run, now: float) -> list[str]:
         lines += ["", "  " + progress(last)]
     attempts = [(job, attempt) for job in run.jobs for attempt in job.attempts]
     if attempts:
+        again = any(a.from_step is not None or a.restarts for _, a in attempts)
         rows = [
             (
-                job.name, str(attempt.number), attempt.place or "-", attempt.phase.value,
-                attempt.held.value, "-" if attempt.exit_code is None else str(attempt.exit_code),
-                attempt.why or "-",
+                job.name, str(attempt.number), *([_beginning(attempt)] if again else ()),
+                attempt.place or "-", attempt.phase.value, attempt.held.value,
+                "-" if attempt.exit_code is None else str(attempt.exit_code), attempt.why or "-",
             )
             for job, attempt in attempts
         ]  # fmt: skip
-        headers = ("JOB", "ATTEMPT", "PLACE", "PHASE", "HOLDS", "EXIT", "WHY")
+        headers = ("JOB", "ATTEMPT", *(("FROM",) if again else ()), "PLACE", "PHASE", "HOLDS",
+                   "EXIT", "WHY")  # fmt: skip
         lines += ["", *("  " + line for line in columns(headers, rows))]
     lines += ["", f"  artifacts  {run.root}"]
     if run.driver and run.ended is None:
         lines.append(f"  driver     {_driver(run.driver)}")
     return lines
+
+
+def _beginning(attempt: Attempt) -> str:
+    """The step that an attempt began at, and how often the service itself started it again."""
+    step = f"step {attempt.from_step}" if attempt.from_step else "the beginning"
+    times = f", {attempt.restarts} restart{'s' if attempt.restarts > 1 else ''}"
+    return step + (times if attempt.restarts else "")
 
 
 def _driver(who: Driver) -> str:
@@ -203,7 +212,7 @@ def stages(run: Run) -> list[str]:
     """One line a stage, with the newest numbers of each."""
     rows = []
     for stage in run.stages:
-        folder = Path(stage.folder)
+        folder = here(run, stage.folder)
         mine = run.progress.get("stage") == stage.id
         last = run.progress if mine else records.progress(folder)
         rows.append(

@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import Claim, Load, claimed, read_json, write_marker
+from launcher.claim import Claim, Load, claimed
 from launcher.clear import clear, insist, sweep
 from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
@@ -25,6 +25,8 @@ from launcher.view import write_summary
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
+#: How long a teardown waits for a store that does not answer.
+DEAF = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 _NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
@@ -54,7 +56,7 @@ def teardown(
 ) -> Run:
     """Delete everything the run holds, wait until it is gone, and end the run. Takes the run over
     from a driver on another host. Errors: `Leaked` with what could not be confirmed absent."""
-    with claimed(run_id, env, load, lock, take_over=True) as claim:
+    with claimed(run_id, env, load, lock, take_over=True, patience=DEAF) as claim:
         return Engine(claim).teardown()
 
 
@@ -118,6 +120,7 @@ class Engine:
     def _open(self, job: JobState) -> Optional[Outcome]:
         """Begin the next attempt with its first intent, or say why there is none."""
         claim, fresh = self.claim, self.claim.fresh(job)
+        claim.look_anew()
         last = fresh[-1] if fresh else None
         outcome = self._stopped(last) or self._spent(last)
         if outcome is None and last is not None:
@@ -225,7 +228,7 @@ class Engine:
             yield replace(template, **fill(request, holes))
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
-        at = {"job": job.index, "attempt": number}
+        at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}
         self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 
@@ -264,10 +267,12 @@ class Engine:
             if not attempt.phase.over:
                 changed = attempt.phase is not before
                 interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
-                self.clock.sleep(interval)
+                self.claim.rest(interval)
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
         """Record what a look shows, where it differs from what is known."""
+        if seen.phase.over:
+            self.claim.look_anew()
         phase, why = self._judged(job, seen)
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
@@ -301,7 +306,7 @@ class Engine:
         if marker is None:
             left = claim.budget_left(attempt.usd_per_hour)
             if left is not None and left <= 0:
-                write_marker(claim.root, self.clock.now(), "budget", claim.budget_text())
+                claim.ask_to_stop("budget", claim.budget_text())
             return
         spec = claim.spec(job, claim.offer(job, attempt))
         grace = float(spec.boot.get("grace_seconds", 600))
@@ -337,8 +342,8 @@ class Engine:
         for stage in self.claim.run.stages:
             if stage.job != job.index:
                 continue
-            wanted = stage.phase
-            if read_json(home.local_root(stage.folder) / "run_meta.json").get("completed") is True:
+            wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
+            if done or (not reached and self.claim.meta(stage).get("completed") is True):
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True
@@ -353,8 +358,7 @@ class Engine:
             state = next(s for s in stages if s.id == stage.id)
             if not stage.gate or state.gate == "passed":
                 continue
-            folders = {s.id: home.local_root(s.folder) for s in stages}
-            evaluations = {i: read_json(f / "evaluation.json") or None for i, f in folders.items()}
+            evaluations = {s.id: self.claim.evaluation(s) for s in stages}
             result = gates.evaluate(stage.gate, evaluations, stage.id)
             lines = list(result.lines)
             self.claim.record("gate", id=stage.id, passed=result.passed, lines=lines)
@@ -375,7 +379,7 @@ class Engine:
         claim = self.claim
         claim.record("end", phase=outcome.phase, why=outcome.why, exit_code=int(outcome.exit_code))
         claim.say(f"{claim.run.name} {outcome.phase.value}: {outcome.why or 'done'}")
-        write_summary(claim.place, claim.run)
+        write_summary(claim.place, claim.run, claim.artifacts)
         return claim.run
 
     def _phase(

@@ -112,6 +112,7 @@ class Fold:
                     started=record["time"],
                     capacity=offer["capacity"],
                     usd_per_hour=offer["usd_per_hour"],
+                    from_step=(record.get("from") or {}).get("step"),
                 )
             )
         self.intents.setdefault(key, []).append(record["intent"])

@@ -58,8 +58,8 @@ def local_root(root: str) -> Path:
     if scheme == "file":
         return Path(rest)
     raise UsageError(
-        f"artifacts: {root}: this version keeps a run's artifacts on a disk of this machine",
-        "give a folder or file:///FOLDER, or leave `artifacts` out",
+        f"artifacts: {root}: there is no store for {scheme}://",
+        "give gs://BUCKET/FOLDER, s3://BUCKET/FOLDER, a folder, or leave `artifacts` out",
     )
 
 

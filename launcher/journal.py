@@ -6,26 +6,28 @@ $LAUNCH_HOME heals the one under the artifact root. Nothing here decides; the en
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+from launcher.artifacts import Artifacts, Folder
 from launcher.clock import Clock
 from launcher.errors import HeldElsewhere, JournalDamaged, UsageError
 from launcher.fold import Fold as Fold
 from launcher.fold import Record
 from launcher.fold import fold as fold
-from launcher.home import unwritable, write
+from launcher.home import write
 from launcher.run import Run
 
 VERSION = 1
+#: The claim that this machine was about to write, or has written.
+_CLAIM = "claim.json"
 #: What every record has, whatever its kind.
 _ENVELOPE: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -39,8 +41,8 @@ class Journal:
     """The journal of one run. `root` is the artifact root, `home` the run's folder in
     $LAUNCH_HOME. Call `read` before `append`: a writer must know the newest number."""
 
-    def __init__(self, home: Path, root: Path, clock: Clock) -> None:
-        self.first = root / "journal"
+    def __init__(self, home: Path, root: Union[Path, Artifacts], clock: Clock) -> None:
+        self.artifacts = Folder(root) if isinstance(root, Path) else root
         self.copy = home / "journal"
         self.clock = clock
         self.name = home.name  # how messages call the run
@@ -48,11 +50,18 @@ class Journal:
         self.epoch = 0
         self.warnings: list[str] = []
 
+    @property
+    def first(self) -> str:
+        """Where the records are, for messages."""
+        return f"{self.artifacts.uri}/journal"
+
     def append(self, kind: str, **facts: Any) -> Record:
         """Write the next record, in both places, and return it.
 
         Errors: `HeldElsewhere` when that number exists already: another driver wrote it.
-        `Unwritable` when the disk refuses; what is written so far is whole.
+        `Unwritable` when the disk refuses; what is written so far is whole. `Transient` when a
+        store does not answer: whether the record is there is then not known, and the next driver
+        reads it if it is.
         """
         record: Record = {
             "v": VERSION,
@@ -64,35 +73,40 @@ class Journal:
             **facts,
         }
         text = json.dumps(record, default=_plain) + "\n"
-        file = self.first / _name(self.seq + 1)
-        try:
-            won = _create_once(file, text)
-        except OSError as error:
-            raise unwritable(self.first, error) from error
-        if not won and file.read_text() != text:  # equal: a file system that repeated our request
-            raise self._lost_to(_parse(file, self.seq + 1))
+        name = _name(self.seq + 1)
+        if kind == "driver":  # should we die before the copy is written, it is known as ours
+            write(self.copy.parent / _CLAIM, text, sync=False)
+        if not self.artifacts.create_once(f"journal/{name}", text):
+            there = self.artifacts.read(f"journal/{name}")
+            if there != text.encode():  # equal: a file system that repeated our request
+                raise self._lost_to(_parse(there, self.seq + 1, self.first))
         self.seq += 1
-        write(self.copy / file.name, text, sync=False)
+        write(self.copy / name, text, sync=False)
         plain: Record = json.loads(text)
         return plain
 
-    def read(self, heal: bool = False) -> list[Record]:
+    def read(self, heal: bool = False, known: bool = False) -> list[Record]:
         """All records, in order. With `heal` (drivers only) damaged or missing ones are replaced
         by their whole copy, and a last record damaged in both places is set aside: the engine asks
         the backends again. Each repair leaves a line in `warnings`. A record that does not fold is
-        damaged, however whole its JSON.
+        damaged, however whole its JSON. `known`: of a store, only what the last refresh brought.
 
         Errors: `JournalDamaged` for a record that has no whole copy, with both paths.
         """
         self.warnings = []
-        listed = sorted(_numbers(self.first) | _numbers(self.copy))
+        there = self._numbers(known)
+        listed = sorted(there | _numbers(_listing(self.copy)))
         reading = _Reading()
         records = reading.records
         for number in listed:
-            record = self._one(number, heal, reading) if number == len(records) + 1 else None
+            record = None
+            if number == len(records) + 1:
+                record = self._one(number, heal, reading, known)
             if record is None and number == listed[-1] and number == len(records) + 1 > 1:
                 self._set_aside(number, heal)
                 break
+            if record is not None and number not in there and self.artifacts.remote and not known:
+                self._restore(number, heal)
             if record is None:
                 missing = _name(len(records) + 1)
                 raise JournalDamaged(
@@ -108,37 +122,87 @@ class Journal:
         """The run as its first record tells of it, whatever became of the others; None: not even
         that one can be read."""
         reading = _Reading()
-        record = self._one(1, False, reading)
+        record = self._one(1, False, reading, known=True)
         return fold([record]) if record is not None and record["kind"] == "created" else None
+
+    def _numbers(self, known: bool) -> set[int]:
+        """The numbers of the records under the artifact root."""
+        if not self.artifacts.remote:
+            return _numbers(_listing(self.artifacts.folder / "journal"))
+        if known:
+            return _numbers(_listing(self.artifacts.folder / "journal"))
+        return _numbers(name.rpartition("/")[2] for name in self.artifacts.names("journal/"))
 
     def _lost_to(self, winner: Optional[Record]) -> HeldElsewhere:
         who = {**winner["driver"], "since": winner["time"]} if winner else None
         return held_elsewhere(who, self.name)
 
-    def _one(self, number: int, heal: bool, reading: _Reading) -> Optional[Record]:
+    def _one(
+        self, number: int, heal: bool, reading: _Reading, known: bool = False
+    ) -> Optional[Record]:
         """Read the record `number` from whichever place has it whole; None: from neither."""
-        first, copy = self.first / _name(number), self.copy / _name(number)
+        if self.artifacts.remote:
+            return self._one_of_store(number, heal, reading, known)
+        name = _name(number)
+        first, copy = self.artifacts.folder / "journal" / name, self.copy / name
         for source, other in ((first, copy), (copy, first)):
-            record = _parse(source, number)
+            record = _parse(_bytes(source), number, source)
             if record is None or not reading.take(record):
                 continue
             if source is copy:
                 state = "damaged" if first.exists() else "missing"
                 self.warnings.append(f"{first} is {state}: read from {copy}")
-            if heal and _parse(other, number) != record:
+            if heal and _parse(_bytes(other), number, other) != record:
                 write(other, source.read_text())
             return record
         return None
 
+    def _one_of_store(
+        self, number: int, heal: bool, reading: _Reading, known: bool
+    ) -> Optional[Record]:
+        """The same, and no request for what is here: records never change, and a copy is written
+        after its record."""
+        name = _name(number)
+        copy, cached = self.copy / name, self.artifacts.folder / "journal" / name
+        for source in (copy, cached):
+            record = _parse(_bytes(source), number, source)
+            if record is not None and reading.take(record):
+                if heal and source is cached:
+                    write(copy, cached.read_text(), sync=False)
+                return record
+        data = None if known else self.artifacts.read(f"journal/{name}")
+        record = _parse(data, number, f"{self.first}/{name}")
+        if record is None or data is None or not reading.take(record):
+            return None
+        if heal:
+            write(copy, data.decode(), sync=False)
+        return record
+
+    def _restore(self, number: int, heal: bool) -> None:
+        """A record that only its copy still holds: somebody has removed it from the store."""
+        name = _name(number)
+        self.warnings.append(f"{self.first}/{name} is missing: read from {self.copy / name}")
+        if heal:
+            self.artifacts.create_once(f"journal/{name}", (self.copy / name).read_text())
+
     def _set_aside(self, number: int, heal: bool) -> None:
+        name = _name(number)
         self.warnings.append(
-            f"the last record, {_name(number)}, is damaged in {self.first} and in {self.copy}: "
-            "set aside"
+            f"the last record, {name}, is damaged in {self.first} and in {self.copy}: set aside"
         )
         if heal:
-            for file in (self.first / _name(number), self.copy / _name(number)):
+            aside = f"{number:08d}.{secrets.token_hex(3)}.damaged"
+            self.artifacts.move(f"journal/{name}", f"journal/{aside}")
+            for file in (self.copy / name, self.artifacts.folder / "journal" / name):
                 with suppress(FileNotFoundError):
-                    file.replace(file.with_suffix(f".{secrets.token_hex(3)}.damaged"))
+                    file.replace(file.with_name(aside))
+
+
+def ours(place: Path, claim: Record) -> bool:
+    """Whether a `driver` record came from this $LAUNCH_HOME, where the run's folder is `place`."""
+    if (place / "journal" / _name(claim["seq"])).exists():
+        return True
+    return _parse(_bytes(place / _CLAIM), claim["seq"], place / _CLAIM) == claim
 
 
 class _Reading:
@@ -175,64 +239,36 @@ def _name(number: int) -> str:
     return f"{number:08d}.json"
 
 
-def _numbers(folder: Path) -> set[int]:
+def _listing(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)  # noqa: PTH208 (status lists many of these)
+        return os.listdir(folder)  # noqa: PTH208 (status lists many of these)
     except FileNotFoundError:
-        return set()
+        return []
+
+
+def _numbers(names: Iterable[str]) -> set[int]:
     return {int(n[:8]) for n in names if len(n) == 13 and n.endswith(".json") and n[:8].isdigit()}
 
 
-def _parse(file: Path, number: int) -> Optional[Record]:
-    """The record in `file`, or None when it is absent, cut, incomplete, or not that record."""
+def _bytes(file: Path) -> Optional[bytes]:
     try:
-        record = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _parse(data: Optional[bytes], number: int, where: Union[Path, str]) -> Optional[Record]:
+    """The record in `data`, or None when it is absent, cut, incomplete, or not that record."""
+    try:
+        record = json.loads(data or b"")
+    except ValueError:
         return None
     if not isinstance(record, dict) or record.get("seq") != number:
         return None
     if isinstance(record.get("v"), int) and record["v"] > VERSION:
-        raise UsageError(f"{file}: written by a newer version of launch", "upgrade launch-llm")
+        raise UsageError(f"{where}: written by a newer version of launch", "upgrade launch-llm")
     whole = all(isinstance(record.get(key), kind) for key, kind in _ENVELOPE.items())
     return record if whole and {"host", "pid"} <= record["driver"].keys() else None
-
-
-def _create_once(file: Path, text: str) -> bool:
-    """Bring `file` into being, whole and on the disk; False when it is there already."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
-    try:
-        with temporary.open("w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        try:
-            os.link(temporary, file)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            return _exclusive(file, text)  # a file system without hard links
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return True
-
-
-def _exclusive(file: Path, text: str) -> bool:
-    try:
-        with file.open("x") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-    except FileExistsError:
-        return False
-    return True
 
 
 def _plain(value: Any) -> Any:

@@ -14,8 +14,10 @@ from datetime import datetime, timezone
 from typing import Any, Optional
 
 from launcher import backends, home
+from launcher.artifacts import LOGS, here, is_remote, known_names, open_artifacts
 from launcher.backends.base import Env, JobHandle, Line, LogQuery
-from launcher.errors import LaunchError, Transient, UsageError
+from launcher.backends.local_logs import read_parts
+from launcher.errors import Denied, LaunchError, Transient, UsageError
 from launcher.run import Attempt, JobState, Run
 
 _RELATIVE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
@@ -52,15 +54,36 @@ class Reader:
     def _attempt(
         self, run: Run, job: JobState, attempt: Attempt, position: _Position
     ) -> Iterator[Line]:
-        handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
-        query = LogQuery(self.worker, position.cursor, self.since)
-        for line in backends.load(job.backend).logs(handle, query, self.env):
+        for line in self._lines(run, job, attempt, position):
             fresh = position.take(line)
             if not fresh or (self.worker is not None and line.worker != self.worker):
                 continue
             if self.since is None or line.time >= self.since:
                 self.count += 1
                 yield line
+
+    def _lines(
+        self, run: Run, job: JobState, attempt: Attempt, position: _Position
+    ) -> Iterator[Line]:
+        """The backend's lines; of an attempt that is over and of which it has none, or that it may
+        not show, those that boot has left in the store."""
+        handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
+        if not position.from_store:
+            query, refused = LogQuery(self.worker, position.cursor, self.since), False
+            try:
+                yield from backends.load(job.backend).logs(handle, query, self.env)
+            except Denied:
+                if position.cursor or not is_remote(run.root):
+                    raise
+                refused = True
+            nothing = attempt.phase.over and not position.cursor
+            position.from_store = is_remote(run.root) and (refused or nothing)
+        if position.from_store:
+            place = home.folder(self.env.home, run.id)
+            artifacts = open_artifacts(run.root, place, self.env.environ, self.env.clock)
+            artifacts.refresh(LOGS)
+            query = LogQuery(self.worker, position.cursor, self.since)
+            yield from read_parts(artifacts.folder / "logs", handle, query)
 
 
 def read(
@@ -79,9 +102,12 @@ def read(
 def workers(run: Run) -> list[int]:
     """The workers that the run has had so far, in order: boot opens a worker's log before it
     starts the worker."""
-    logs = home.local_root(run.root) / "logs"
-    found = (re.fullmatch(r"worker-(\d+)", place.name) for place in logs.glob("worker-*"))
-    return sorted(int(match[1]) for match in found if match)
+    if is_remote(run.root):
+        names = [name.split("/")[1] for name in known_names(run, "logs/worker-")]
+    else:
+        names = [place.name for place in (here(run) / "logs").glob("worker-*")]
+    found = (re.fullmatch(r"worker-(\d+)", name) for name in names)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def follow(
@@ -156,6 +182,7 @@ class _Position:
     """How far one attempt has been read."""
 
     cursor: Mapping[str, Any] = field(default_factory=dict)
+    from_store: bool = False  # no longer the backend's lines, but boot's own parts
     _seen: set[tuple[Any, ...]] = field(default_factory=set)
     _order: deque[tuple[Any, ...]] = field(default_factory=deque)
 

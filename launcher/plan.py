@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import backends, hardware, wheels
+from launcher.artifacts import missing_client
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.rules import STAGE_REFERENCE
@@ -115,7 +116,7 @@ def artifact_root(recipe: Recipe, run_id: str, run_name: str, home: Path) -> str
     runs may not share a folder."""
     if recipe.artifacts is None:
         return str(home / "runs" / run_id / "artifacts")
-    return _of_run(recipe.artifacts, run_name)
+    return of_run(recipe.artifacts, run_name)
 
 
 def job_spec(
@@ -163,7 +164,7 @@ def job_spec(
     if shipped := wheels.shipped(asked.environment):
         boot["wheels"] = shipped
     if recipe.tensorboard is not None:
-        boot["tensorboard"] = _of_run(recipe.tensorboard, run_name)
+        boot["tensorboard"] = of_run(recipe.tensorboard, run_name)
     labels = {"launch-run": run_id, "launch-owner": owner}
     return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
 
@@ -260,6 +261,8 @@ def refuse(plan: RunPlan) -> None:
                 "`launch up RECIPE --dry-run` tries the recipe here, `launch plan RECIPE` shows "
                 "what would be sent",
             )
+    if missing := missing_client(plan.root):
+        raise UsageError(f"artifacts: {plan.root} cannot be reached from here", missing)
     if plan.refusal is not None:
         raise plan.refusal.error()
 
@@ -325,7 +328,8 @@ def _join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
-def _of_run(folder: str, run_name: str) -> str:
+def of_run(folder: str, run_name: str) -> str:
+    """A folder of a recipe for one run: `{run}` is its name, and without it the name is added."""
     if "{run}" in folder:
         return folder.replace("{run}", run_name)
     return f"{folder.rstrip('/')}/{run_name}"

@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 from launcher import home, records
+from launcher.artifacts import Artifacts, Bucket
 from launcher.errors import UsageError
+from launcher.fetching import fetch
+from launcher.records import part_order
 from launcher.run import JSON_VERSION, Run
 
 _ELSEWHERE = "give --to another folder"
@@ -17,13 +20,13 @@ _OWNER = "pulled.json"
 _LEFT_OUT = ("journal", "control")
 
 
-def pull(run: Run, to: Path) -> Path:
+def pull(run: Run, to: Path, artifacts: Artifacts) -> Path:
     """Copy the artifacts of `run` into the folder `to` and return it. Metrics parts become one
     `metrics.jsonl` per stage (of each step the highest attempt), log parts one file per worker.
     What is there already, unchanged, is not copied again; a checkpoint is copied whole or not.
-    Errors: `UsageError`, `Unwritable`."""
-    root, to = home.local_root(run.root), to.expanduser().absolute()
-    if not root.is_dir():
+    Errors: `UsageError`, `Unwritable`, those of a store."""
+    root, to = artifacts.folder, to.expanduser().absolute()
+    if not artifacts.remote and not root.is_dir():
         raise UsageError(f"{run.name} has no artifacts: {root} does not exist")
     if to.exists() and not to.is_dir():
         raise UsageError(f"{to} is not a folder", _ELSEWHERE)
@@ -34,7 +37,10 @@ def pull(run: Run, to: Path) -> Path:
         to.mkdir(parents=True, exist_ok=True)
         owner = {"v": JSON_VERSION, "id": run.id, "name": run.name, "root": run.root}
         home.write(to / _OWNER, json.dumps(owner) + "\n")
-        _folder(root, to, _LEFT_OUT)
+        if isinstance(artifacts, Bucket):
+            fetch(artifacts, to, _metrics, _logs)
+        else:
+            _folder(root, to, _LEFT_OUT)
     except home.Unwritable as error:
         raise home.Unwritable(str(error), _ELSEWHERE) from error
     except OSError as error:
@@ -94,13 +100,13 @@ def _metrics(stage: Path, target: Path) -> None:
 
 
 def _logs(source: Path, target: Path) -> None:
-    """`worker-<n>/<job>-<attempt>.log` in order, one after the other, as `worker-<n>.log`."""
+    """`worker-<n>/<job>-<attempt>.log`, or its parts, one after the other, as `worker-<n>.log`."""
     target.mkdir(exist_ok=True)
     for worker in sorted(item for item in source.iterdir() if item.is_dir()):
         whole = target / f"{worker.name}.log"
         temporary = target / f".{worker.name}.log.part"
         with temporary.open("wb") as out:
-            for part in sorted(worker.glob("*.log")):
+            for part in sorted(worker.glob("*.log"), key=lambda part: part_order(part.name)):
                 with part.open("rb") as lines:
                     shutil.copyfileobj(lines, out)
         temporary.replace(whole)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from launcher.artifacts import here
+
 if TYPE_CHECKING:
     from launcher.run import Run
 
@@ -58,19 +60,22 @@ def tables(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     each stage the newest table counts."""
     found = []
     for stage in run.stages:
-        lines = [line for line in metrics(Path(stage.folder)) if line["kind"] == "table"]
+        folder = here(run, stage.folder)
+        lines = [line for line in metrics(folder) if line["kind"] == "table"]
         if lines:
-            newest = max(lines, key=lambda line: (_attempt(line), line["global_step"]))
+            newest = max(lines, key=lambda line: (*_attempt(line), line["global_step"]))
             rows = newest.get("rows")
             if isinstance(rows, list):
                 found.append((stage.id, [row for row in rows if isinstance(row, dict)]))
     return found
 
 
-def gates(journal: Path) -> list[dict[str, Any]]:
-    """The newest `gate` record of each stage, `{"id", "passed", "lines"}`, of a journal folder."""
+def gates(*journals: Path) -> list[dict[str, Any]]:
+    """The newest `gate` record of each stage, `{"id", "passed", "lines"}`, of a journal in one or
+    several folders."""
     newest: dict[str, dict[str, Any]] = {}
-    for file in sorted(journal.glob("[0-9]*.json")):
+    files = {file.name: file for folder in journals for file in folder.glob("[0-9]*.json")}
+    for _, file in sorted(files.items()):
         record = _object(file)
         if record.get("kind") == "gate" and isinstance(record.get("id"), str):
             newest[record["id"]] = record
@@ -97,7 +102,7 @@ def progress(folder: Path) -> dict[str, Any]:
 def run_progress(run: Run) -> dict[str, Any]:
     """`progress` of the stage that wrote last, or of none."""
     for stage in reversed(run.stages):
-        found = progress(Path(stage.folder))
+        found = progress(here(run, stage.folder))
         if found:
             return {"stage": stage.id, **found}
     return {}
@@ -106,6 +111,19 @@ def run_progress(run: Run) -> dict[str, Any]:
 def has_checkpoint(folder: Path) -> bool:
     """Whether a stage left a whole checkpoint (its manifest is written last)."""
     return any(folder.glob("checkpoints/step-*/MANIFEST.json"))
+
+
+def part_order(name: str) -> tuple[int, ...]:
+    """Where a part of a log or of metrics belongs: by job, attempt, restart and part; `00-0002`,
+    `00-0002r1`, `0002-00003`, `0002r10-00000`."""
+    fields = name.partition(".")[0].split("-")
+    key: list[int] = []
+    for field in fields:
+        base, _, restart = field.partition("r")
+        if not (base.isdigit() and (restart or "0").isdigit()):
+            return ()
+        key += [int(base), int(restart or 0)]
+    return tuple(key)
 
 
 def number(value: Any) -> Optional[float]:
@@ -149,14 +167,8 @@ def _eta(steps: list[dict[str, Any]]) -> Optional[float]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    found = sorted((folder / "metrics").glob("*.jsonl"), key=_start)
-    return found or sorted(folder.glob("metrics.jsonl"))
-
-
-def _start(part: Path) -> tuple[int, int, str]:
-    """Parts in the order of attempt and restart (`0001r2-00000.jsonl`), then of their numbers."""
-    match = re.match(r"(\d+)(?:r(\d+))?", part.name)
-    return (int(match[1]), int(match[2] or 0), part.name) if match else (0, 0, part.name)
+    parts = sorted((folder / "metrics").glob("*.jsonl"), key=lambda part: part_order(part.name))
+    return parts or sorted(folder.glob("metrics.jsonl"))
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
@@ -203,7 +215,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _attempt(line: Mapping[str, Any]) -> tuple[int, int]:
-    """(attempt, restart) of a line: what a later start wrote counts."""
+    """The attempt, and which restart by the service within it."""
     attempt, restart = line.get("attempt"), line.get("restart")
     return (
         attempt if isinstance(attempt, int) else 0,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from launcher import chart, console, home, records
+from launcher.artifacts import here, journals
 from launcher.report_page import PAGE, SCRIPT, STYLE
 from launcher.run import Run
 
@@ -23,9 +24,9 @@ _MOST_EVENTS = 200
 def write(run: Run, to: Optional[Path] = None) -> Path:
     """Write the report to `to` (default: report.html under the artifact root) and return its path.
 
-    Errors: `LaunchError`, when the disk refuses; `UsageError`, when the root is not on a disk.
+    Of a run in a store: in the copy here. Errors: `LaunchError`, when the disk refuses.
     """
-    root = home.local_root(run.root)
+    root = here(run)
     path = to or root / "report.html"
     if path.is_dir():
         path = path / f"{run.name}.html"
@@ -35,10 +36,10 @@ def write(run: Run, to: Optional[Path] = None) -> Path:
 
 def page(run: Run, root: Path) -> str:
     """The whole document. `root`: the artifact root as a folder."""
-    lines = {stage.id: records.metrics(Path(stage.folder)) for stage in run.stages}
+    lines = {stage.id: records.metrics(here(run, stage.folder)) for stage in run.stages}
     body = [
         _header(run),
-        _gates(run, root),
+        _gates(run),
         *(_comparison(stage, rows) for stage, rows in records.tables(run)),
         *_charts(lines),
         _stages(run),
@@ -73,8 +74,8 @@ def _header(run: Run) -> str:
     )
 
 
-def _gates(run: Run, root: Path) -> str:
-    recorded = {record["id"]: record for record in records.gates(root / "journal")}
+def _gates(run: Run) -> str:
+    recorded = {record["id"]: record for record in records.gates(*journals(run))}
     shown = []
     for stage in run.stages:
         if stage.gate is None:
@@ -136,7 +137,7 @@ def _stages(run: Run) -> str:
                "best (step)", "seed", "device", "precision"]  # fmt: skip
     rows = []
     for stage in run.stages:
-        folder = Path(stage.folder)
+        folder = here(run, stage.folder)
         meta, result = records.meta(folder), records.evaluation(folder)
         train = records.arguments(folder).get("train") or {}
         seconds = records.number(meta.get("training_seconds"))
@@ -216,7 +217,7 @@ def _events(lines: dict[str, list[dict[str, Any]]]) -> str:
 def _versions(run: Run) -> str:
     versions: dict[str, str] = {}
     for stage in run.stages:
-        meta = records.meta(Path(stage.folder))
+        meta = records.meta(here(run, stage.folder))
         versions.update({str(k): str(v) for k, v in (meta.get("versions") or {}).items()})
         if meta.get("commit"):
             versions["commit"] = str(meta["commit"])

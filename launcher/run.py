@@ -47,6 +47,8 @@ class Attempt:
     capacity: str = ""  # of the offer: spot, standard, ...
     usd_per_hour: Optional[float] = None
     gone: list[str] = field(default_factory=list)  # names of refs confirmed absent
+    from_step: Optional[int] = None  # of the newest whole checkpoint when it began; 0: of none
+    restarts: int = 0  # by the service itself, within the attempt
 
     @property
     def holding(self) -> list[Ref]:
@@ -86,6 +88,8 @@ class Run:
     spent_usd: Optional[float] = None
     progress: dict[str, Any] = field(default_factory=dict)  # last metrics line, and eta_seconds
     warnings: list[str] = field(default_factory=list)
+    #: Where its artifacts can be read on this machine, empty: at the root. Of no use to others.
+    folder: str = field(default="", compare=False, repr=False)
 
     @property
     def live(self) -> bool:
@@ -93,4 +97,6 @@ class Run:
         return self.ended is None or self.held not in (Held.NONE, Held.GONE)
 
     def to_json(self) -> dict[str, Any]:
-        return {"v": JSON_VERSION, **asdict(self)}
+        facts = asdict(self)
+        del facts["folder"]
+        return {"v": JSON_VERSION, **facts}

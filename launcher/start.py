@@ -13,17 +13,22 @@ from typing import Any, Optional
 import yaml
 
 from launcher import home
+from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Env
 from launcher.bundle import Bundle
-from launcher.claim import read_json, recipe_of
+from launcher.claim import recipe_of
 from launcher.errors import UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
 from launcher.plan import artifact_root, cloud_project, jobs, stage_configs
 from launcher.recipe import Loaded, load
+from launcher.run import Run, StageState
 from launcher.spec import Recipe
 from launcher.wheels import resolved
 from trainer.config import dotted, to_dict
+
+#: stage id -> its run_meta.json
+Metas = Mapping[str, Mapping[str, Any]]
 
 
 def fingerprint(loaded: Loaded, bundle: Bundle, env: Env) -> str:
@@ -37,12 +42,14 @@ def fingerprint(loaded: Loaded, bundle: Bundle, env: Env) -> str:
 
 def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
     """Create the journal of a new run and return its identity. `run.json` comes last: a folder
-    without it is no run, and nothing was started for it. Errors: `UsageError`, `Unwritable`."""
+    without it is no run, and nothing was started for it. A store that does not take the first
+    record leaves nothing behind. Errors: `UsageError`, `Denied`, `Transient`, `Unwritable`."""
     recipe = loaded.recipe
     run_id = home.new_id(env.clock)
     name = home.run_name(recipe.name, run_id)
     root = artifact_root(recipe, run_id, name, env.home)
-    place, folder = home.folder(env.home, run_id), home.local_root(root)
+    place = home.folder(env.home, run_id)
+    artifacts = open_artifacts(root, place, env.environ, env.clock)
     facts = {
         "id": run_id,
         "name": name,
@@ -51,8 +58,7 @@ def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
         "root": root,
         "created": env.clock.now(),
     }
-    home.write(folder / "recipe.yaml", as_yaml(recipe))
-    journal = Journal(place, folder, env.clock)
+    journal = Journal(place, artifacts, env.clock)
     journal.name = name
     journal.append(
         "created",
@@ -63,6 +69,7 @@ def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
         bundle={"path": str(bundle.path), "sha256": bundle.sha256, "bytes": bundle.bytes},
         commit=commit_of(loaded.path),
     )
+    artifacts.write("recipe.yaml", as_yaml(recipe))
     identity = {"v": 1, **facts, "recipe": recipe.name}
     home.write(place / "run.json", json.dumps(identity) + "\n")
     return identity
@@ -87,15 +94,13 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
     record. Errors: `RecipeErrors` and `UsageError`; the run is then as it was."""
     given = tuple(overrides)
     recipe = _revised(fold, place, given, env)
-    root = home.local_root(fold.run.root)
-    marker = root / "control" / "stop.json"
-    if marker.exists():
-        taken = len(list(marker.parent.glob("stop-*.json")))
-        marker.replace(marker.with_name(f"stop-{taken + 1}.json"))
-    for summary in (place / "summary.json", root / "summary.json"):
-        summary.unlink(missing_ok=True)
+    artifacts = journal.artifacts
+    taken = len(artifacts.names("control/stop-"))
+    artifacts.move("control/stop.json", f"control/stop-{taken + 1}.json")
+    (place / "summary.json").unlink(missing_ok=True)
+    artifacts.remove("summary.json")
     fold.apply(journal.append("resumed", overrides=list(given), recipe=to_dict(recipe)))
-    home.write(root / "recipe.yaml", as_yaml(recipe))
+    artifacts.write("recipe.yaml", as_yaml(recipe))
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -144,12 +149,18 @@ def _jobs(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     ]
 
 
+def _meta(run: Run, stage: StageState, artifacts: Artifacts) -> dict[str, Any]:
+    at = below(run.root, stage.folder)
+    return parsed(artifacts.read(f"{at}/run_meta.json" if at else "run_meta.json"))
+
+
 def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> Recipe:
     """The recipe in force, without a `train.until` that was reached, with `overrides`."""
     raw = json.loads(json.dumps(fold.recipe))
+    artifacts = open_artifacts(fold.run.root, place, env.environ, env.clock)
+    metas = {stage.id: _meta(fold.run, stage, artifacts) for stage in fold.run.stages}
     for stage in raw["stages"]:
-        folder = next(s.folder for s in fold.run.stages if s.id == stage["id"])
-        meta = read_json(home.local_root(folder) / "run_meta.json")
+        meta = metas[stage["id"]]
         train = stage.get("train") or {}
         if train.get("until") is not None and meta.get("global_step", 0) >= train["until"]:
             train["until"] = None
@@ -171,15 +182,14 @@ def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> R
             raise UsageError(
                 f"{dotted((what,))} of a run cannot change", "`launch up` starts another run"
             )
-    _refuse_idle(before, after, fold)
+    _refuse_idle(before, after, fold, metas)
     return after
 
 
-def _refuse_idle(before: Recipe, after: Recipe, fold: Fold) -> None:
+def _refuse_idle(before: Recipe, after: Recipe, fold: Fold, metas: Metas) -> None:
     """Raise `UsageError` for a change of a stage that will not run again. What still counts of a
     completed stage: its hardware while its job is not done, its gate until it has passed."""
     states = {state.id: state for state in fold.run.stages}
-    metas = {i: read_json(home.local_root(s.folder) / "run_meta.json") for i, s in states.items()}
     done = {i for i, meta in metas.items() if meta.get("completed") is True}
     busy = {state.job for i, state in states.items() if i not in done}
     for old, new in zip(before.stages, after.stages, strict=True):

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
 from launcher import home, records
+from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
-from launcher.errors import LaunchError
+from launcher.errors import LaunchError, Signal
 from launcher.fold import run_of, spent
-from launcher.journal import Journal, fold
+from launcher.journal import Journal, fold, ours
 from launcher.run import Driver, JobState, Run
+
+#: How many stores are asked at the same time.
+_AT_ONCE = 8
+#: What a restarted boot leaves: job, attempt, which restart.
+_RESTART = re.compile(r"(\d+)-(\d+)r(\d+)\.json")
 
 
 def listed(env: Env, limit: Optional[int]) -> list[Run]:
@@ -21,11 +29,13 @@ def listed(env: Env, limit: Optional[int]) -> list[Run]:
     run that is not shown, only the presence of its summary is looked at."""
     found: list[Run] = []
     finished = 0
-    for run_id in home.ids(env.home):
-        over = (home.folder(env.home, run_id) / "summary.json").exists()
-        if over and limit is not None and finished >= limit:
+    ids = home.ids(env.home)
+    over = {i for i in ids if (home.folder(env.home, i) / "summary.json").exists()}
+    asked = _side_by_side(env, [run_id for run_id in ids if run_id not in over])
+    for run_id in ids:
+        if run_id in over and limit is not None and finished >= limit:
             continue
-        run = _one(env, run_id)
+        run = asked[run_id] if run_id in asked else _one(env, run_id)
         if run is None or (not run.live and limit is not None and finished >= limit):
             continue
         finished += not run.live
@@ -34,42 +44,79 @@ def listed(env: Env, limit: Optional[int]) -> list[Run]:
 
 
 def look(env: Env, facts: dict[str, Any]) -> Run:
-    """One run. Errors: `JournalDamaged`, `UsageError`."""
+    """One run. Of one in a store: what one list call brings, or, when the store does not answer,
+    what is known here, with a warning. Errors: `JournalDamaged`, `UsageError`, `Denied`."""
     place = home.folder(env.home, facts["id"])
+    artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
     summary = _summary(place / "summary.json")
     if summary is not None:
+        summary.folder = str(artifacts.folder)
         return summary
-    root = home.local_root(facts["root"])
-    journal = Journal(place, root, env.clock)
-    written = journal.read()
+    journal = Journal(place, artifacts, env.clock)
+    journal.name = facts["name"]
+    deaf: Optional[LaunchError] = None
+    try:
+        artifacts.refresh()
+    except LaunchError as error:
+        deaf = error
+    written = journal.read(known=True)
+    if deaf is not None and not written:
+        raise deaf
     run = fold(written)
+    run.folder = str(artifacts.folder)
     run.warnings += journal.warnings
+    if deaf is not None:
+        run.warnings.append(f"as last known: {deaf}")
     if not run.live:
-        if home.holder(place) is None:
-            write_summary(place, run)  # it was lost, or its driver died just before
+        if home.holder(place) is None and deaf is None:
+            # It was lost, its driver died just before, or another machine has it.
+            shared = artifacts.remote and "summary.json" in artifacts.known("summary.json")
+            write_summary(place, run, artifacts, share=not shared)
         return run
     run.driver = _driver(run, place, written)
     if run.ended is None:
         run.spent_usd = spent(run, env.clock.now())
     run.progress = records.run_progress(run)
+    note_restarts(run)
     run.warnings += _warnings(env, run, place, written[-1]["time"])
     return run
 
 
-def write_summary(place: Path, run: Run) -> None:
+def write_summary(place: Path, run: Run, artifacts: Artifacts, share: bool = True) -> None:
     """`summary.json` in both places once nothing can change, so that `status` stays instant; none
-    while something still may."""
+    while something still may. One that a store does not take is left out there: the journal says
+    it all. Without `share` it is written here only."""
+    run.folder = str(artifacts.folder)
+    with suppress(Signal):
+        artifacts.refresh(anew=share)
     run.progress = records.run_progress(run)
-    for file in (home.local_root(run.root) / "summary.json", place / "summary.json"):
+    note_restarts(run)
+    text = json.dumps(run.to_json(), indent=1) + "\n"
+    with suppress(Signal):
         if run.live:
-            file.unlink(missing_ok=True)
-        else:
-            home.write(file, json.dumps(run.to_json(), indent=1) + "\n")
+            artifacts.remove("summary.json")
+        elif share:
+            artifacts.write("summary.json", text)
+    if run.live:
+        (place / "summary.json").unlink(missing_ok=True)
+    else:
+        home.write(place / "summary.json", text)
+
+
+def note_restarts(run: Run) -> None:
+    """How often the service itself has started a boot again, by what each boot has left."""
+    folder = here(run) / "attempts"
+    found = [match for file in folder.glob("*r*.json") if (match := _RESTART.fullmatch(file.name))]
+    for job in run.jobs:
+        for attempt in job.attempts:
+            at = (job.index, attempt.number)
+            own = (int(m[3]) for m in found if (int(m[1]), int(m[2])) == at)
+            attempt.restarts = max(own, default=0)
 
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:
     """Ids of our runs of that fingerprint which go on, newest first. One that was asked to stop
-    does not."""
+    does not. Errors: those of a store that cannot be asked about the marker."""
     for run_id in home.ids(env.home):
         if (home.folder(env.home, run_id) / "summary.json").exists():
             continue
@@ -79,8 +126,21 @@ def live_like(env: Env, fingerprint: str) -> Iterator[str]:
         run = _one(env, run_id)
         if run is None or run.ended is not None or run.phase is Phase.LOST:
             continue
-        if not (home.local_root(run.root) / "control" / "stop.json").exists():
+        place = home.folder(env.home, run_id)
+        artifacts = open_artifacts(run.root, place, env.environ, env.clock)
+        if not artifacts.exists("control/stop.json"):
             yield run_id
+
+
+def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
+    """Those of the runs whose artifacts lie in a store: all are asked at the same time."""
+    remote = [i for i in ids if is_remote((home.identity(env.home, i) or {}).get("root", ""))]
+    if not remote:
+        return {}
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(_AT_ONCE, len(remote))) as pool:
+        return dict(zip(remote, pool.map(lambda run_id: _one(env, run_id), remote)))
 
 
 def _one(env: Env, run_id: str) -> Optional[Run]:
@@ -112,7 +172,8 @@ def _jobs(env: Env, facts: dict[str, Any]) -> list[JobState]:
     for what it holds."""
     place = home.folder(env.home, facts["id"])
     try:
-        begun = Journal(place, home.local_root(facts["root"]), env.clock).beginning()
+        artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
+        begun = Journal(place, artifacts, env.clock).beginning()
     except LaunchError:
         return []
     return begun.jobs if begun is not None else []
@@ -134,9 +195,8 @@ def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Dr
         return Driver(who["host"], who["pid"], who["since"], epoch, alive=True)
     if run.driver is None:
         return None
-    seq = next(r["seq"] for r in reversed(written) if r["kind"] == "driver")
-    ours = (place / "journal" / f"{seq:08d}.json").exists()
-    run.driver.alive = False if ours else None
+    claim = next(r for r in reversed(written) if r["kind"] == "driver")
+    run.driver.alive = False if ours(place, claim) else None
     return run.driver
 
 

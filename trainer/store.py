@@ -82,6 +82,10 @@ class Store(Protocol):
         """All keys that start with `prefix` (a prefix of characters, not of folders), sorted."""
         ...
 
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        """The keys that `list` gives, each with a text that is another one when the value is."""
+        ...
+
     def exists(self, key: str) -> bool: ...
 
     def delete(self, key: str) -> None:
@@ -97,15 +101,16 @@ class Store(Protocol):
         ...
 
 
-def open_store(uri: str | Path) -> Store:
-    """The store at a path or URI. Errors: `StoreError` for a scheme that is not known."""
+def open_store(uri: str | Path, *, again: bool = True) -> Store:
+    """The store at a path or URI. Without `again` a service that does not answer is asked once, for
+    callers that own the waiting. Errors: `StoreError` for a scheme that is not known."""
     text = os.fspath(uri)
     match = _SCHEME.match(text)
     scheme = match.group(1).lower() if match else "file"
     if scheme not in FACTORIES:
         known = ", ".join(f"{name}://" for name in sorted(FACTORIES))
         raise StoreError(f"{text}: no store for {scheme}://; allowed: a local path, {known}")
-    return FACTORIES[scheme](text)
+    return FACTORIES[scheme](text, again)
 
 
 class FileStore:
@@ -162,6 +167,14 @@ class FileStore:
                 at = Path(folder).relative_to(self.folder)
                 found += [(at / name).as_posix() for name in names]
         return sorted(key for key in found if key.startswith(prefix))
+
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        found = {}
+        for key in self.list(prefix):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                facts = (self.folder / key).stat()
+                found[key] = f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns}"
+        return found
 
     def exists(self, key: str) -> bool:
         with _one_line(f"cannot look for {key} in {self.uri}"):
@@ -341,7 +354,7 @@ def _raise(error: OSError) -> None:
         raise error
 
 
-def _open_file(uri: str) -> Store:
+def _open_file(uri: str, again: bool) -> Store:
     if not _SCHEME.match(uri):
         return FileStore(uri)
     parts = urllib.parse.urlsplit(uri)
@@ -350,16 +363,16 @@ def _open_file(uri: str) -> Store:
     return FileStore(urllib.parse.unquote(parts.path))
 
 
-def _open_in(module: str) -> Callable[[str], Store]:
-    def factory(uri: str) -> Store:
-        store: Store = importlib.import_module(module).open_uri(uri)
+def _open_in(module: str) -> Callable[[str, bool], Store]:
+    def factory(uri: str, again: bool) -> Store:
+        store: Store = importlib.import_module(module).open_uri(uri, again)
         return store
 
     return factory
 
 
 #: scheme -> what opens a URI of it. A store imports its client when it first needs it.
-FACTORIES: dict[str, Callable[[str], Store]] = {
+FACTORIES: dict[str, Callable[[str, bool], Store]] = {
     "file": _open_file,
     "gs": _open_in("trainer.store_gcs"),
     "s3": _open_in("trainer.store_s3"),

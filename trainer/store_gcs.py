@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from trainer.store import Denied, NotFound, StoreError, Transient
 from trainer.store_remote import (
+    ONCE,
     SHA256,
     WRITER,
     Content,
@@ -36,10 +37,10 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _LOGIN = "log in: gcloud auth application-default login"
 
 
-def open_uri(uri: str) -> GcsStore:
+def open_uri(uri: str, again: bool = True) -> GcsStore:
     """The store at gs://BUCKET/FOLDER; the rest of the name is taken as it is, '#', '?', '%' and
     spaces too. Errors: `StoreError` for a URI without a bucket."""
-    return GcsStore(uri)
+    return GcsStore(uri, None if again else ONCE)
 
 
 class GcsStore(RemoteStore):
@@ -180,10 +181,9 @@ class GcsStore(RemoteStore):
             return Denied(f"{failed}: access denied ({_said(error)}); {self._grant(writing)}")
         away = (requests.RequestException, ConnectionError, TimeoutError)
         if code in (408, 429) or code >= 500 or isinstance(error, away):
-            waited = f"asked for {self.patience.total:g} s"
             return Transient(
-                f"{failed}: the service does not answer as it should, {waited} ({_said(error)}); "
-                "try again later"
+                f"{failed}: the service does not answer as it should{self.patience.told()} "
+                f"({_said(error)}); try again later"
             )
         return StoreError(f"{failed}: {_said(error)}") if code else None
 

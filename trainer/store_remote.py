@@ -39,6 +39,13 @@ class Patience:
     longest: float = 32.0
     total: float = 120.0
 
+    def told(self) -> str:
+        return f", asked for {self.total:g} s" if self.total else ""
+
+
+#: For callers that own the waiting.
+ONCE = Patience(total=0.0)
+
 
 @dataclass(frozen=True)
 class Content:
@@ -157,6 +164,9 @@ class RemoteStore(abc.ABC):
             # Listings are sorted: of all names that begin so, the name itself is the first.
             first = next(iter(self._listed(name)), None)
         return self._keyed(first) if first is not None and first.key == name else None
+
+    def versions(self, prefix: str = "") -> dict[str, str]:
+        return {entry.key: entry.mark for entry in self.entries(prefix)}
 
     def exists(self, key: str) -> bool:
         try:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from trainer.store import Denied, NotFound, StoreError, Transient
 from trainer.store_remote import (
+    ONCE,
     SHA256,
     WRITER,
     Content,
@@ -41,10 +42,10 @@ _BUSY = {
 }  # fmt: skip
 
 
-def open_uri(uri: str) -> S3Store:
+def open_uri(uri: str, again: bool = True) -> S3Store:
     """The store at s3://BUCKET/FOLDER; the rest of the name is taken as it is. Errors: `StoreError`
     for a URI without a bucket."""
-    return S3Store(uri)
+    return S3Store(uri, None if again else ONCE)
 
 
 class S3Store(RemoteStore):

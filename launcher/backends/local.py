@@ -17,11 +17,12 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import hardware
+from launcher.artifacts import is_remote
 from launcher.backends.base import (
     Capabilities,
     Check,
@@ -141,7 +142,11 @@ class LocalBackend:
         return Seen(Phase.LOST, held, "boot was killed before the job began")
 
     def logs(self, job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
-        return read_parts(boot.local_path(job.root) / "logs", job, query)
+        if not is_remote(job.root):
+            return read_parts(boot.local_path(job.root) / "logs", job, query)
+        # Boot works in a folder of its own, which it mirrors to the store.
+        works = [Path(ref.data["work"]) for ref in job.refs[-1:]]
+        return chain.from_iterable(read_parts(w / "artifacts" / "logs", job, query) for w in works)
 
     def stop(self, job: JobHandle, env: Env, grace: float) -> None:
         """Hurry: boot also polls the marker, which the engine has written."""

@@ -64,7 +64,11 @@ def dry_run(
 
 def attach(run: str, *, take_over: bool, as_json: bool) -> int:
     now = api.env().clock.now()
-    return _go_on(api.attach(run, take_over=take_over), now, detach=False, as_json=as_json)
+    attached = api.attach(run, take_over=take_over)
+    if attached.driver is not None and attached.driver.alive is None:  # followed, not driven
+        for warning in attached.warnings:
+            console.notice(f"{attached.name}: {warning}")
+    return _go_on(attached, now, detach=False, as_json=as_json)
 
 
 def resume(run: str, overrides: Sequence[str], *, detach: bool, as_json: bool) -> int:

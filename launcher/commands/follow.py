@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import api, console, home, records, report, retry
+from launcher import api, console, records, report, retry
+from launcher.artifacts import here, journals
 from launcher.backends.base import Env, Line, Phase
 from launcher.errors import Exit, LaunchError
 from launcher.logs import Reader, looks
@@ -90,7 +91,7 @@ def _resumption(run: Run) -> str:
     stage = next((stage for stage in run.stages if stage.phase is not Phase.SUCCEEDED), None)
     if any(one.gate not in (None, "passed") for one in run.stages):
         return "goes on from the last checkpoint, and asks the gate again"
-    if stage is None or records.has_checkpoint(home.local_root(stage.folder)):
+    if stage is None or records.has_checkpoint(here(run, stage.folder)):
         return "goes on from the last checkpoint"
     if stage is run.stages[0]:
         return "starts it again: there is no checkpoint"
@@ -154,7 +155,7 @@ def _phases(run: Run) -> list[tuple[str, str]]:
 
 def _gates(run: Run) -> list[tuple[str, bool, list[str]]]:
     """(stage, passed, sentences) of every gate that was asked."""
-    recorded = {r["id"]: r for r in records.gates(home.local_root(run.root) / "journal")}
+    recorded = {r["id"]: r for r in records.gates(*journals(run))}
     found = []
     for stage in run.stages:
         if stage.gate is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from launcher import api, console
+from launcher.artifacts import is_remote
 from launcher.errors import Exit, UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def logs(
     if worker is not None and there and worker not in there:
         names = ", ".join(map(str, there))
         raise UsageError(f"{found.name} has no worker {worker}; there are: {names}")
-    if not there:
+    if not there and not is_remote(found.root):  # a service's own logs may come before boot's
         console.notice(f"{found.name} has logged nothing yet")
     if follow:
         lines = reading.follow(
@@ -111,8 +112,10 @@ def tensorboard(run: str, *, port: int) -> int:
     found = api.status(run)
     if util.find_spec("tensorboard") is None:
         raise UsageError("TensorBoard is not installed", "pip install 'launch-llm[train]'")
-    console.notice(f"TensorBoard of {found.name}, event files under {found.root}")
-    arguments = ["-m", "tensorboard.main", "--logdir", found.root, "--port", str(port)]
+    uri, folder = api.event_files(found)
+    copied = " (copied now; again with the next `launch tensorboard`)" if is_remote(uri) else ""
+    console.notice(f"TensorBoard of {found.name}, event files under {uri}{copied}")
+    arguments = ["-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *arguments])
 
 

@@ -134,13 +134,13 @@ def test_a_recipe_that_is_wrong_starts_nothing(world: World, file: Path) -> None
     assert api.list_runs() == []
 
 
-def test_artifacts_that_are_not_on_this_machine_are_refused_before_anything_is_made(
+def test_artifacts_in_no_store_that_we_know_are_refused_before_anything_is_made(
     world: World, file: Path
 ) -> None:
-    file.write_text(RECIPE + "artifacts: gs://bucket/{run}\n")
-    with pytest.raises(UsageError, match="gs://bucket/thing-"):
+    file.write_text(RECIPE + "artifacts: ftp://bucket/{run}\n")
+    with pytest.raises(UsageError, match="no store for ftp://"):
         api.up(file)
-    assert api.list_runs() == []
+    assert api.list_runs() == [] and not (api.env().home / "runs").exists()
 
 
 def test_teardown_of_a_running_run_leaves_nothing(world: World, file: Path) -> None:

@@ -394,6 +394,7 @@ def test_a_claim_from_another_launch_home_holds_until_it_is_taken_over(tmp_path:
     killed_at(8, it.drive)
     claim = next(r["seq"] for r in it.records() if r["kind"] == "driver")
     (it.place / "journal" / f"{claim:08d}.json").unlink()
+    (it.place / "claim.json").unlink()
     with pytest.raises(HeldElsewhere, match="driven by"):
         it.drive()
     assert it.drive(ManualClock(LATER), take_over=True).phase is Phase.SUCCEEDED

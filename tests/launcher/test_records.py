@@ -161,3 +161,20 @@ def test_one_line_survives_per_step_and_it_is_of_the_highest_attempt(
         wanted = [v for k, s, a, v in lines if (k, s, a) == (kind, step, highest)]
         kept = [x["value"] for x in found if (x["kind"], x["global_step"]) == (kind, step)]
         assert kept == (wanted if kind == "event" else wanted[-1:])
+
+
+def test_parts_are_read_by_attempt_restart_and_number() -> None:
+    names = ["0001-00000", "0001-00001", "0001r1-00000", "0001r2", "0001r10-00000", "0002"]
+    shuffled = [f"{name}.jsonl" for name in (names[4], names[0], names[5], names[3], *names[1:3])]
+    ordered = sorted(shuffled, key=records.part_order)
+    assert [name.partition(".")[0] for name in ordered] == names
+    assert records.part_order("00-0002r1-00003.log") == (0, 0, 2, 1, 3, 0)
+
+
+def test_of_a_step_the_newest_restart_of_the_highest_attempt_counts(tmp_path: Path) -> None:
+    for name, restart, loss in (("0001r10", 10, 1.0), ("0001", None, 3.0), ("0001r2", 2, 2.0)):
+        line = {"v": 1, "kind": "step", "attempt": 1, "global_step": 5, "train_loss": loss}
+        part = tmp_path / "metrics" / f"{name}.jsonl"
+        part.parent.mkdir(exist_ok=True)
+        part.write_text(json.dumps({**line, **({"restart": restart} if restart else {})}) + "\n")
+    assert [line["train_loss"] for line in records.metrics(tmp_path)] == [1.0]

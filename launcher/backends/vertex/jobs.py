@@ -73,6 +73,7 @@ def observe(job: JobHandle, env: Env) -> Seen:
     ref = next((r for r in reversed(job.refs) if r.kind == JOB), None)
     kept = tuple((r, Held.NONE) for r in job.refs if r.kind == OBJECT)
     if ref is not None:
+        _remember(env.home, str(ref.data["project"]), ref.place)  # of a run from another machine
         found = _get(env, ref)
         if found is None:
             return Seen(Phase.LOST, (*kept, (ref, Held.GONE)), "somebody has deleted the job")
@@ -272,8 +273,10 @@ def _project(intent: Intent) -> str:
 def _remember(home: Path, project: str, place: str) -> None:
     """Written before a place's first job, so that a sweep looks there whatever happens next."""
     folder = home / "google" / "vertex-places"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{place}@{project}").touch()
+    file = folder / f"{place}@{project}"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
 def _remembered(home: Path) -> list[tuple[str, str]]:
