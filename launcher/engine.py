@@ -125,7 +125,7 @@ class Engine:
         if outcome is not None:
             return outcome
         try:
-            offer, wait = retry.choose(self._offers(job), fresh)
+            offer, wait = retry.choose(self._offers(job), fresh, self.clock.now())
         except (Signal, BudgetSpent) as error:
             return Outcome(Phase.FAILED, str(error), error.code)
         if last is not None and wait:

@@ -121,9 +121,8 @@ def test_no_capacity_then_preempted_then_done_and_nothing_is_left(it: Scene) -> 
     assert run.phase is Phase.SUCCEEDED and run.exit_code == 0
     assert attempts(run) == [
         ("us-central1", "spot", "capacity"), ("us-west1", "spot", "preempted"),
-        ("us-central1", "spot", "capacity"), ("us-central1", "standard", "capacity"),
-        ("us-west1", "standard", ""),
-    ]  # fmt: skip
+        ("us-central1", "spot", "capacity"), ("us-west1", "spot", ""),
+    ], "the place that preempted has machines of that capacity; standard costs twice as much"
     whys = [attempt.why for attempt in run.jobs[0].attempts]
     assert whys[0] == "no capacity in us-central1: Resources are insufficient in region"
     assert "STOCKOUT" in whys[1]
