@@ -213,6 +213,7 @@ def teardown_all() -> list[Run]:
     """`teardown` of every live run, then of whatever else on this machine's backends carries our
     label. Errors: `Leaked` with all that is left; everything has been tried by then."""
     from launcher import backends
+    from launcher.sweeping import clear_backend
 
     here = env()
     done: list[Run] = []
@@ -229,7 +230,7 @@ def teardown_all() -> list[Run]:
             run.warnings.append(str(error))
             done.append(run)
     for name in sorted(names):
-        leaks += _sweep(here, name)
+        leaks += clear_backend(here, name)
     if leaks:
         commands = [command for leak in leaks for command in leak.commands]
         raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
@@ -246,20 +247,6 @@ def pull(run: Which, to: Optional[str | Path] = None) -> Path:
 
 def _find(run: Which) -> dict[str, Any]:
     return home.find(env().home, run.id if isinstance(run, Run) else run)
-
-
-def _sweep(here: Env, name: str) -> list[Leaked]:
-    """Delete all that the backend `name` finds under our label; what could not be deleted."""
-    from launcher import backends
-    from launcher.clear import remove
-
-    backend, leaks = backends.load(name), []
-    for ref in list(backend.sweep(here)):
-        try:
-            remove(backend, ref, here)
-        except Leaked as leak:
-            leaks.append(leak)
-    return leaks
 
 
 __all__ = [

@@ -79,9 +79,7 @@ def give_up(attempts: Sequence[Attempt], retry: Retry) -> Optional[Outcome]:
     return Outcome(phase, f"{last.why}{counted}", _EXIT.get(last.cause, Exit.JOB))
 
 
-def choose(
-    offers: Sequence[Offer], attempts: Sequence[Attempt], now: float
-) -> tuple[Offer, float]:
+def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> tuple[Offer, float]:
     """The offer to try next and the seconds to wait before it, at `now` (UTC seconds).
 
     `offers` are in the order of their capacities, and within one of its places. They are walked in
@@ -117,7 +115,7 @@ def _rest(offer: Offer, attempts: Sequence[Attempt], now: float) -> float:
     refused = starved(there)
     if not refused:
         return 0.0
-    whole = min(30.0 * 2 ** min(len(refused) - 1, 5), 600.0)
+    whole = min(30.0 * 2.0 ** min(len(refused) - 1, 5), 600.0)
     since = refused[-1].ended if refused[-1].ended is not None else now
     return min(max(since + whole - now, 0.0), whole)  # a clock may have been set back
 

@@ -160,6 +160,19 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """A resource that carries our label, with what is known of it: whose it is, since when it is
+    there and since when it bills (UTC seconds; None: unknown, or it does not), and the artifact
+    root of its run."""
+
+    ref: Ref
+    owner: str
+    created: Optional[float] = None
+    bills_since: Optional[float] = None
+    root: str = ""
+
+
+@dataclass(frozen=True)
 class JobHandle:
     """A job as the journal knows it: what observe, logs and stop are asked about."""
 
@@ -222,3 +235,10 @@ class CanWarn(Protocol):
     its arguments."""
 
     def warnings(self, spec: Hardware, env: Env) -> Iterable[str]: ...
+
+
+@runtime_checkable
+class CanTell(Protocol):
+    """Optional: `sweep` with what is known of each resource; with `everyone`, of every owner."""
+
+    def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]: ...

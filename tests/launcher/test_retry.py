@@ -73,7 +73,9 @@ def test_stock_outs_walk_the_places_then_the_capacities_then_begin_again_later()
     assert names[:6] == ["spot 0", "spot 1", "standard 0", "standard 1", "flex 0", "flex 1"]
     assert names[6:] == ["spot 0", "spot 1"]
     assert [wait for wait, _ in choices[:6]] == [0.0] * 6
-    assert choices[6][0] == 25.0, "thirty seconds after it was refused, five of them spent elsewhere"
+    assert choices[6][0] == 25.0, (
+        "thirty seconds after it was refused, five of them spent elsewhere"
+    )
 
 
 def test_a_single_place_is_asked_less_and_less_often() -> None:

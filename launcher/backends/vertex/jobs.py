@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from launcher import google
-from launcher.backends.base import Env, Held, Intent, JobHandle, Phase, Ref, Seen
+from launcher.backends.base import Env, Held, Intent, JobHandle, Labelled, Phase, Ref, Seen
 from launcher.backends.vertex import states
 from launcher.backends.vertex.request import DEFAULT_PLACES, JOB, NAME, OBJECT, label
 from launcher.errors import BadRequest, Denied
@@ -108,20 +108,21 @@ def delete(ref: Ref, env: Env) -> Held:
     return Held.DELETING
 
 
-def sweep(env: Env) -> Iterator[Ref]:
-    """The owner's jobs, in every place where this machine has created one, and in those that the
-    environment names; of the latter, those that may not be read hold nothing of ours."""
+def labelled(env: Env, everyone: bool) -> Iterator[Labelled]:
+    """The owner's jobs (`everyone`: those of all owners), in every place where this machine has
+    created one, and in those that the environment names; of the latter, those that may not be read
+    hold nothing of ours."""
     used = _remembered(env.home)
     named = _named(env.environ)
+    wanted = "" if everyone else f'labels.launch-owner="{label(env.owner)}"'
     for project, place in [*used, *(pair for pair in named if pair not in used)]:
-        parent = f"projects/{project}/locations/{place}"
         try:
-            found = list(_list(env, parent, f'labels.launch-owner="{label(env.owner)}"'))
+            found = list(_list(env, f"projects/{project}/locations/{place}", wanted))
         except (Denied, BadRequest):
             if (project, place) in used:
                 raise
             continue
-        yield from (_ref(job, project, place) for job in found if "launch-run" in job.labels)
+        yield from (_labelled(job, project, place) for job in found if "launch-run" in job.labels)
 
 
 def reach(env: Env, project: str, place: str) -> None:
@@ -225,6 +226,20 @@ def _ref(job: Any, project: str, place: str) -> Ref:
     phase, _ = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
     data = {"resource": job.name, "project": project, "job_id": number, "delete_command": command}
     return Ref(NAME, JOB, job.display_name, place, job.labels["launch-run"], not phase.over, data)
+
+
+def _labelled(job: Any, project: str, place: str) -> Labelled:
+    """What there is to say of a job that its run may have forgotten. Its last argument is the boot
+    specification, which lies below the artifact root (request.py)."""
+    _, money = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
+    bills = job.start_time.timestamp() if job.start_time and money is Held.LIVE else None
+    pools = job.job_spec.worker_pool_specs
+    arguments = list(pools[0].container_spec.args) if pools else []
+    root, mark, _ = arguments[-1].rpartition("/boot/") if arguments else ("", "", "")
+    return Labelled(
+        _ref(job, project, place), job.labels.get("launch-owner", ""), job.create_time.timestamp(),
+        bills, root if mark else "",
+    )  # fmt: skip
 
 
 def _message(body: Mapping[str, Any]) -> Any:
