@@ -195,6 +195,23 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     return status(seen.id)
 
 
+def resume_plan(run: Which, overrides: Iterable[str] = ()) -> Optional[RunPlan]:
+    """What `resume` would create and cost, of the jobs that are not done. None when it creates
+    nothing by itself: the run is not over and only needs a driver, or it is complete. Errors: those
+    of `resume`."""
+    from launcher import start
+    from launcher.fold import Fold
+    from launcher.journal import Journal
+
+    here, facts = env(), _find(run)
+    seen = status(facts["id"])
+    if seen.ended is None or seen.phase.value == "succeeded":
+        return None
+    place = home.folder(here.home, seen.id)
+    journal = Journal(place, home.local_root(seen.root), here.clock)
+    return start.what_resuming_creates(Fold(journal.read()), place, tuple(overrides), here)
+
+
 def teardown(run: Which) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
     run over from its driver. Errors: `Leaked` with the commands that finish by hand."""
@@ -250,6 +267,6 @@ def _find(run: Which) -> dict[str, Any]:
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "env", "list_runs", "logs", "plan", "pull", "resume", "status",
-    "stop", "teardown", "teardown_all", "up", "validate", "wait",
+    "Held", "Ref", "Run", "attach", "env", "list_runs", "logs", "plan", "pull", "resume",
+    "resume_plan", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
 ]  # fmt: skip

@@ -217,6 +217,7 @@ def resume(
     run: RunArgument,
     overrides: SetOption = None,
     detach: DetachOption = False,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Go on with a run from its last checkpoint.
@@ -225,7 +226,7 @@ def resume(
     """
     from launcher.commands import drive
 
-    return drive.resume(run, overrides or (), detach=detach, as_json=as_json)
+    return drive.resume(run, overrides or (), detach=detach, yes=yes, as_json=as_json)
 
 
 @app.command()
