@@ -7,9 +7,10 @@ be killed between any two lines of this file and the next one ends at the same p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import count
+from types import MappingProxyType
 from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
@@ -277,7 +278,8 @@ class Engine:
         news = why != attempt.why and phase is not Phase.RUNNING
         if news or (phase, held, seen.exit_code) != known:
             cause = seen.cause if phase is seen.phase else ""
-            self._phase(job, attempt, phase, held, why, seen.exit_code, cause)
+            times = {"began": seen.began, "ended": seen.ended if phase.over else None}
+            self._phase(job, attempt, phase, held, why, seen.exit_code, cause, times)
         self._note_stages(job, phase)
 
     def _judged(self, job: JobState, seen: Seen) -> tuple[Phase, str]:
@@ -387,9 +389,11 @@ class Engine:
         why: str,
         exit_code: Optional[int] = None,
         cause: str = "",
+        times: Mapping[str, Optional[float]] = MappingProxyType({}),
     ) -> None:
+        told = {name: time for name, time in times.items() if time is not None}
         self.claim.record(
             "phase", job=job.index, attempt=attempt.number, phase=phase, held=held, why=why,
-            exit_code=exit_code, cause=cause or retry.cause_of_phase(phase),
+            exit_code=exit_code, cause=cause or retry.cause_of_phase(phase), **told,
         )  # fmt: skip
         self.claim.say(f"{job.name} attempt {attempt.number}: {phase.value} {why}".rstrip())

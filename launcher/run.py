@@ -39,7 +39,7 @@ class Attempt:
     held: Held = Held.NONE
     refs: list[Ref] = field(default_factory=list)
     place: str = ""
-    started: Optional[float] = None
+    started: Optional[float] = None  # when it was asked for
     ended: Optional[float] = None
     why: str = ""
     exit_code: Optional[int] = None
@@ -47,6 +47,7 @@ class Attempt:
     capacity: str = ""  # of the offer: spot, standard, ...
     usd_per_hour: Optional[float] = None
     gone: list[str] = field(default_factory=list)  # names of refs confirmed absent
+    began: Optional[float] = None  # when its machines began to work: from then on it costs
 
     @property
     def holding(self) -> list[Ref]:

@@ -149,7 +149,8 @@ class Plan:
 class Seen:
     """One look at a job. `held` pairs each live resource with its state; `exit_code` is boot's.
     `cause`: why it is over, in the words of `launcher.retry`, where the phase alone does not
-    tell."""
+    tell. `began`, `ended`: when its machines began to work and when it was over, in UTC seconds, by
+    the service's clock, where that tells."""
 
     phase: Phase
     held: tuple[tuple[Ref, Held], ...] = ()
@@ -157,6 +158,8 @@ class Seen:
     exit_code: Optional[int] = None
     raw: str = ""
     cause: str = ""
+    began: Optional[float] = None
+    ended: Optional[float] = None
 
 
 @dataclass(frozen=True)

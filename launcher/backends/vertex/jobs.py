@@ -139,14 +139,20 @@ def _seen(found: Any, ref: Ref, kept: tuple[tuple[Ref, Held], ...]) -> Seen:
     state = states.name_of(found.state)
     phase, money = states.STATES.get(state, states.UNKNOWN)
     held = (*kept, (ref, money))
+    began, ended = _seconds(found.start_time), _seconds(found.end_time)
     if phase is not Phase.FAILED:
-        return Seen(phase, held, states.said(state), raw=state)
+        return Seen(phase, held, states.said(state), None, state, "", began, ended)
     scheduling = found.job_spec.scheduling
     end = states.ended(
         state, found.error.code, found.error.message, ref.place,
         started=found.start_time is not None, spot=scheduling.strategy.name == "SPOT",
     )  # fmt: skip
-    return Seen(end.phase, held, end.why, end.exit_code, state, end.cause)
+    return Seen(end.phase, held, end.why, end.exit_code, state, end.cause, began, ended)
+
+
+def _seconds(time: Any) -> Optional[float]:
+    """A time of the service in UTC seconds; None: it has not come."""
+    return float(time.timestamp()) if time else None
 
 
 def _unanswered(job: JobHandle, env: Env) -> tuple[Any, Optional[Ref]]:
@@ -232,12 +238,12 @@ def _labelled(job: Any, project: str, place: str) -> Labelled:
     """What there is to say of a job that its run may have forgotten. Its last argument is the boot
     specification, which lies below the artifact root (request.py)."""
     _, money = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
-    bills = job.start_time.timestamp() if job.start_time and money is Held.LIVE else None
+    bills = _seconds(job.start_time) if money is Held.LIVE else None
     pools = job.job_spec.worker_pool_specs
     arguments = list(pools[0].container_spec.args) if pools else []
     root, mark, _ = arguments[-1].rpartition("/boot/") if arguments else ("", "", "")
     return Labelled(
-        _ref(job, project, place), job.labels.get("launch-owner", ""), job.create_time.timestamp(),
+        _ref(job, project, place), job.labels.get("launch-owner", ""), _seconds(job.create_time),
         bills, root if mark else "",
     )  # fmt: skip
 
