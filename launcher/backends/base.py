@@ -6,7 +6,8 @@ signals of `launcher.errors`. Numbered contracts:
 1. `plan` is pure and returns the very requests that `create` will send, with `${attempt}`,
    `${resume}`, `${deadline}` and `${ref:name}` left as holes; `launcher.plan.fill` fills them.
 2. `create` is called after the journal holds the intent. A resource that exists under the
-   intent's deterministic name and our label is adopted, never doubled.
+   intent's deterministic name and our label is adopted, never doubled. A signal other than
+   `Transient` says that this call has made nothing.
 3. `observe` is one cheap read, no loop. It never raises for a resource that is not there.
 4. `delete` starts a deletion and returns at once: DELETING or GONE; absent is GONE.
 5. `logs` yields what is there after `query.cursor` and ends; following is the caller's loop.
