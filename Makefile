@@ -1,12 +1,13 @@
 # Needs make and Python 3.10 or newer; everything else goes into .venv.
 #   make demo     distils a small model on this machine and shows the comparison
 #   make test     the tests          make lint, make types    ruff, mypy
+#   make slow     the crash matrix in full: 20,000 schedules
 #   make bench    the measured budgets, against peers in the same run
 #   make clean    build products and caches; make distclean also removes .venv
 
 .POSIX:
 .SUFFIXES:
-.PHONY: help demo install test lint types format bench clean distclean
+.PHONY: help demo install test slow lint types format bench clean distclean
 
 PYTHON = python3
 VENV = .venv
@@ -29,6 +30,9 @@ install: $(VENV)/.dev
 # The test workers share the cores: with one thread each they do not fight over them.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal -rs $(TESTS)
+
+slow: $(VENV)/.dev
+	LAUNCH_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal -rs tests/launcher/test_crash_matrix.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

@@ -206,6 +206,23 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     return status(seen.id)
 
 
+def resume_plan(run: Which, overrides: Iterable[str] = ()) -> Optional[RunPlan]:
+    """What `resume` would create and cost, of the jobs that are not done. None when it creates
+    nothing by itself: the run is not over and only needs a driver, or it is complete. Errors: those
+    of `resume`."""
+    from launcher import start
+    from launcher.fold import Fold
+    from launcher.journal import Journal
+
+    here, facts = env(), _find(run)
+    seen = status(facts["id"])
+    if seen.ended is None or seen.phase.value == "succeeded":
+        return None
+    place = home.folder(here.home, seen.id)
+    journal = Journal(place, _artifacts(seen), here.clock)
+    return start.what_resuming_creates(Fold(journal.read()), place, tuple(overrides), here)
+
+
 def teardown(run: Which) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
     run over from its driver. Errors: `Leaked` with the commands that finish by hand; those of a
@@ -236,6 +253,7 @@ def teardown_all() -> list[Run]:
     """`teardown` of every live run, then of whatever else on this machine's backends carries our
     label. Errors: `Leaked` with all that is left; everything has been tried by then."""
     from launcher import backends
+    from launcher.sweeping import clear_backend
 
     here = env()
     done: list[Run] = []
@@ -252,7 +270,7 @@ def teardown_all() -> list[Run]:
             run.warnings.append(str(error))
             done.append(run)
     for name in sorted(names):
-        leaks += _sweep(here, name)
+        leaks += clear_backend(here, name)
     if leaks:
         commands = [command for leak in leaks for command in leak.commands]
         raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
@@ -315,21 +333,7 @@ def _clear_without_journal(run: Run, here: Env) -> None:
                 remove(backend, ref, theirs)
 
 
-def _sweep(here: Env, name: str) -> list[Leaked]:
-    """Delete all that the backend `name` finds under our label; what could not be deleted."""
-    from launcher import backends
-    from launcher.clear import remove
-
-    backend, leaks = backends.load(name), []
-    for ref in list(backend.sweep(here)):
-        try:
-            remove(backend, ref, here)
-        except Leaked as leak:
-            leaks.append(leak)
-    return leaks
-
-
 __all__ = [
     "Held", "Ref", "Run", "attach", "env", "event_files", "list_runs", "logs", "plan", "pull",
-    "resume", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
+    "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
 ]  # fmt: skip

@@ -44,7 +44,7 @@ class _ReaderGone(Exception):
 
 _SECTIONS = {
     "Runs": (
-        "up", "status", "logs", "stop", "resume", "attach", "teardown", "pull", "report",
+        "up", "status", "logs", "stop", "resume", "attach", "teardown", "sweep", "pull", "report",
         "tensorboard", "drive",
     ),
     "Recipes": ("plan", "validate", "init", "recipes", "schema"),
@@ -219,6 +219,7 @@ def resume(
     run: RunArgument,
     overrides: SetOption = None,
     detach: DetachOption = False,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Go on with a run from its last checkpoint.
@@ -227,7 +228,7 @@ def resume(
     """
     from launcher.commands import drive
 
-    return drive.resume(run, overrides or (), detach=detach, as_json=as_json)
+    return drive.resume(run, overrides or (), detach=detach, yes=yes, as_json=as_json)
 
 
 @app.command()
@@ -263,6 +264,25 @@ def teardown(
     from launcher.commands import drive
 
     return drive.teardown(run, everything=everything, yes=yes, as_json=as_json)
+
+
+@app.command()
+def sweep(
+    everyone: Annotated[
+        bool, typer.Option("--everyone", help="Also what carries other owners' labels.")
+    ] = False,
+    yes: YesOption = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document; delete only with --yes.")
+    ] = False,
+) -> int:
+    """Find what carries our label and belongs to no live run; delete it.
+
+    Exit code 0 when nothing is left, else 7.
+    """
+    from launcher.commands import sweep as commands
+
+    return commands.sweep(everyone=everyone, yes=yes, as_json=as_json)
 
 
 @app.command()

@@ -7,16 +7,17 @@ be killed between any two lines of this file and the next one ends at the same p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import count
+from types import MappingProxyType
 from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import Claim, Load, claimed
 from launcher.clear import clear, insist, sweep
-from launcher.errors import BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
+from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
@@ -27,6 +28,8 @@ from launcher.view import write_summary
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
 #: How long a teardown waits for a store that does not answer.
 DEAF = 60.0
+#: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
+LEAST = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 _NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
@@ -66,6 +69,7 @@ class Engine:
     def __init__(self, claim: Claim) -> None:
         self.claim, self.clock, self.recipe = claim, claim.clock, claim.recipe
         self._told = False  # this process has asked the backend to hurry the job
+        self._unsent: set[str] = set()  # intents of which no request has been applied unseen
 
     def drive(self) -> Run:
         try:
@@ -128,7 +132,7 @@ class Engine:
         if outcome is not None:
             return outcome
         try:
-            offer, wait = retry.choose(self._offers(job), fresh)
+            offer, wait = retry.choose(self._offers(job), fresh, self.clock.now())
         except (Signal, BudgetSpent) as error:
             return Outcome(Phase.FAILED, str(error), error.code)
         if last is not None and wait:
@@ -163,8 +167,9 @@ class Engine:
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
         """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
         left = self.claim.budget_left(last.usd_per_hour if last is not None else None)
+        least = 0.0 if last is None else LEAST
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
-        if left is None or left > 0 or own_fault:
+        if left is None or left > least or own_fault:
             return None
         return Outcome(Phase.CANCELLED, self.claim.budget_text(), Exit.BUDGET)
 
@@ -193,7 +198,8 @@ class Engine:
                 raise
             except (Signal, OSError) as signal:
                 cause = retry.cause_of_signal(signal)
-                self._phase(job, attempt, Phase.FAILED, attempt.held, str(signal), cause=cause)
+                held = self._held_after(job, attempt, signal)
+                self._phase(job, attempt, Phase.FAILED, held, str(signal), cause=cause)
                 return
         elif self.claim.waiting(job, attempt):
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, "stopped before it began")
@@ -215,6 +221,16 @@ class Engine:
                 ref = self._create(job, Intent(**raw))
                 self.claim.record("ref", job=job.index, attempt=attempt.number, ref=ref)
 
+    def _held_after(self, job: JobState, attempt: Attempt, signal: Exception) -> Held:
+        """What an attempt holds that could not be placed. A request that was refused has made
+        nothing, unless an earlier one like it was applied and its reply lost; then somebody looks
+        (`clear`). Without this, an API that is off would count as a resource that may bill."""
+        answered = isinstance(signal, Signal) and signal.again is not Again.HERE
+        certain = answered and self._unsent.issuperset(self.claim.waiting(job, attempt))
+        return (
+            Held.NONE if certain and not any(r.billable for r in attempt.holding) else attempt.held
+        )
+
     def _intents(self, job: JobState, number: int, offer: Offer) -> Iterator[Intent]:
         """The plan's intents, their holes filled with the refs known when each is taken."""
         holes: dict[str, Any] = {"attempt": number, "resume": number > 1}
@@ -230,6 +246,7 @@ class Engine:
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
         at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}
         self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
+        self._unsent.add(intent.name)
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 
     def _create(self, job: JobState, intent: Intent) -> Ref:
@@ -237,6 +254,7 @@ class Engine:
             try:
                 return self.claim.backend(job.backend).create(intent, self.claim.env)
             except Transient as signal:
+                self._unsent.discard(intent.name)
                 if tries == retry.REQUESTS or self.claim.marker() is not None:
                     raise
                 self.claim.say(f"{job.name}: {signal}")
@@ -282,7 +300,8 @@ class Engine:
         news = why != attempt.why and phase is not Phase.RUNNING
         if news or (phase, held, seen.exit_code) != known:
             cause = seen.cause if phase is seen.phase else ""
-            self._phase(job, attempt, phase, held, why, seen.exit_code, cause)
+            times = {"began": seen.began, "ended": seen.ended if phase.over else None}
+            self._phase(job, attempt, phase, held, why, seen.exit_code, cause, times)
         self._note_stages(job, phase)
 
     def _judged(self, job: JobState, seen: Seen) -> tuple[Phase, str]:
@@ -391,9 +410,11 @@ class Engine:
         why: str,
         exit_code: Optional[int] = None,
         cause: str = "",
+        times: Mapping[str, Optional[float]] = MappingProxyType({}),
     ) -> None:
+        told = {name: time for name, time in times.items() if time is not None}
         self.claim.record(
             "phase", job=job.index, attempt=attempt.number, phase=phase, held=held, why=why,
-            exit_code=exit_code, cause=cause or retry.cause_of_phase(phase),
+            exit_code=exit_code, cause=cause or retry.cause_of_phase(phase), **told,
         )  # fmt: skip
         self.claim.say(f"{job.name} attempt {attempt.number}: {phase.value} {why}".rstrip())

@@ -129,11 +129,16 @@ class Fold:
 
     def _on_phase(self, record: Record) -> None:
         attempt = self.attempt(record["job"], record["attempt"])
+        queued = attempt.phase is Phase.QUEUED
         attempt.phase, attempt.held = Phase(record["phase"]), Held(record["held"])
         attempt.why, attempt.exit_code = record["why"], record["exit_code"]
         attempt.cause = record.get("cause", "")
         if attempt.phase.over and attempt.ended is None:
-            attempt.ended = record["time"]
+            attempt.ended = record.get("ended", record["time"])
+        if "began" in record:
+            attempt.began = record["began"]
+        elif attempt.began is None and queued:
+            _note_begin(attempt, record["time"])
         if attempt.held in (Held.NONE, Held.GONE):
             self.open.pop((record["job"], record["attempt"]), None)
 
@@ -201,10 +206,22 @@ def spent(run: Run, now: float) -> Optional[float]:
 
 
 def duration(attempt: Attempt, now: float) -> float:
-    """Seconds that an attempt lasted, or has lasted until `now`."""
-    if attempt.started is None:
+    """Seconds that an attempt cost, or has cost until `now`: from when its machines began to work,
+    where somebody said when that was; a queue costs nothing. Never negative."""
+    since = attempt.began if attempt.began is not None else attempt.started
+    if since is None or (attempt.began is None and attempt.phase is Phase.QUEUED):
         return 0.0
-    return max(0.0, (attempt.ended if attempt.ended is not None else now) - attempt.started)
+    return max(0.0, (attempt.ended if attempt.ended is not None else now) - since)
+
+
+def _note_begin(attempt: Attempt, seen: float) -> None:
+    """When an attempt that was queued a look before began, if its backend does not tell: no earlier
+    than that look. One that is over without having left the queue never did; of another that is
+    over, nobody knows, and then all its time counts."""
+    if not attempt.phase.over:
+        attempt.began = None if attempt.phase is Phase.QUEUED else seen
+    elif attempt.cause == "capacity" or attempt.phase is Phase.CANCELLED:
+        attempt.began = attempt.ended
 
 
 def run_of(raw: dict[str, Any]) -> Run:

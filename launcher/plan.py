@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import backends, hardware, wheels
 from launcher.artifacts import missing_client
-from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
+from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer, Phase
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
+from launcher.fold import duration, spent
 from launcher.rules import STAGE_REFERENCE
-from launcher.run import JSON_VERSION
+from launcher.run import JSON_VERSION, Run
 from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex, seconds
 from trainer.config import Job, StageConfig, to_dict
 
@@ -249,6 +250,30 @@ def make(
     return RunPlan(
         recipe.name, root, tuple(planned), recipe.budget.hours, rate, total,
         tuple(dict.fromkeys(notes)), next(iter(refusals), None),
+    )  # fmt: skip
+
+
+def remainder(plan: RunPlan, budget: Budget, run: Run, now: float) -> RunPlan:
+    """`plan` as it is for a run that goes on: the jobs that have not succeeded, each at its next
+    attempt, within what the budget has left."""
+    left = []
+    for job in plan.jobs:
+        attempts = run.jobs[job.index].attempts
+        if not attempts or attempts[-1].phase is not Phase.SUCCEEDED:
+            holes = {"attempt": len(attempts) + 1}
+            named = tuple(replace(i, name=fill(i.name, holes)) for i in job.intents)
+            left.append(replace(job, intents=named))
+    used = sum(duration(attempt, now) for job in run.jobs for attempt in job.attempts) / 3600
+    hours = None if budget.hours is None else max(0.0, budget.hours - used)
+    paid = spent(run, now)
+    usd = None if budget.usd is None else max(0.0, budget.usd - (paid or 0.0))
+    rates = [job.usd_per_hour for job in left]
+    rate = None if None in rates else max((r for r in rates if r is not None), default=0.0)
+    total = _total(rate, replace(budget, hours=hours, usd=usd))
+    notes = plan.notes + ((f"{paid:.2f} USD are spent already",) if paid else ())
+    return replace(
+        plan, root=run.root, jobs=tuple(left), hours=hours, usd_per_hour=rate, usd_total=total,
+        notes=notes,
     )  # fmt: skip
 
 

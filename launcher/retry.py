@@ -79,26 +79,45 @@ def give_up(attempts: Sequence[Attempt], retry: Retry) -> Optional[Outcome]:
     return Outcome(phase, f"{last.why}{counted}", _EXIT.get(last.cause, Exit.JOB))
 
 
-def choose(offers: Sequence[Offer], attempts: Sequence[Attempt]) -> tuple[Offer, float]:
-    """The offer to try next and the seconds to wait before it.
+def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> tuple[Offer, float]:
+    """The offer to try next and the seconds to wait before it, at `now` (UTC seconds).
 
-    Offers are walked in their order; after the last one the walk starts again, each round after a
-    longer wait (30 s, doubling to 10 minutes). A place that preempted is left for another one of
-    the same capacity, so that a preemption alone never moves a run to a dearer capacity.
+    `offers` are in the order of their capacities, and within one of its places. They are walked in
+    rounds: nothing is asked again before everything has been, and a capacity is left only when all
+    its places were asked. Within a capacity those come last that had none a moment ago, and last of
+    all the place that preempted: it has machines, but keeps taking them. Each offer rests after its
+    refusals in a row for 30 s, doubling to 10 minutes.
     """
-    streak = starved(attempts)
-    failed = Counter((attempt.place, attempt.capacity) for attempt in streak)
-    rounds = min(failed[offer.place, offer.capacity] for offer in offers)
-    before = attempts[len(attempts) - len(streak) - 1] if len(attempts) > len(streak) else None
-    if before is not None and before.phase is Phase.PREEMPTED:
-        elsewhere = any(o.capacity == before.capacity and o.place != before.place for o in offers)
-        failed[before.place, before.capacity] += int(elsewhere)
-    offer = min(offers, key=lambda offer: failed[offer.place, offer.capacity])
-    if rounds and failed[offer.place, offer.capacity] > 0:
-        return offer, min(30.0 * 2 ** (rounds - 1), 600.0)
-    if not attempts or attempts[-1].cause == CAPACITY:
-        return offer, 0.0
-    return offer, backoff(sum(a.cause == attempts[-1].cause for a in attempts))
+    starving = starved(attempts)
+    failed = Counter((attempt.place, attempt.capacity) for attempt in starving)
+    before = attempts[len(attempts) - len(starving) - 1] if len(attempts) > len(starving) else None
+    left = before if before is not None and before.phase is Phase.PREEMPTED else None
+    capacities = [*dict.fromkeys(offer.capacity for offer in offers)]
+
+    def turn(offer: Offer) -> tuple[int, int, bool, bool]:
+        preempted = left is not None and (left.place, left.capacity) == (
+            offer.place, offer.capacity,
+        )  # fmt: skip
+        rests = _rest(offer, attempts, now) > 0
+        rounds = failed[offer.place, offer.capacity]
+        return rounds, capacities.index(offer.capacity), rests, preempted
+
+    offer = min(offers, key=turn)
+    wait = _rest(offer, attempts, now)
+    if attempts and attempts[-1].cause != CAPACITY:
+        wait = max(wait, backoff(sum(a.cause == attempts[-1].cause for a in attempts)))
+    return offer, wait
+
+
+def _rest(offer: Offer, attempts: Sequence[Attempt], now: float) -> float:
+    """Seconds until an offer without capacity is worth another request."""
+    there = [a for a in attempts if (a.place, a.capacity) == (offer.place, offer.capacity)]
+    refused = starved(there)
+    if not refused:
+        return 0.0
+    whole = min(30.0 * 2.0 ** min(len(refused) - 1, 5), 600.0)
+    since = refused[-1].ended if refused[-1].ended is not None else now
+    return min(max(since + whole - now, 0.0), whole)  # a clock may have been set back
 
 
 def starved(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -39,7 +39,7 @@ class Attempt:
     held: Held = Held.NONE
     refs: list[Ref] = field(default_factory=list)
     place: str = ""
-    started: Optional[float] = None
+    started: Optional[float] = None  # when it was asked for
     ended: Optional[float] = None
     why: str = ""
     exit_code: Optional[int] = None
@@ -49,6 +49,7 @@ class Attempt:
     gone: list[str] = field(default_factory=list)  # names of refs confirmed absent
     from_step: Optional[int] = None  # of the newest whole checkpoint when it began; 0: of none
     restarts: int = 0  # by the service itself, within the attempt
+    began: Optional[float] = None  # when its machines began to work: from then on it costs
 
     @property
     def holding(self) -> list[Ref]:

@@ -20,7 +20,15 @@ from launcher.claim import recipe_of
 from launcher.errors import UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
-from launcher.plan import artifact_root, cloud_project, jobs, stage_configs
+from launcher.plan import (
+    RunPlan,
+    artifact_root,
+    cloud_project,
+    jobs,
+    make,
+    remainder,
+    stage_configs,
+)
 from launcher.recipe import Loaded, load
 from launcher.run import Run, StageState
 from launcher.spec import Recipe
@@ -101,6 +109,15 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
     artifacts.remove("summary.json")
     fold.apply(journal.append("resumed", overrides=list(given), recipe=to_dict(recipe)))
     artifacts.write("recipe.yaml", as_yaml(recipe))
+
+
+def what_resuming_creates(fold: Fold, place: Path, overrides: Iterable[str], env: Env) -> RunPlan:
+    """The plan of a run that is over, should it go on with `overrides`. Errors: as `reopen`."""
+    recipe = _revised(fold, place, tuple(overrides), env)
+    raw, run = fold.bundle, fold.run
+    bundle = Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
+    planned = make(recipe, env, bundle, run.id, fold.created.get("commit"))
+    return remainder(planned, recipe.budget, run, env.clock.now())
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 import types
@@ -117,7 +118,7 @@ _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true
 def _build_dataclass(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) -> Any:
     if not isinstance(raw, Mapping):
         return _wrong(raw, "a mapping", at, problems)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     before = len(problems)
     unknown: set[str] = set()
@@ -146,6 +147,12 @@ def _build_dataclass(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) 
     except FieldErrors as error:
         problems.extend(((*at, name), message) for name, message in error.problems)
         return None
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields; a driver reads the same few dataclasses all the time."""
+    return typing.get_type_hints(kind)
 
 
 def _remaining(

@@ -6,7 +6,8 @@ signals of `launcher.errors`. Numbered contracts:
 1. `plan` is pure and returns the very requests that `create` will send, with `${attempt}`,
    `${resume}`, `${deadline}` and `${ref:name}` left as holes; `launcher.plan.fill` fills them.
 2. `create` is called after the journal holds the intent. A resource that exists under the
-   intent's deterministic name and our label is adopted, never doubled.
+   intent's deterministic name and our label is adopted, never doubled. A signal other than
+   `Transient` says that this call has made nothing.
 3. `observe` is one cheap read, no loop. It never raises for a resource that is not there.
 4. `delete` starts a deletion and returns at once: DELETING or GONE; absent is GONE.
 5. `logs` yields what is there after `query.cursor` and ends; following is the caller's loop.
@@ -149,7 +150,8 @@ class Plan:
 class Seen:
     """One look at a job. `held` pairs each live resource with its state; `exit_code` is boot's.
     `cause`: why it is over, in the words of `launcher.retry`, where the phase alone does not
-    tell."""
+    tell. `began`, `ended`: when its machines began to work and when it was over, in UTC seconds, by
+    the service's clock, where that tells."""
 
     phase: Phase
     held: tuple[tuple[Ref, Held], ...] = ()
@@ -157,6 +159,21 @@ class Seen:
     exit_code: Optional[int] = None
     raw: str = ""
     cause: str = ""
+    began: Optional[float] = None
+    ended: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A resource that carries our label, with what is known of it: whose it is, since when it is
+    there and since when it bills (UTC seconds; None: unknown, or it does not), and the artifact
+    root of its run."""
+
+    ref: Ref
+    owner: str
+    created: Optional[float] = None
+    bills_since: Optional[float] = None
+    root: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,3 +239,10 @@ class CanWarn(Protocol):
     its arguments."""
 
     def warnings(self, spec: Hardware, env: Env) -> Iterable[str]: ...
+
+
+@runtime_checkable
+class CanTell(Protocol):
+    """Optional: `sweep` with what is known of each resource; with `everyone`, of every owner."""
+
+    def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]: ...

@@ -10,6 +10,7 @@ from launcher.errors import Exit, UsageError
 from launcher.logs import NoDriver
 
 if TYPE_CHECKING:
+    from launcher.plan import RunPlan
     from launcher.run import Run
 
 
@@ -29,16 +30,8 @@ def up(
     path = shipped.find(recipe)
     planned = api.plan(path, overrides, on)
     refuse(planned)
-    if not as_json:
-        for line in planned.lines():
-            if not line.startswith("artifacts:"):  # the run's own name is not known yet
-                console.notice(line)
-    # An unknown price is not a price of nothing.
-    if planned.usd_per_hour != 0 and not yes:
-        refusal = f"{planned.recipe} costs money, and there is no terminal to ask on"
-        if not console.confirm("Start it?", refusal):
-            console.notice("nothing was started")
-            return Exit.OK
+    if not _agreed(planned, "Start it?", yes=yes, as_json=as_json):
+        return Exit.OK
     started = api.env().clock.now()
     run = api.up(path, overrides=overrides, on=on, new=new)
     if run.created < started:
@@ -71,8 +64,16 @@ def attach(run: str, *, take_over: bool, as_json: bool) -> int:
     return _go_on(attached, now, detach=False, as_json=as_json)
 
 
-def resume(run: str, overrides: Sequence[str], *, detach: bool, as_json: bool) -> int:
+def resume(run: str, overrides: Sequence[str], *, detach: bool, yes: bool, as_json: bool) -> int:
+    """Go on; where that costs money, as `up` does: show what will be created, and ask."""
+    from launcher.plan import refuse
+
     now = api.env().clock.now()
+    planned = api.resume_plan(run, overrides)
+    if planned is not None and planned.usd_per_hour != 0:
+        refuse(planned)
+        if not _agreed(planned, "Go on with it?", yes=yes, as_json=as_json):
+            return Exit.OK
     return _go_on(api.resume(run, overrides), now, detach=detach, as_json=as_json)
 
 
@@ -121,6 +122,21 @@ def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) 
     if not gone:
         console.say("nothing to tear down")
     return Exit.OK
+
+
+def _agreed(planned: RunPlan, question: str, *, yes: bool, as_json: bool) -> bool:
+    """Show the plan; where it costs money, ask. An unknown price is not a price of nothing."""
+    if not as_json:
+        for line in planned.lines():
+            if not line.startswith("artifacts:"):  # a new run's own name is not known yet
+                console.notice(line)
+    if planned.usd_per_hour == 0 or yes:
+        return True
+    refusal = f"{planned.recipe} costs money, and there is no terminal to ask on"
+    if console.confirm(question, refusal):
+        return True
+    console.notice("nothing was started")
+    return False
 
 
 def _certain(run: Optional[str]) -> bool:

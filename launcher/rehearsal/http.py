@@ -258,9 +258,7 @@ class _Connection(BaseHTTPRequestHandler):
             _cut(self.connection)
             self.close_connection = True
             return
-        self.wfile.write(head.encode("latin-1"))
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(head.encode("latin-1") + (b"" if self.command == "HEAD" else body))
 
     do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = _serve  # noqa: N815
 

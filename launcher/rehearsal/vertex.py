@@ -116,6 +116,7 @@ class _Job:
     said: int = 0
     processes: Optional[Processes] = None
     restarts: int = 0
+    due: float = 0.0  # nothing about it changes by itself before
 
     @property
     def number(self) -> str:
@@ -177,9 +178,10 @@ class Vertex:
     def advance(self) -> None:
         """Let every job be where the clock says it is."""
         with self._lock:
+            now = self.clock.now()
             for job in self._jobs.values():
-                if job.end is None:
-                    self._advance(job, self.clock.now())
+                if job.end is None and now >= job.due:
+                    self._advance(job, now)
                     self._keep(job)
 
     def remove(self, number: str) -> None:
@@ -296,6 +298,7 @@ class Vertex:
             job.message.error.message = end.message.format(place=job.place)
         job.message.state = types.JobState[f"JOB_STATE_{state}"]
         _set(job.message, "update_time", now)
+        job.due = _due(job, at, now)
 
     def _ending(self, job: _Job, now: float) -> tuple[Optional[End], float]:
         """How and when it ends, as far as that is known now."""
@@ -386,6 +389,15 @@ class Vertex:
             job.processes.kill()
         if self.folder is not None:
             (self.folder / f"job-{job.number}.json").unlink(missing_ok=True)
+
+
+def _due(job: _Job, ends: float, now: float) -> float:
+    """When a job changes next by itself. Of a real one nobody knows."""
+    if isinstance(job.fate, Real):
+        return now
+    lines = [job.begins + line.after for line in job.fate.lines[job.said : job.said + 1]]
+    moments = (job.created + job.fate.queued, job.begins, ends, *lines)
+    return min((moment for moment in moments if moment > now), default=float("inf"))
 
 
 def _has_run(job: _Job) -> bool:

@@ -229,6 +229,24 @@ def test_a_refusal_ends_the_run_with_its_own_exit_code(
     assert (run.phase, run.exit_code, len(intents(it))) == (Phase.FAILED, code, 1)
 
 
+def test_a_refusal_after_a_lost_reply_is_not_taken_for_nothing_made(tmp_path: Path) -> None:
+    it = scene(tmp_path, create=["lost_reply", "denied"])
+    run = it.drive()
+    assert (run.phase, run.exit_code) == (Phase.FAILED, Exit.ACCESS)
+    assert len(it.world.lines("begun.log")) == 1 and it.world.alive() == []
+
+
+def test_a_refusal_is_believed_only_by_the_driver_that_asked(tmp_path: Path) -> None:
+    """The one before it may have made what this one is refused."""
+    it = scene(tmp_path, create=["ok", "denied"])
+    for instant in range(1, 30):
+        killed_at(instant, it.drive)
+        if it.world.lines("begun.log"):
+            break
+    run = it.drive(ManualClock(LATER))
+    assert run.ended is not None and it.world.alive() == []
+
+
 def test_a_driver_that_may_not_look_leaves_the_job_alone(tmp_path: Path) -> None:
     it = scene(tmp_path, observe=["ok", "denied"])
     with pytest.raises(Denied):

@@ -1,11 +1,8 @@
-"""The engine drives jobs of Vertex AI on the loopback servers: fail-over, preemption, lost replies.
-
-The journal of these runs lies on this machine, so the backend is told another bucket than the
-engine's root, and the stages' own word is written where the engine reads it."""
+"""The engine drives jobs of Vertex AI on the loopback servers: fail-over, preemption, lost
+replies."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import struct
@@ -19,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher import engine, start
-from launcher.backends.base import Backend, Env, JobHandle, JobSpec, Offer, Phase, Plan, Seen
-from launcher.backends.vertex import VertexBackend
+from launcher.backends.base import Env, Phase
 from launcher.backends.vertex.logs import DRAIN
 from launcher.bundle import Bundle
 from launcher.errors import Exit
@@ -29,6 +25,7 @@ from launcher.recipe import Loaded
 from launcher.run import Run
 from launcher.spec import Budget, Hardware, Recipe, Retry, Vertex
 from tests.launcher import runs
+from tests.launcher.on_bucket import OnBucket, load
 from tests.launcher.rehearsed import Scene, scene
 from trainer.config import to_dict
 
@@ -41,25 +38,6 @@ HARDWARE = Hardware(
     "vertex", "L4:1", capacity=("spot", "standard"), places=("us-central1", "us-west1"),
     vertex=Vertex("proj", "own/trainer:1"),
 )  # fmt: skip
-
-
-class OnBucket(VertexBackend):
-    """The backend, with a bucket in place of the engine's folder."""
-
-    def plan(self, spec: JobSpec, offer: Offer) -> Plan:
-        boot = {**spec.boot, "root": f"gs://bkt/runs/{spec.name}"}
-        return super().plan(replace(spec, boot=boot), offer)
-
-    def observe(self, job: JobHandle, env: Env) -> Seen:
-        seen = super().observe(job, env)
-        if seen.phase is Phase.SUCCEEDED:
-            Path(job.root, "run_meta.json").write_text(json.dumps({"v": 1, "completed": True}))
-        return seen
-
-
-def load(name: str) -> Backend:
-    assert name == "vertex"
-    return OnBucket()
 
 
 @pytest.fixture
@@ -120,10 +98,11 @@ def test_no_capacity_then_preempted_then_done_and_nothing_is_left(it: Scene) -> 
     run = drive(it)
     assert run.phase is Phase.SUCCEEDED and run.exit_code == 0
     assert attempts(run) == [
-        ("us-central1", "spot", "capacity"), ("us-west1", "spot", "preempted"),
-        ("us-central1", "spot", "capacity"), ("us-central1", "standard", "capacity"),
-        ("us-west1", "standard", ""),
-    ]  # fmt: skip
+        ("us-central1", "spot", "capacity"),
+        ("us-west1", "spot", "preempted"),
+        ("us-central1", "spot", "capacity"),
+        ("us-west1", "spot", ""),
+    ], "the place that preempted has machines of that capacity; standard costs twice as much"
     whys = [attempt.why for attempt in run.jobs[0].attempts]
     assert whys[0] == "no capacity in us-central1: Resources are insufficient in region"
     assert "STOCKOUT" in whys[1]

@@ -17,6 +17,7 @@ from launcher.backends.base import (
     Intent,
     JobHandle,
     JobSpec,
+    Labelled,
     Line,
     LogQuery,
     Offer,
@@ -68,4 +69,7 @@ class VertexBackend:
         return jobs.delete(ref, env)
 
     def sweep(self, env: Env) -> Iterator[Ref]:
-        return jobs.sweep(env)
+        return (found.ref for found in jobs.labelled(env, everyone=False))
+
+    def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]:
+        return jobs.labelled(env, everyone)

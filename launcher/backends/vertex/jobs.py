@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from launcher import google
-from launcher.backends.base import Env, Held, Intent, JobHandle, Phase, Ref, Seen
+from launcher.backends.base import Env, Held, Intent, JobHandle, Labelled, Phase, Ref, Seen
 from launcher.backends.vertex import states
 from launcher.backends.vertex.request import DEFAULT_PLACES, JOB, NAME, OBJECT, label
 from launcher.errors import BadRequest, Denied
@@ -109,20 +109,21 @@ def delete(ref: Ref, env: Env) -> Held:
     return Held.DELETING
 
 
-def sweep(env: Env) -> Iterator[Ref]:
-    """The owner's jobs, in every place where this machine has created one, and in those that the
-    environment names; of the latter, those that may not be read hold nothing of ours."""
+def labelled(env: Env, everyone: bool) -> Iterator[Labelled]:
+    """The owner's jobs (`everyone`: those of all owners), in every place where this machine has
+    created one, and in those that the environment names; of the latter, those that may not be read
+    hold nothing of ours."""
     used = _remembered(env.home)
     named = _named(env.environ)
+    wanted = "" if everyone else f'labels.launch-owner="{label(env.owner)}"'
     for project, place in [*used, *(pair for pair in named if pair not in used)]:
-        parent = f"projects/{project}/locations/{place}"
         try:
-            found = list(_list(env, parent, f'labels.launch-owner="{label(env.owner)}"'))
+            found = list(_list(env, f"projects/{project}/locations/{place}", wanted))
         except (Denied, BadRequest):
             if (project, place) in used:
                 raise
             continue
-        yield from (_ref(job, project, place) for job in found if "launch-run" in job.labels)
+        yield from (_labelled(job, project, place) for job in found if "launch-run" in job.labels)
 
 
 def reach(env: Env, project: str, place: str) -> None:
@@ -139,14 +140,20 @@ def _seen(found: Any, ref: Ref, kept: tuple[tuple[Ref, Held], ...]) -> Seen:
     state = states.name_of(found.state)
     phase, money = states.STATES.get(state, states.UNKNOWN)
     held = (*kept, (ref, money))
+    began, ended = _seconds(found.start_time), _seconds(found.end_time)
     if phase is not Phase.FAILED:
-        return Seen(phase, held, states.said(state), raw=state)
+        return Seen(phase, held, states.said(state), None, state, "", began, ended)
     scheduling = found.job_spec.scheduling
     end = states.ended(
         state, found.error.code, found.error.message, ref.place,
         started=found.start_time is not None, spot=scheduling.strategy.name == "SPOT",
     )  # fmt: skip
-    return Seen(end.phase, held, end.why, end.exit_code, state, end.cause)
+    return Seen(end.phase, held, end.why, end.exit_code, state, end.cause, began, ended)
+
+
+def _seconds(time: Any) -> Optional[float]:
+    """A time of the service in UTC seconds; None: it has not come."""
+    return float(time.timestamp()) if time else None
 
 
 def _unanswered(job: JobHandle, env: Env) -> tuple[Any, Optional[Ref]]:
@@ -226,6 +233,20 @@ def _ref(job: Any, project: str, place: str) -> Ref:
     phase, _ = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
     data = {"resource": job.name, "project": project, "job_id": number, "delete_command": command}
     return Ref(NAME, JOB, job.display_name, place, job.labels["launch-run"], not phase.over, data)
+
+
+def _labelled(job: Any, project: str, place: str) -> Labelled:
+    """What there is to say of a job that its run may have forgotten. Its last argument is the boot
+    specification, which lies below the artifact root (request.py)."""
+    _, money = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
+    bills = _seconds(job.start_time) if money is Held.LIVE else None
+    pools = job.job_spec.worker_pool_specs
+    arguments = list(pools[0].container_spec.args) if pools else []
+    root, mark, _ = arguments[-1].rpartition("/boot/") if arguments else ("", "", "")
+    return Labelled(
+        _ref(job, project, place), job.labels.get("launch-owner", ""), _seconds(job.create_time),
+        bills, root if mark else "",
+    )  # fmt: skip
 
 
 def _message(body: Mapping[str, Any]) -> Any:

@@ -1,0 +1,139 @@
+"""What carries our label and belongs to no live run: found, and deleted with a confirmation each.
+
+A run that has lost its driver still owns what it holds: its job goes on, and `launch resume` drives
+it. So a resource is nobody's only when no run of this home, and no journal in the run's bucket,
+says that its run is still going.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from launcher import backends, home, view
+from launcher.backends.base import Backend, CanTell, Env, Labelled
+from launcher.clear import remove
+from launcher.errors import LaunchError, Leaked
+from trainer.store import Store, StoreError, open_store
+
+#: Records that say nothing about whether their run is over.
+_SILENT = ("driver", "ref", "gone")
+
+
+@dataclass(frozen=True)
+class Stray:
+    """A resource without a live run. `doubt`: why that is not certain; such a one is left alone."""
+
+    found: Labelled
+    doubt: str = ""
+
+    @property
+    def command(self) -> str:
+        """What deletes it by hand."""
+        return str(self.found.ref.data.get("delete_command", "launch sweep"))
+
+    def to_json(self) -> dict[str, Any]:
+        ref, found = self.found.ref, self.found
+        return {
+            "backend": ref.backend, "kind": ref.kind, "name": ref.name, "place": ref.place,
+            "run": ref.run, "owner": found.owner, "created": found.created,
+            "bills_since": found.bills_since, "doubt": self.doubt, "command": self.command,
+        }  # fmt: skip
+
+
+def find(env: Env, everyone: bool = False) -> list[Stray]:
+    """All strays on the backends that this machine used or the environment names, oldest first.
+    `everyone`: also what carries the label of another owner. Errors: signals of the backends."""
+    strays = []
+    runs: dict[str, tuple[bool, str]] = {}
+    for name in backends.names():
+        backend = backends.load(name)
+        if not backend.can.create:
+            continue
+        for found in _labelled(backend, env, everyone):
+            if found.ref.run not in runs:
+                runs[found.ref.run] = _goes_on(env, found)
+            live, doubt = runs[found.ref.run]
+            if not live:
+                strays.append(Stray(found, doubt))
+    return sorted(strays, key=lambda stray: stray.found.created or 0.0)
+
+
+def delete(env: Env, strays: Iterable[Stray]) -> None:
+    """Delete strays and wait until each is gone. Errors: `Leaked` with those that are left, after
+    all have been tried."""
+    left: list[Stray] = []
+    for stray in strays:
+        if stray.doubt:
+            left.append(stray)
+            continue
+        try:
+            remove(backends.load(stray.found.ref.backend), stray.found.ref, env)
+        except Leaked:
+            left.append(stray)
+    if left:
+        raise leaked(left)
+
+
+def leaked(strays: Iterable[Stray]) -> Leaked:
+    """The error that says what is left, and how to finish by hand."""
+    left = list(strays)
+    return Leaked(
+        [stray.found.ref for stray in left], [*dict.fromkeys(stray.command for stray in left)]
+    )
+
+
+def clear_backend(env: Env, name: str) -> list[Leaked]:
+    """Delete all that the backend `name` finds under the owner's label, live runs or not; what
+    could not be deleted."""
+    backend, leaks = backends.load(name), []
+    for ref in list(backend.sweep(env)):
+        try:
+            remove(backend, ref, env)
+        except Leaked as leak:
+            leaks.append(leak)
+    return leaks
+
+
+def _labelled(backend: Backend, env: Env, everyone: bool) -> Iterator[Labelled]:
+    """A backend that cannot tell more has only its owner's resources to name."""
+    if isinstance(backend, CanTell):
+        yield from backend.labelled(env, everyone)
+    else:
+        yield from (Labelled(ref, env.owner) for ref in backend.sweep(env))
+
+
+def _goes_on(env: Env, found: Labelled) -> tuple[bool, str]:
+    """Whether the run of a resource is still going; and what speaks against believing a no."""
+    facts = home.identity(env.home, found.ref.run)
+    if facts is not None:
+        try:
+            return view.look(env, facts).ended is None, ""
+        except LaunchError as error:  # it may be going: `launch teardown RUN` is what ends it
+            return False, str(error)
+    if not found.root:
+        return False, ""
+    try:
+        return _written_live(open_store(found.root)), ""
+    except StoreError as error:
+        return False, f"its journal in {found.root} cannot be read: {error}"
+
+
+def _written_live(store: Store) -> bool:
+    """Whether the journal that another machine writes is one of a run that goes on. There is no
+    journal: there is no run."""
+    for key in sorted(store.list("journal/"), reverse=True):
+        kind = _kind(store.get_bytes(key))
+        if kind not in _SILENT:
+            return kind != "end"
+    return False
+
+
+def _kind(data: bytes) -> Optional[str]:
+    """The kind of a record; one that is cut tells that somebody was writing."""
+    try:
+        return str(json.loads(data)["kind"])
+    except (ValueError, KeyError, TypeError):
+        return None
