@@ -133,7 +133,8 @@ def job_spec(
         asked = replace(asked, vertex=replace(asked.vertex or Vertex(), project=project))
     name = f"{run_name}-j{index}"
     local = asked.backend == "local"
-    work = str(home / "local" / name) if local else f"/tmp/launch/{name}"
+    # Elsewhere below that machine's own temporary folder.
+    work = str(home / "local" / name) if local else f"launch/{name}"
     job = Job(
         run=run_id,
         name=run_name,

@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.parse
 import zlib
@@ -92,7 +93,8 @@ class Spec:
             raise BootError(CONFIG, f"{path}: {wrong}")
         self.raw: dict[str, Any] = raw
         self.job, self.bundle, self.root = raw["job"], raw["bundle"], raw["root"].rstrip("/")
-        self.work, self.workers = Path(raw["work"]).absolute(), int(raw["workers"])
+        self.work = Path(tempfile.gettempdir(), raw["work"]).absolute()  # an absolute one stays
+        self.workers = int(raw["workers"])
         self.nodes, self.node = int(raw["nodes"]), 0
         if self.nodes > 1:  # they may share a disk, or be rehearsed on one machine
             self.work = self.work / _task(os.environ)

@@ -18,6 +18,10 @@ from trainer.store import NotFound, Store, StoreError, atomic_write, open_store
 MARKER = "control/stop.json"
 #: Seconds between two looks for the marker in the store.
 _LOOK = 5.0
+#: Seconds between two looks for a new checkpoint or crash dump, which is sent at once.
+_HURRY = 0.5
+#: What changes when there is one.
+_URGENT = ("checkpoints/last.json", "crash_dump.pt")
 
 Say = Callable[[str], None]
 
@@ -50,7 +54,8 @@ class RemoteRoot:
             self.say(f"restored {checkpoint.relative_to(self.folder)} from {self.store.uri}")
         self._take_marker()
         self._mirror.start()
-        threading.Thread(target=self._watch, name="marker", daemon=True).start()
+        for act in (self._watch, self._hurry):
+            threading.Thread(target=act, name=act.__name__, daemon=True).start()
 
     def close(self, bound: float) -> list[str]:
         """Send what is left, for at most `bound` seconds; what is still missing, one line each."""
@@ -79,6 +84,24 @@ class RemoteRoot:
             with contextlib.suppress(StoreError):
                 if self._take_marker():
                     return
+
+    def _hurry(self) -> None:
+        """A machine may be taken at any moment: a checkpoint does not wait for the next look."""
+        known = self._urgent()
+        while not self._done.wait(_HURRY):
+            found = self._urgent()
+            if found != known:
+                self._mirror.poke()
+            known = found
+
+    def _urgent(self) -> dict[Path, int]:
+        """When each was written last, of the run and of a pipeline's stages."""
+        found = {}
+        for pattern in (f"{level}{name}" for level in ("", "*/") for name in _URGENT):
+            for path in self.folder.glob(pattern):
+                with contextlib.suppress(FileNotFoundError):
+                    found[path] = path.stat().st_mtime_ns
+        return found
 
     def _take_marker(self) -> bool:
         try:

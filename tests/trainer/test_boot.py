@@ -127,6 +127,13 @@ def test_a_secret_that_is_not_there_is_one_line_and_78(
     assert not log(tmp_path)
 
 
+def test_a_relative_work_folder_lies_in_the_machines_temporary_folder(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    spec = specification(tmp_path, work="launch/x-a1")
+    assert run(tmp_path, spec, TMPDIR=str(tmp_path / "tmp")) == (0, "")
+    assert read(tmp_path / "tmp" / "launch" / "x-a1" / "result.json")["exit_code"] == 0
+
+
 # The log.
 
 

@@ -12,12 +12,16 @@ import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.stub_jobs import eventually
 from tests.trainer.cloud_jobs import ROOT, SAVES, Cloud, cloud, ended
+from trainer.manifest import seal
+from trainer.remote_root import RemoteRoot
+from trainer.store import FileStore, atomic_write
 
 SECRET = "s3cr3t-value-of-the-token"
 
@@ -333,3 +337,21 @@ def test_boot_reads_the_bundle_that_lies_beside_it(it: Cloud) -> None:
         capture_output=True, env={**os.environ, **it.server.environ()},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "ran\nexit code 0: ended\n"), done.stderr
+
+
+@pytest.mark.parametrize("stage", ["", "student/"])
+def test_a_new_checkpoint_does_not_wait_for_the_next_look(stage: str, tmp_path: Path) -> None:
+    spec: Any = SimpleNamespace(folder=tmp_path / "here", work=tmp_path, node=0)
+    store = FileStore(tmp_path / "store")
+    root = RemoteRoot(spec, store, lambda line: None)
+    root._mirror.period = 3600.0
+    atomic_write(spec.folder / "run_meta.json", "{}")
+    root.open()
+    eventually(lambda: store.exists("run_meta.json"), "the end of its first look")
+    folder = spec.folder / f"{stage}checkpoints/step-3"
+    atomic_write(folder / "model.safetensors", "weights")
+    seal(folder, 3)
+    atomic_write(folder.parent / "last.json", '{"v": 1, "step": 3, "path": "step-3"}')
+    name = f"{stage}checkpoints/step-3/MANIFEST.json"
+    eventually(lambda: store.exists(name), "the checkpoint in the store")
+    assert root.close(30) == []
