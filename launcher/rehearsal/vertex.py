@@ -2,7 +2,7 @@
 
 A job's states follow the clock. What happens to it is a `Stub` (a script of states, lines and an
 end) or a real process of this machine (`processes.py`). Scheduling strategies, machine types and
-images are accepted as they are: no catalogue is kept. Not served: gRPC, persistent resources.
+images are accepted as they are: no catalogue is kept. Not served: persistent resources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.google import library
 from launcher.rehearsal.http import HttpError, Request, Response
 from launcher.rehearsal.logging import Logging
 from launcher.rehearsal.processes import Processes, spawn
-from launcher.rehearsal.routes import dispatch, parse, routes, to_json
+from launcher.rehearsal.routes import Method, dispatch, parse, routes, to_json
 
 _CLIENT = "google.cloud.aiplatform_v1"
 types = library(f"{_CLIENT}.types")
@@ -154,18 +154,14 @@ class Vertex:
         self._jobs: dict[str, _Job] = {}
         self._next = 4_606_000_000_000_000_001
         self._lock = threading.RLock()
-        methods: list[tuple[str, Any, Callable[[Any], Any]]] = [
-            ("CreateCustomJob", types.CreateCustomJobRequest, self._create),
-            (
-                "GetCustomJob",
-                types.GetCustomJobRequest,
-                self._get,
-            ),
-            ("ListCustomJobs", types.ListCustomJobsRequest, self._list),
-            ("CancelCustomJob", types.CancelCustomJobRequest, self._cancel),
-            ("DeleteCustomJob", types.DeleteCustomJobRequest, self._delete),
+        self.methods = [
+            Method("CreateCustomJob", types.CreateCustomJobRequest, self._locked(self._create)),
+            Method("GetCustomJob", types.GetCustomJobRequest, self._locked(self._get)),
+            Method("ListCustomJobs", types.ListCustomJobsRequest, self._locked(self._list)),
+            Method("CancelCustomJob", types.CancelCustomJobRequest, self._locked(self._cancel)),
+            Method("DeleteCustomJob", types.DeleteCustomJobRequest, self._locked(self._delete)),
         ]
-        self._routes = [route for method in methods for route in routes(_TRANSPORT, *method)]
+        self._routes = routes(_TRANSPORT, self.methods)
         for file in sorted((self.folder or Path("/nowhere")).glob("job-*.json")):
             self._load(json.loads(file.read_text()))
 
@@ -173,6 +169,16 @@ class Vertex:
         with self._lock:
             self.advance()
             return dispatch(self._routes, request)
+
+    def _locked(self, act: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`act` on jobs that are where the clock says they are, by one caller at a time."""
+
+        def alone(asked: Any) -> Any:
+            with self._lock:
+                self.advance()
+                return act(asked)
+
+        return alone
 
     def advance(self) -> None:
         """Let every job be where the clock says it is."""
