@@ -36,6 +36,8 @@ _TERM = re.compile(
 )
 _LABEL = re.compile(r"[\w-]{0,63}")
 _OVER = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "PARTIALLY_SUCCEEDED")
+#: Exit codes of a process that did not leave by itself.
+_KILLED = (137, 143)
 #: Seconds that a cancelled job needs to end.
 _CANCELLING = 3.0
 
@@ -94,14 +96,16 @@ class Stub:
 
 @dataclass(frozen=True)
 class Real:
-    """The job's command runs as processes of this machine; after `preempted` seconds they are
-    told to leave, as on a machine that is taken back. When one fails, all are started again up to
+    """The job's command runs as processes of this machine. After `preempted` seconds, or as soon as
+    an object whose URI holds the regular expression `preempted_on` is written, they are told to
+    leave, as on a machine that is taken back. When one fails, all are started again up to
     `restarts` times, as the service does by itself."""
 
     queued: float = 1.0
     pending: float = 1.0
     preempted: Optional[float] = None
     restarts: int = 0
+    preempted_on: Optional[str] = None
 
 
 @dataclass
@@ -116,6 +120,7 @@ class _Job:
     said: int = 0
     processes: Optional[Processes] = None
     restarts: int = 0
+    taken: bool = False  # the machine was taken back
 
     @property
     def number(self) -> str:
@@ -152,6 +157,7 @@ class Vertex:
 
     def __post_init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
+        self._news: deque[str] = deque()
         self._next = 4_606_000_000_000_000_001
         self._lock = threading.RLock()
         self.methods = [
@@ -183,10 +189,16 @@ class Vertex:
     def advance(self) -> None:
         """Let every job be where the clock says it is."""
         with self._lock:
+            news = [self._news.popleft() for _ in range(len(self._news))]
             for job in self._jobs.values():
                 if job.end is None:
+                    self._notice(job, news)
                     self._advance(job, self.clock.now())
                     self._keep(job)
+
+    def written(self, uri: str) -> None:
+        """An object was written: jobs look at it when the clock moves on."""
+        self._news.append(uri)  # no lock: the writer holds one of its own
 
     def remove(self, number: str) -> None:
         """A job is deleted behind everybody's back."""
@@ -327,8 +339,10 @@ class Vertex:
 
     def _exited(self, job: _Job, code: int) -> Optional[End]:
         """The end of a job whose processes have left, or None: they are to start again."""
+        if job.taken and code in _KILLED:
+            return PREEMPTED
         allowed = job.fate.restarts if isinstance(job.fate, Real) else 0
-        if code == 0 or job.cancelled is not None or job.restarts >= allowed:
+        if code == 0 or job.taken or job.cancelled is not None or job.restarts >= allowed:
             return exited(code)
         job.restarts += 1
         if job.processes is not None:
@@ -342,6 +356,16 @@ class Vertex:
                 job.message, job.project, job.place, self.environ, self._writer(job)
             )
         if fate.preempted is not None and now >= job.begins + fate.preempted:
+            self._take(job)
+
+    def _notice(self, job: _Job, written: list[str]) -> None:
+        on = job.fate.preempted_on if isinstance(job.fate, Real) else None
+        if on and job.processes is not None and any(re.search(on, uri) for uri in written):
+            self._take(job)
+
+    def _take(self, job: _Job) -> None:
+        job.taken = True
+        if job.processes is not None:
             job.processes.ask()
 
     def _writer(self, job: _Job) -> Callable[[str, str], None]:
