@@ -1,5 +1,5 @@
-"""`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone.
-Exit codes: docs/contracts.md."""
+"""`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone;
+`stand-ins JOB.json FOLDER URI`: what a rehearsal of the job reads. Exit codes: docs/contracts.md."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,11 +26,19 @@ def main(arguments: list[str]) -> int:
     if not command:
         sys.stderr.write(USAGE + "\n")
         return CONFIG
+    if command == "stand-ins" and len(arguments) == 4:
+        return _failing(lambda: stand_ins(*arguments[1:]))
     if command != "smoke" and (len(arguments) != 2 or command != "run"):
         print_error(f"not understood: {' '.join(arguments)!r}; {USAGE}")
         return CONFIG
+    return _failing(
+        lambda: smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))
+    )
+
+
+def _failing(act: Callable[[], int]) -> int:
     try:
-        return smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))
+        return act()
     except ConfigError as error:
         print_error(str(error))
         return CONFIG
@@ -82,6 +91,19 @@ def smoke(flags: list[str]) -> int:
     with runtime.start() as process:
         test.run(config, process, say)
         process.barrier()  # a rank that leaves first would have torchrun end the others
+    return OK
+
+
+def stand_ins(job: str, folder: str, place: str) -> int:
+    """Small files and models for a job, and the job for them; its changes, one a line."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    from transformers.utils import logging
+
+    from trainer.stand_ins import write
+
+    logging.disable_progress_bar()
+    for note in write(load_job(job), Path(folder), place):
+        say(note)
     return OK
 
 

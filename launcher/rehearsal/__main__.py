@@ -61,9 +61,7 @@ def _prepare(server: Google, options: argparse.Namespace) -> None:
     usual = Real(preempted=options.preempt, restarts=options.restarts)
     server.vertex.fate = Stub() if options.stubs else usual
     if options.preempt_on is not None:
-        server.vertex.fates.append(
-            Real(restarts=options.restarts, preempted_on=options.preempt_on)
-        )
+        server.vertex.fates.append(Real(restarts=options.restarts, preempted_on=options.preempt_on))
 
 
 def _noting(file: Path) -> Callable[[str, str, int], None]:
