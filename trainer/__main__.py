@@ -1,5 +1,5 @@
 """`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone;
-`stand-ins JOB.json FOLDER URI`: what a rehearsal of the job reads. Exit codes: docs/contracts.md."""
+`stand-ins JOB.json FOLDER URI`: what a rehearsal reads. Exit codes: docs/contracts.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Small stand-ins for what a job reads from buckets and hubs, and the job that is fit for them.
 
-`python -m trainer stand-ins JOB.json FOLDER gs://BUCKET/PLACE`: below FOLDER/objects/BUCKET/... lies
-what belongs at gs://BUCKET/...; FOLDER/job.json is the job with few steps, short rows and tiny
+`python -m trainer stand-ins JOB.json FOLDER gs://BUCKET/PLACE`: below FOLDER/objects/BUCKET/ lies
+what belongs below gs://BUCKET/; FOLDER/job.json is the job with few steps, short rows and tiny
 random models; FOLDER/notes.txt says each change in one line. Nothing is read from a network.
 """
 

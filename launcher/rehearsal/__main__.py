@@ -93,7 +93,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--stubs", action="store_true", help="jobs follow a script, nothing runs")
     add("--preempt", type=float, metavar="S", help="take every job's machine after S seconds")
     add("--preempt-on", metavar="REGEX", type=_pattern,
-        help="take the first job's machine once an object with such a gs:// URI is written")  # fmt: skip
+        help="take the first job's machine once such a gs:// URI is written")  # fmt: skip
     add("--restarts", type=int, default=0, help="start a failed worker again so often in a job")
     add("--while-open", action="store_true", help="end, too, when standard input is closed")
     return parser.parse_args(arguments)
