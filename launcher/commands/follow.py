@@ -17,8 +17,6 @@ from launcher.run import Run
 _LAST_LINES = 20
 _BEFORE = "--- the last lines logged before this command ---"
 _SINCE = "--- logged since ---"
-#: What Ctrl-C does to most commands that follow.
-DETACHES = "Ctrl-C detaches; the run goes on"
 
 
 def follow(run: Run, env: Env, *, since: float, as_json: bool) -> int:
@@ -41,8 +39,8 @@ def follow(run: Run, env: Env, *, since: float, as_json: bool) -> int:
     return int(ended.exit_code or 0)
 
 
-def watch(run: Run, env: Env, *, since: float, as_json: bool, hint: str = DETACHES) -> Run:
-    """Show the run until it is over. Ctrl-C is the caller's; `hint` says what it does."""
+def watch(run: Run, env: Env, *, since: float, as_json: bool, hint: str = "") -> Run:
+    """Show the run until it is over. Ctrl-C is the caller's; `hint` says what it does there."""
     if console.can_show_live() and not as_json:
         return _live(run, env, since, hint)
     return _plain(run, env, since, console.notice if as_json else console.say)
@@ -136,11 +134,11 @@ def _told(lines: Iterable[Line], since: float, write: Callable[[str], None]) -> 
 
 
 def _live(run: Run, env: Env, since: float, hint: str) -> Run:
-    from launcher.commands.live import View
+    from launcher.commands.live import DETACHES, View
 
     recent: deque[Line] = deque(maxlen=_LAST_LINES)
     last = run
-    with View(hint) as view:
+    with View(hint or DETACHES) as view:
         for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
             recent.extend(lines)
             view.run(last, env.clock.now())
