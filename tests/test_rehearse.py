@@ -33,7 +33,10 @@ from launcher.rehearsal.gcs_state import Objects  # isort: skip
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 KD_L4 = RECIPES / "kd_l4.yaml"
-VERTEX = sorted(path for path in RECIPES.glob("*.yaml") if "backend: vertex" in path.read_text())
+VERTEX = sorted(
+    path for path in RECIPES.glob("*.yaml")
+    if recipe.load(path, environ={}).recipe.stages[0].hardware.backend == "vertex"
+)  # fmt: skip
 BUCKET, RUNS = "my-bucket", "gs://my-bucket/runs/"
 #: The random values that the rehearsal gives to secrets.
 SECRET = re.compile(rb"rehearsal-[0-9a-f]{24}")

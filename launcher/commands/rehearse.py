@@ -13,13 +13,14 @@ from launcher import api, console, home, shipped
 from launcher.backends.base import Phase, Ref
 from launcher.commands import follow
 from launcher.errors import Exit, LaunchError, Leaked, UsageError
-from launcher.rehearse import Rehearsal
+from launcher.rehearse import Rehearsal, refuse
 
 if TYPE_CHECKING:
     from launcher.run import Run
 
 _BUNDLES = r"/launch/bundles/"
 _HINT = "Ctrl-C ends the rehearsal and everything that it started"
+_REFUSAL = "a rehearsal asks as the run would, and there is no terminal to ask on"
 _LOOK = 0.1
 _LONGEST_LOOK = 120.0
 
@@ -42,6 +43,9 @@ def rehearse(
             what = f"{option} does not go with --rehearse"
             raise UsageError(what, "a rehearsal ends with its command, and starts real jobs here")
     loaded = api.validate(shipped.find(recipe), overrides, on)
+    refuse(loaded.recipe)
+    if not yes and not console.can_ask():  # before anything is started
+        raise UsageError(_REFUSAL, "add --yes to go on without being asked")
     began = time.monotonic()
     console.notice(f"a rehearsal of {loaded.recipe.name}: no account, no cloud, nothing is billed")
     with _interruptible(), Rehearsal(loaded, api.env().home, keep) as world:
@@ -69,15 +73,14 @@ def _keep(world: Rehearsal, failed: bool) -> None:
 
 def _through(world: Rehearsal, yes: bool, as_json: bool, began: float) -> int:
     """Plan, ask, start, follow to the end, start once more, tear down, look for leftovers."""
-    from launcher.plan import refuse
+    from launcher import plan
 
     planned = api.plan(world.recipe)
-    refuse(planned)
+    plan.refuse(planned)
     for line in planned.lines() if not as_json else ():
         if not line.startswith("artifacts:"):
             console.notice(line)
-    refusal = "a rehearsal asks as the run would, and there is no terminal to ask on"
-    if not yes and not console.confirm("Start the rehearsal?", refusal):
+    if not yes and not console.confirm("Start the rehearsal?", _REFUSAL):
         console.notice("nothing was started")
         return Exit.OK
     since = api.env().clock.now()
