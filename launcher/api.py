@@ -42,10 +42,11 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
+    from launcher import wheels
     from launcher.plan import make
     from launcher.start import commit_of
 
-    loaded = validate(path, overrides, on)
+    loaded = wheels.resolved(validate(path, overrides, on))
     made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
     return replace(made, notes=(*made.notes, *loaded.notes()))
 
@@ -61,7 +62,7 @@ def up(
     trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import bundle, driver, start, view
+    from launcher import bundle, driver, start, view, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
@@ -71,6 +72,7 @@ def up(
         same = next(view.live_like(here, wanted), None) if wanted else None
         if same is not None:
             return attach(same)
+        loaded = wheels.resolved(loaded)
         refuse(make(loaded.recipe, here, packed))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))

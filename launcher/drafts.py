@@ -23,7 +23,7 @@ BLOCKS = (
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
-       "budget", "retry", "env", "secrets", "artifacts", *SHARED)  # fmt: skip
+       "budget", "retry", "env", "secrets", "artifacts", "tensorboard", *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)
 NAME_RULE = "write a lower-case letter, then at most 39 of a-z, 0-9 and -"
 #: Folders that the artifact root needs for itself (docs/contracts.md).
@@ -73,9 +73,10 @@ def place_on(on: str, tree: Node, stages: list[Draft]) -> tuple[Node, list[Draft
     if on != "local":
         return tree, placed
     keys = dict(tree.map)
-    artifacts, secrets = keys.get("artifacts"), keys.get("secrets")
-    if artifacts is not None and artifacts.at.line and "://" in str(artifacts.value):
-        del keys["artifacts"]
+    for key in ("artifacts", "tensorboard"):
+        if (node := keys.get(key)) and node.at.line and "://" in str(node.value):
+            del keys[key]
+    secrets = keys.get("secrets")
     if secrets is not None and isinstance(secrets.value, dict):
         here = {name: _from_environment(name, node) for name, node in secrets.map.items()}
         keys["secrets"] = replace(secrets, value=here)
@@ -244,7 +245,7 @@ def _moved(hardware: Node, on: str, at: Position) -> dict[str, Node]:
     if before != on:
         foreign = {"places", *backends.names()} - {on}
         if on == "local":
-            foreign |= {"capacity", "nodes"}
+            foreign |= {"capacity", "nodes", "environment"}
             accelerator = keys.get("accelerator")
             if accelerator is None or not str(accelerator.value).startswith("cpu"):
                 foreign.add("accelerator")
@@ -269,6 +270,7 @@ def _resolved(node: Node) -> Node:
         "targets": {"teacher": _model_path},
         "merge": dict.fromkeys(("adapter", "base"), _model_path),
         "export": {"model": _model_path},
+        "train": {"resume": _data_path},
     }
     for block, changes in references.items():
         if block in keys:
@@ -281,6 +283,9 @@ def _resolved(node: Node) -> Node:
     if "data" in keys:
         files = {"train": _source_paths, "validation": _source_paths, "chat_template": _template}
         keys["data"] = _change(keys["data"], files)
+    if "hardware" in keys:
+        listed = {"environment": lambda n: _change(n, {"wheels": _wheel_paths})}
+        keys["hardware"] = _change(keys["hardware"], listed)
     return replace(node, value=keys)
 
 
@@ -296,6 +301,12 @@ def _source_paths(node: Node) -> Node:
         return node
     paths = {"path": _data_path, "manifest": _data_path, "hf": _hub_folder}
     return replace(node, value=[_change(source, paths) for source in node.value])
+
+
+def _wheel_paths(node: Node) -> Node:
+    if not isinstance(node.value, list):
+        return node
+    return replace(node, value=[_change(wheel, {"source": _data_path}) for wheel in node.value])
 
 
 def _hub_folder(node: Node) -> Node:

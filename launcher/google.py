@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -199,6 +200,8 @@ def _anonymous() -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _storage(found: Any, emulator: Optional[str]) -> Any:
+    # Else the library asks for the bucket's own facts in a thread, for traces that nobody records.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     options = {"api_endpoint": emulator.rstrip("/")} if emulator else None
     client = library("google.cloud.storage").Client
     return client(project="-", credentials=found, client_options=options)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher import backends, hardware
+from launcher import backends, hardware, wheels
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.rules import STAGE_REFERENCE
@@ -115,9 +115,7 @@ def artifact_root(recipe: Recipe, run_id: str, run_name: str, home: Path) -> str
     runs may not share a folder."""
     if recipe.artifacts is None:
         return str(home / "runs" / run_id / "artifacts")
-    if "{run}" in recipe.artifacts:
-        return recipe.artifacts.replace("{run}", run_name)
-    return f"{recipe.artifacts.rstrip('/')}/{run_name}"
+    return _of_run(recipe.artifacts, run_name)
 
 
 def job_spec(
@@ -162,6 +160,10 @@ def job_spec(
         "deadline_seconds": "${deadline}",
         "grace_seconds": 600,
     }
+    if shipped := wheels.shipped(asked.environment):
+        boot["wheels"] = shipped
+    if recipe.tensorboard is not None:
+        boot["tensorboard"] = _of_run(recipe.tensorboard, run_name)
     labels = {"launch-run": run_id, "launch-owner": owner}
     return JobSpec(run_id, name, asked, boot, labels, recipe.env, recipe.secrets)
 
@@ -231,7 +233,13 @@ def make(
         spec = job_spec(
             recipe, run_id, run_name, index, root, env.home, bundle, env.owner, env, commit
         )
+        notes += wheels.lines(index, spec.hardware.environment)
         planned.append(_plan_job(index, stages, spec, recipe.budget, env, notes, refusals))
+    notes += [
+        f"stage {stage.id} goes on from {stage.train.resume} where it has no checkpoint of its own"
+        for stage in recipe.stages
+        if stage.train is not None and stage.train.resume is not None
+    ]
     rates = [job.usd_per_hour for job in planned]
     rate = None if None in rates else max(r for r in rates if r is not None)
     total = _total(rate, recipe.budget)
@@ -315,6 +323,12 @@ def _stage_config(recipe: Recipe, stage: Stage, root: str) -> StageConfig:
 
 def _join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
+
+
+def _of_run(folder: str, run_name: str) -> str:
+    if "{run}" in folder:
+        return folder.replace("{run}", run_name)
+    return f"{folder.rstrip('/')}/{run_name}"
 
 
 def _total(rate: Optional[float], budget: Budget) -> Optional[float]:

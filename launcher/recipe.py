@@ -31,13 +31,15 @@ VERSION = 1
 @dataclass(frozen=True)
 class Loaded:
     """`canonical` is the resolved recipe as JSON-able data, `fingerprint` the sha256 of it,
-    `defaults` what stood in for variables that are not set (`${VAR:-default}`)."""
+    `defaults` what stood in for variables that are not set (`${VAR:-default}`), `written` each
+    stage's tree, for the positions of what is found wrong with it later."""
 
     recipe: Recipe
     canonical: dict[str, Any]
     fingerprint: str
     path: Path
     defaults: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, Node] = field(default_factory=dict, repr=False, compare=False)
 
     def notes(self) -> list[str]:
         """What a reader of the plan should know about it: a line per default that is in use."""
@@ -60,17 +62,22 @@ def load(
     Errors: `RecipeErrors`, every problem of the recipe, sorted by position."""
     problems: Problems = []
     sources = Sources(os.environ if environ is None else environ, problems)
-    recipe = _read(sources, str(path), overrides, on)
+    written: dict[str, Node] = {}
+    recipe = _read(sources, str(path), overrides, on, written)
     if recipe is None or problems:
         raise RecipeErrors(list(dict.fromkeys(f"{at}: {what}" for at, what in sorted(problems))))
     canonical = to_dict(recipe)
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Loaded(recipe, canonical, digest, Path(path), sources.defaults)
+    return Loaded(recipe, canonical, digest, Path(path), sources.defaults, written)
 
 
 def _read(
-    sources: Sources, path: str, overrides: Iterable[str], on: Optional[str]
+    sources: Sources,
+    path: str,
+    overrides: Iterable[str],
+    on: Optional[str],
+    written: dict[str, Node],
 ) -> Optional[Recipe]:
     tree = sources.file(path, Position(path), ())
     if tree is None:
@@ -82,6 +89,7 @@ def _read(
     if "pipeline" in tree.map:
         _without_effect(values, tree, stages, sources.problems)
     typed = [_stage(stage, stages, sources) for stage in stages]
+    written.update((stage.id, stage.node) for stage in stages)
     return _whole(tree, [stage for stage in typed if stage is not None], stages, sources)
 
 
@@ -159,7 +167,8 @@ def _whole(
     _version_and_name(tree, sources.problems)
     top: dict[str, Any] = {}
     for key, kind in (("description", str), ("budget", Budget), ("retry", Retry),
-                      ("env", Mapping[str, str]), ("artifacts", str)):  # fmt: skip
+                      ("env", Mapping[str, str]), ("artifacts", str),
+                      ("tensorboard", str)):  # fmt: skip
         node = tree.get(key)
         if node is not None and node.value is not None:
             found: list[Problem] = []

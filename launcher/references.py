@@ -32,13 +32,15 @@ def reference_problems(
 ) -> Iterator[Problem]:
     """Local folders that are not there, and an adapter where a whole model is needed. `earlier`:
     the stages that this one waits for."""
-    for path, given in _references(stage):
-        stores = path[-1] in ("targets", "logits_dir")
+    for path, given in references(stage):
+        stores = path[-1] in ("targets", "logits_dir", "resume")
         place = _local(given, named=not stores)
         if place is None:
             continue
         if stage.hardware.backend == "vertex":
-            instead = "write gs://BUCKET/..." if stores else "name a model of the hub, or a stage"
+            instead = "write gs://BUCKET/..."
+            if not stores:
+                instead += ", or name a model of the hub, or a stage"
             yield path, f"a Vertex AI job cannot read this machine's files; {instead}"
         elif stage.hardware.backend == "local":
             what = _absent(place, earlier, written)
@@ -54,7 +56,7 @@ def reference_problems(
             )
 
 
-def _references(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
+def references(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
     """(path of the key, what it says) of every reference that the stage has."""
     for block, keys in (
         ("model", ("name", "tokenizer")),
@@ -62,6 +64,7 @@ def _references(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
         ("targets", ("teacher",)),
         ("merge", ("adapter", "base")),
         ("export", ("model",)),
+        ("train", ("resume",)),
     ):
         for key in keys:
             given = getattr(getattr(stage, block), key, None)

@@ -254,6 +254,9 @@ def _few_workers(asked: Hardware, project: str, notes: list[str]) -> Hardware:
         vertex = replace(vertex, image="rehearsal/trainer:1")
         notes.append("hardware.vertex.image: none is needed")
     few = replace(asked, vertex=vertex)
+    if asked.environment is not None:
+        few = replace(few, environment=None)
+        notes.append("hardware.environment: left out, since this machine is not of that image")
     counts = [n for n in hardware.counts(accelerator.kind, "gcp") if n <= _MOST_WORKERS]
     if accelerator.count > _MOST_WORKERS and counts:
         name = f"{accelerator.kind.name}:{max(counts)}"

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import backends, hardware
+from launcher import backends, hardware, wheels
 from launcher.positions import Node, Problems
-from launcher.references import Written, reference_problems
+from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
 from trainer.config import KeyPath, Problem, nearest, to_dict
 
@@ -21,6 +21,7 @@ _SECRET = re.compile(
     r"env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
 )
 _DATA = (".jsonl", ".txt")  # what trainer.data reads
+_BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
 _SECRET_FORMS = "env://NAME or secret-manager://PROJECT/NAME"
@@ -48,10 +49,12 @@ def stage_problems(
     """Problems of one stage. `earlier`: stages it can reach; `known`: all ids, in order;
     `complete`: nothing was left out because of problems of its own; `written`: by other stages."""
     yield from _hardware(stage)
+    yield from wheels.problems(stage.hardware)
     if complete:
         yield from _training(stage)
     yield from _references(stage, earlier, known)
     yield from reference_problems(stage, earlier, written)
+    yield from _schemes(stage)
     for index, gate in enumerate(stage.gate):
         for key, what in _gate(gate, stage, earlier, known):
             yield ("gate", index, key), what
@@ -66,9 +69,18 @@ def recipe_problems(
 ) -> Iterator[Problem]:
     """Problems between the backends `used` and what the recipe says once, at its top."""
     artifacts = top.get("artifacts")
-    text = artifacts or ""
-    if wrong := set(re.findall(r"\{[^}]*\}?", text)) - {"{run}"}:
-        yield ("artifacts",), f"{min(wrong)} is not known; only {{run}} is filled in"
+    text, board = artifacts or "", top.get("tensorboard")
+    for key, value in (("artifacts", text), ("tensorboard", board or "")):
+        if wrong := set(re.findall(r"\{[^}]*\}?", value)) - {"{run}"}:
+            yield (key,), f"{min(wrong)} is not known; only {{run}} is filled in"
+    if board is not None and not _BUCKET.fullmatch(board):
+        yield ("tensorboard",), "write gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
+    elif board is not None and not _BUCKET.fullmatch(text):
+        yield (
+            ("tensorboard",),
+            "is where a run with `artifacts` in a bucket copies its event files to; name a bucket "
+            "there, or leave this out",
+        )
     if "vertex" in used and not text.startswith("gs://"):
         yield ("artifacts",), "backend 'vertex' needs a bucket: gs://BUCKET/FOLDER/{run}"
     if "local" in used and "://" in text.removeprefix("file://"):
@@ -279,9 +291,18 @@ def _local_data(stage: Stage) -> Iterator[Problem]:
             yield path, f"{text} is no data file: name a folder, a .jsonl or a .txt file"
 
 
+def _schemes(stage: Stage) -> Iterator[Problem]:
+    """URIs that no job can read."""
+    seconds = stage.train.seconds_of if stage.train is not None else None
+    of_train = [(("train", "seconds_of"), seconds)] if seconds is not None else []
+    for path, text in (*_data_files(stage), *references(stage), *of_train):
+        if "://" in text and not text.startswith("file://") and not _BUCKET.fullmatch(text):
+            yield path, f"cannot read {text}: write gs://BUCKET/NAME, s3://BUCKET/NAME or a path"
+
+
 def _cloud_data(stage: Stage) -> Iterator[Problem]:
     for path, text in _data_files(stage):
-        if text and "${stage:" not in text and not text.startswith("gs://"):
+        if text and "${stage:" not in text and not _BUCKET.fullmatch(text):
             yield path, "a Vertex AI job cannot read this machine's files; write gs://BUCKET/..."
 
 

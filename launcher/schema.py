@@ -77,6 +77,7 @@ def _recipe() -> dict[str, Any]:
             }
         ),
         "artifacts": _optional(_text("Where a run's files go; {run} is the run's name.")),
+        "tensorboard": _optional(_text("Another bucket folder for TensorBoard's files.")),
     }
     assert set(keys) == set(drafts.TOP)
     complete = {"required": ["launch", "name"]}
@@ -107,8 +108,8 @@ def _stage_keys(allowed: tuple[str, ...]) -> dict[str, Any]:
     }
     return {
         **blocks,
-        "stage": {"enum": list(STAGES)},
-        "gate": {"anyOf": [gate, {"type": "array", "items": gate}]},
+        "stage": _optional({"enum": list(STAGES)}),
+        "gate": {"anyOf": [gate, {"type": "array", "items": gate}, {"type": "null"}]},
     }
 
 

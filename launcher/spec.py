@@ -29,6 +29,9 @@ from trainer.config import (
 NAME = re.compile(r"^[a-z][a-z0-9-]{0,39}$")
 _ACCELERATOR = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9][0-9]*)?\Z")
 _DURATION = re.compile(r"^[0-9]+(\.[0-9]+)?[smhd]\Z")
+_VERSION = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){1,2}\Z")
+_MAJOR = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){0,2}\Z")
+_SHA256 = re.compile(r"^[0-9a-fA-F]{64}\Z")
 CapacityName = Literal["spot", "standard", "flex", "reserved"]
 
 
@@ -42,14 +45,62 @@ class Local(Strict):
 @dataclass(frozen=True)
 class Vertex(Strict):
     """Vertex AI custom jobs. Unset fields: `project` from the environment, `machine` from the
-    hardware table, `image` from the backend's dated default. `network`:
-    projects/NUMBER/global/networks/NAME, for a peered VPC."""
+    hardware table, `image` from the backend's dated default, `disk_gb` (of the boot disk, which
+    holds the work folder) from the service. `network`: projects/NUMBER/global/networks/NAME, for a
+    peered VPC."""
 
     project: Optional[str] = None
     image: Optional[str] = None
     machine: Optional[str] = None
     service_account: Optional[str] = None
     network: Optional[str] = None
+    disk_gb: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        fits = self.disk_gb is None or 100 <= self.disk_gb <= 64000
+        require(self, disk_gb=(fits, "must be 100 to 64000"))
+
+
+@dataclass(frozen=True)
+class Wheel(Strict):
+    """A built package that the job installs. `source`: a `.whl`, or a folder of them to choose from
+    when the run is planned. `version`: that one (default: the newest that fits). `sha256`: of the
+    file; without it `SHA256SUMS` or `FILE.whl.sha256` beside the file has to tell."""
+
+    name: str
+    source: str
+    version: Optional[str] = None
+    sha256: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            name=(bool(self.name), "is empty"),
+            source=(bool(self.source), "is empty"),
+            sha256=(self.sha256 is None or bool(_SHA256.match(self.sha256)),
+                    "must be 64 hexadecimal digits"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Environment(Strict):
+    """What the image has, as far as wheels depend on it: versions of Python, torch, the CUDA that
+    torch was built for, its C++ ABI, and the C library."""
+
+    python: Optional[str] = None
+    torch: Optional[str] = None
+    cuda: Optional[str] = None
+    cxx11_abi: bool = True
+    glibc: str = "2.28"
+    wheels: tuple[Wheel, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = {"python": self.python, "torch": self.torch, "cuda": self.cuda, "glibc": self.glibc}
+        require(self, **{
+            name: (value is None or bool((_MAJOR if name == "cuda" else _VERSION).match(value)),
+                   f"must be a version such as {example}")
+            for (name, value), example in zip(given.items(), ("3.11", "2.9", "12.8", "2.28"))
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +112,7 @@ class Hardware(Strict):
     nodes: int = 1
     capacity: tuple[CapacityName, ...] = ("standard",)
     places: tuple[str, ...] = ()
+    environment: Optional[Environment] = None
     local: Optional[Local] = None
     vertex: Optional[Vertex] = None
 
@@ -150,7 +202,8 @@ class Stage(Strict):
 @dataclass(frozen=True)
 class Recipe(Strict):
     """A whole recipe, resolved: `extends`, variables, overrides and pipeline inheritance applied.
-    A recipe without `pipeline:` has one stage. `artifacts` may hold `{run}`."""
+    A recipe without `pipeline:` has one stage. `artifacts` and `tensorboard` may hold
+    `{run}`."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -160,6 +213,7 @@ class Recipe(Strict):
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
     artifacts: Optional[str] = None  # None: $LAUNCH_HOME/runs/<id>/artifacts (local backend only)
+    tensorboard: Optional[str] = None  # gs:// or s3://; None: below `artifacts`, as the rest
     launch: int = 1
 
     @property

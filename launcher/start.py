@@ -22,6 +22,7 @@ from launcher.journal import Journal
 from launcher.plan import artifact_root, cloud_project, jobs, stage_configs
 from launcher.recipe import Loaded, load
 from launcher.spec import Recipe
+from launcher.wheels import resolved
 from trainer.config import dotted, to_dict
 
 
@@ -158,7 +159,7 @@ def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> R
     draft = place / "resume.yaml"
     home.write(draft, as_yaml(before))
     try:
-        after = load(draft, overrides, None, env.environ).recipe
+        after = resolved(load(draft, overrides, None, env.environ)).recipe
     finally:
         draft.unlink(missing_ok=True)
     fixed = {"name": (before.name, after.name),

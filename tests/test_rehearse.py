@@ -173,6 +173,10 @@ def test_every_recipe_for_vertex_can_be_rehearsed(path: Path, tmp_path: Path) ->
 
 def test_few_workers_stand_for_many(tmp_path: Path) -> None:
     values = ["hardware.accelerator=H100:8", "hardware.nodes=4", "hardware.vertex.image=null"]
+    wheel = "{name: flash-attn, source: gs://b/wheels/}"
+    values.append(
+        f"hardware.environment={{python: '3.12', torch: '2.13', cuda: '12.8', wheels: [{wheel}]}}"
+    )
     loaded = recipe.load(KD_L4, values, environ={}).recipe
     small, notes = rehearse.shrunk(loaded, rehearse.configs_of(loaded), "demo")
     hardware = small.stages[0].hardware
@@ -181,7 +185,7 @@ def test_few_workers_stand_for_many(tmp_path: Path) -> None:
         hardware.vertex is not None and hardware.vertex.image and hardware.vertex.project == "demo"
     )
     said = "\n".join(notes)
-    assert "H100:2 instead of H100:8" in said and "2 instead of 4" in said
+    assert "H100:2 instead of H100:8" in said and "2 instead of 4" in said and "environment" in said
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
 """`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone;
-`stand-ins JOB.json FOLDER URI`: what a rehearsal reads. Exit codes: docs/contracts.md."""
+`inputs JOB.json FOLDER`: what the job reads from stores; `stand-ins JOB.json FOLDER URI`: what a
+rehearsal reads instead. Exit codes: docs/contracts.md."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from trainer import copies, inputs
 from trainer.config import ConfigError, Job, load_job
+from trainer.data import DataError
+from trainer.store import StoreError, Transient
 
 OK, ERROR, CONFIG, DATA, ENVIRONMENT, AGAIN = 0, 1, 64, 65, 78, 75
-USAGE = "usage: python -m trainer run JOB.json | smoke [--epochs N ...]"
+USAGE = "usage: python -m trainer run JOB.json | inputs JOB.json FOLDER | smoke [--epochs N ...]"
 
 
 def main(arguments: list[str]) -> int:
@@ -26,25 +28,29 @@ def main(arguments: list[str]) -> int:
     if not command:
         sys.stderr.write(USAGE + "\n")
         return CONFIG
-    if command == "stand-ins" and len(arguments) == 4:
-        return _failing(lambda: stand_ins(*arguments[1:]))
-    if command != "smoke" and (len(arguments) != 2 or command != "run"):
+    wanted = {"run": 2, "inputs": 3, "stand-ins": 4}
+    if command != "smoke" and len(arguments) != wanted.get(command):
         print_error(f"not understood: {' '.join(arguments)!r}; {USAGE}")
         return CONFIG
-    return _failing(
-        lambda: smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))
-    )
-
-
-def _failing(act: Callable[[], int]) -> int:
     try:
-        return act()
+        if command == "inputs":
+            inputs.command(arguments[1], arguments[2], say)
+            return OK
+        if command == "stand-ins":
+            return stand_ins(*arguments[1:])
+        return smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))
     except ConfigError as error:
         print_error(str(error))
         return CONFIG
+    except StoreError as error:
+        print_error(str(error))
+        return AGAIN if isinstance(error, Transient) else ENVIRONMENT
     except ImportError as error:
         print_error(f"cannot import {error.name or error}: install launch-llm[train]")
         return ENVIRONMENT
+    except DataError as error:
+        print_error(str(error))
+        return DATA
     except Exception as error:
         return _explain(error)
 
@@ -53,6 +59,7 @@ def run(job: Job) -> int:
     """The job's stages; those already completed are left out."""
     if job.dry_run:  # before the libraries are imported: they read it once
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    copies.use(job.copies)
     from transformers.utils import logging
 
     from trainer import interrupts, runtime, stages
@@ -64,7 +71,7 @@ def run(job: Job) -> int:
             if process.any(signalled())[0]:
                 say(f"stage {config.id}: not begun, the job was asked to leave")
                 return OK if stages.stop_asked(job) else AGAIN
-            if _completed(Path(config.output)):
+            if inputs.completed(Path(config.output)):
                 say(f"stage {config.id}: completed before, skipped")
                 continue
             if job.dry_run:
@@ -119,27 +126,15 @@ def print_error(line: str) -> None:
     sys.stderr.flush()
 
 
-def _completed(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "run_meta.json").read_text()).get("completed"))
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
 def _explain(error: Exception) -> int:
     from trainer.checkpoint import CheckpointError
-    from trainer.data import DataError
     from trainer.loop import NonFiniteError
     from trainer.smoke import FAILED, GroupError, SmokeFailed
-    from trainer.store import StoreError
 
     if isinstance(error, SmokeFailed):
         print_error(str(error))
         return FAILED
-    if isinstance(error, DataError):
-        print_error(str(error))
-        return DATA
-    if isinstance(error, (CheckpointError, GroupError, StoreError)):
+    if isinstance(error, (CheckpointError, GroupError)):
         print_error(str(error))
         return ENVIRONMENT
     if isinstance(error, NonFiniteError):

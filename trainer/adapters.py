@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
+from trainer import copies
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import Adapter, ConfigError, nearest
 
@@ -154,7 +155,7 @@ def base_of(folder: str | Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{path}: names no base model")
-    return base
+    return copies.here(base)
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
@@ -174,6 +175,9 @@ def save(model: Any, folder: Path, values: Optional[dict[str, Tensor]] = None) -
     save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
+    # Of a copy, its origin: the adapter will be read where the copy is elsewhere.
+    base = config.get("base_model_name_or_path")
+    config["base_model_name_or_path"] = copies.origin(base) if isinstance(base, str) else base
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (folder / CONFIG).write_text(text + "\n")
 

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from trainer import copies
 from trainer.config import Job, Source, StageConfig
 from trainer.data.read import sample_names
 from trainer.data.stream import Rows
@@ -49,7 +50,7 @@ def banner(
         f"seed {train.seed}  precision {runtime.precision}  device {device} x {runtime.world_size}",
         f"attention {getattr(model.config, '_attn_implementation', '?')}"
         f"  flash-attn {flash_attention_status(runtime)}",
-        f"model {config.model.name or 'random' if config.model else '?'}:"
+        f"model {copies.origin(config.model.name or 'random') if config.model else '?'}:"
         f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
         f"{batch} x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
     ]

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from trainer import copies
 from trainer.manifest import STATE, VERSION, Known, seal, verify
 from trainer.store import (
     StoreError,
@@ -112,6 +113,17 @@ class Checkpoints:
             )
         with self._told("the pointer to the best checkpoint"):
             self._point("best", step, val_loss)
+
+    def adopt(self, source: Path, step: int) -> None:
+        """Take a whole checkpoint from elsewhere as `step-<step>`: links where the disk allows it,
+        else copies. Errors: `CheckpointError`, with nothing half-copied left."""
+        temporary = self._hidden("tmp", step)
+        with self._told(f"step {step} of {source}"):
+            make_folder(self.root)
+            shutil.copytree(source, temporary, copy_function=_link)
+            for path in (temporary, *temporary.rglob("*")):
+                fsync(path)
+            self._publish(temporary, self._folder(step), step)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies; None if there is none. Broken ones are skipped with
@@ -232,7 +244,13 @@ def resolve(reference: str, warn: Warn | None = None) -> str:
     `tokenizer/` of a tokenizer stage; any other string unchanged. `warn` hears of broken
     checkpoints that were passed over.
 
-    Errors: `CheckpointError` for a stage folder without a whole checkpoint."""
+    Errors: `CheckpointError` for a stage folder without a whole checkpoint, and for a URI that was
+    not fetched."""
+    if copies.REMOTE.match(reference):
+        raise CheckpointError(
+            f"{reference}: is not on this machine; fetch it first:"
+            " python -m trainer inputs JOB.json FOLDER"
+        )
     folder, which = _local(reference), "last"
     suffix = re.fullmatch(r"(.+)@(best|last)", reference)
     if not folder.is_dir() and suffix:
@@ -381,6 +399,13 @@ def _steps(root: Path) -> list[int]:
     """The steps that have a folder, newest first."""
     found = (_STEP.fullmatch(path.name) for path in _entries(root) if path.is_dir())
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def _pointed(root: Path, name: str) -> int | None:

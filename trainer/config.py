@@ -219,6 +219,7 @@ class Train(Strict):
     limit_batches: Optional[int] = None  # read at most this many micro-batches of the data
     until: Optional[int] = None  # pause after this step; the schedule's horizon stays
     report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    resume: Optional[str] = None  # another run's stage folder, or one of its checkpoints
 
     def __post_init__(self) -> None:
         horizons = [h for h in (self.steps, self.epochs, self.seconds_of) if h is not None]
@@ -375,7 +376,7 @@ class Merge(Strict):
 @dataclass(frozen=True)
 class Export(Strict):
     """A model to be written as a plain Hugging Face folder: to `to` (default: the stage's own
-    folder), or to the Hub with `to: hub:NAME`."""
+    folder; a URI gets a copy), or to the Hub with `to: hub:NAME`."""
 
     model: str
     to: Optional[str] = None
@@ -385,8 +386,9 @@ class Export(Strict):
     def __post_init__(self) -> None:
         require(
             self,
-            to=(self.to is None or (self.to not in ("", "hub:") and "://" not in self.to),
-                "must be a folder, or hub:NAME"),
+            to=(self.to is None or self.to.startswith(("gs://", "s3://"))
+                or (self.to not in ("", "hub:") and "://" not in self.to),
+                "must be a folder, gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or hub:NAME"),
         )  # fmt: skip
 
 
@@ -450,6 +452,7 @@ class Job(Strict):
     project: Optional[str] = None  # cloud project, when there is one
     peak_tflops: Optional[float] = None  # bf16, of one worker's accelerator, when known
     name: Optional[str] = None  # the run's, for people
+    copies: Mapping[str, str] = field(default_factory=dict)  # URI -> its copy on this machine
 
 
 #: The blocks a stage needs and those it may have; the launcher and the trainer both check it.

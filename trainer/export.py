@@ -1,5 +1,5 @@
 """Exporting: a model and its tokenizer as a plain Hugging Face folder, read back before it is
-shown, and sent to the Hub when asked."""
+shown, and sent to a store or to the Hub when asked."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from trainer import adapters
+from trainer import adapters, copies
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import ConfigError, Export
 from trainer.merge import encode_prompts, publish, stored_dtype, write_folder
 from trainer.models import PLAIN_ATTENTION, load_pretrained, load_tokenizer, parameter_count
-from trainer.store import sha256_file
+from trainer.store import StoreError, open_store, sha256_file
 
 HUB = "hub:"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -25,11 +25,12 @@ Say = Callable[[str], None]
 
 
 def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
-    """Write the model at `config.model` to `config.to`; without `to`, and for the Hub, to the
-    stage's `folder`. Returns `parameters` and `bytes`. Errors: `ConfigError` for a reference that
-    is no model, a target that is taken, a missing token; `CheckpointError` when what was written
-    does not read back the same, or the Hub refuses it."""
+    """Write the model at `config.model` to `config.to`; without `to`, and for a store or the Hub,
+    to the stage's `folder`. Returns `parameters` and `bytes`. Errors: `ConfigError` for a reference
+    that is no model, a target that is taken, a missing token; `CheckpointError` when what was
+    written does not read back the same, or the Hub refuses it; `StoreError`."""
     name = config.to.removeprefix(HUB) if config.to and config.to.startswith(HUB) else None
+    remote = copies.REMOTE.match(config.to or "") is not None
     if name is not None:
         _check_hub(name)
     source = resolve(config.model)
@@ -45,10 +46,13 @@ def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
         if name is not None:
             _upload(written, name, config.private)
             say(f"uploaded to the Hub: {name} ({size:,} bytes)")
-    except (ConfigError, CheckpointError):
+        if remote:
+            _send(written, str(config.to))
+            say(f"uploaded: {config.to} ({size:,} bytes)")
+    except (ConfigError, CheckpointError, StoreError):
         shutil.rmtree(written)
         raise
-    if config.to is None or name is not None:
+    if config.to is None or name is not None or remote:
         publish(written, folder)
         say(f"exported: {folder} ({size:,} bytes)")
     else:
@@ -98,6 +102,20 @@ def _move(written: Path, target: Path) -> None:
         shutil.copytree(written, beside)
         beside.rename(target)
         shutil.rmtree(written)
+
+
+def _send(folder: Path, uri: str) -> None:
+    """Put the folder's files into a store; config.json, without which it is no model, comes last.
+    What is there already must be the same: this stage was killed while it wrote."""
+    store = open_store(uri)
+    digests = _digests(folder)
+    there = store.list()
+    differ = [name for name in there if digests.get(name) != store.checksum(name)]
+    if differ:
+        raise ConfigError(f"export.to: {uri} is taken and holds something else ({differ[0]})")
+    for name in sorted(digests, key=lambda name: name == "config.json"):
+        if name not in there:
+            store.put_file(name, folder / name)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -221,6 +221,13 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def configuration(plan: Model, tokenizer: Any) -> Any:
+    """The text configuration of the model that `load_model` makes. Errors: `ConfigError`."""
+    if plan.architecture is not None:
+        return _configuration(plan.architecture, tokenizer)
+    return _load_configuration(str(plan.name)).get_text_config()
+
+
 def _refuse_adapter(reference: str) -> None:
     folder = resolve(reference)
     if adapters.is_adapter(folder):

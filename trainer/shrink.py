@@ -98,7 +98,15 @@ def _data(data: Data, stage: str, notes: list[str]) -> Data:
         train=_sources(data.train, "train", stage, notes),
         validation=_sources(data.validation, "heldout", stage, notes),
         sequence_length=length,
+        chat_template=_template(data.chat_template, notes),
     )
+
+
+def _template(given: Optional[str], notes: list[str]) -> Optional[str]:
+    if not _remote(given):
+        return given
+    notes.append(f"data.chat_template {given}: not on this machine, chatml instead")
+    return "chatml"
 
 
 def _sources(
@@ -134,6 +142,7 @@ def _train(train: Train, notes: list[str]) -> Train:
         epochs=None,
         seconds_of=None,
         until=None,
+        resume=None,
         micro_batch=rows,
         accumulate=2,
         global_batch=None,
@@ -153,7 +162,7 @@ def first_layer(pattern: str) -> StandIn:
 def _check_logits(kd: Distill, asked: tuple[Source, ...], here: tuple[Source, ...]) -> None:
     """The folder of `kd.logits_dir` must be there as in the run itself, with a file of a sample
     where the data is on this machine. Errors: `DataError`."""
-    if kd.logits_dir is not None:
+    if kd.logits_dir is not None and not _remote(kd.logits_dir):
         known = here == expand(asked) if not any(_remote(s.manifest) for s in asked) else False
         sample_files(kd.logits_dir, sample_names(here).values() if known else ())
 

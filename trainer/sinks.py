@@ -159,10 +159,10 @@ class WandB:
             console="off",
             disable_code=True,
             disable_git=True,
-            init_timeout=30,
             silent=True,
             x_disable_meta=True,
             x_disable_stats=True,
+            x_service_wait=90.0,  # a busy machine takes its time to start wandb's own process
         )
         online = os.environ.get("WANDB_MODE", "online") == "online"
         self._run = wandb.init(

@@ -12,9 +12,9 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import models, probe, sinks, trial
+from trainer import copies, models, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
-from trainer.checkpoint import Checkpoints, load_state, resolve
+from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
 from trainer.data import chat, read
 from trainer.data.shapes import Skipped, View
@@ -87,7 +87,7 @@ def run_stage(
     folder = Path(config.output)
     if runtime.main:
         folder.mkdir(parents=True, exist_ok=True)
-        arguments = sinks.without_secrets(to_dict(config), os.environ)
+        arguments = sinks.without_secrets(copies.named(to_dict(config)), os.environ)
         write_json(folder / "args_snapshot.json", arguments)
     runtime.barrier()
     runtime = runtime.at(config.model.precision if config.model else "auto")
@@ -165,7 +165,7 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
             world_size=runtime.world_size,
             seed=settings.seed,
         )
-        checkpoints, newest = _checkpoints(context)
+        checkpoints, newest = resume.begin(context.folder, config, tokens, runtime, context.say)
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(
@@ -226,7 +226,7 @@ def targets(context: Context) -> Outcome:
     attention = models.attention_implementations(config.model, runtime)
     teacher = models.load_frozen(plan.teacher, runtime, attention)
     trial.check(teacher, runtime, plan.teacher, packing=config.data.packing)
-    context.say(f"targets: {plan.teacher} reads {len(rows)} rows")
+    context.say(f"targets: {copies.origin(plan.teacher)} reads {len(rows)} rows")
     folder = context.folder / "targets"
     totals = write_targets(
         folder,
@@ -312,7 +312,7 @@ def _distill(context: Context, tokens: Any) -> Objective:
     teacher = models.load_frozen(kd.teacher, context.runtime, attention)
     trial.check(teacher, context.runtime, kd.teacher, packing=context.config.data.packing)
     context.say(
-        f"teacher: {kd.teacher}, {models.parameter_count(teacher):,} parameters,"
+        f"teacher: {copies.origin(kd.teacher)}, {models.parameter_count(teacher):,} parameters,"
         f" vocabulary {teacher.config.vocab_size}"
     )
     return DistillOnline(kd, teacher, context.runtime, keep)
@@ -426,18 +426,6 @@ def _held_out(context: Context, tokens: Any, view: View) -> Optional[Rows]:
         packing=data.packing,
         view=view,
     )
-
-
-def _checkpoints(context: Context) -> tuple[Optional[Checkpoints], Optional[Path]]:
-    """The stage's checkpoints, and the newest whole one: rank 0 looks and verifies, for all."""
-    settings, runtime = context.config.train, context.runtime
-    assert settings is not None
-    checkpoints = None
-    if runtime.main:
-        folder = context.folder / "checkpoints"
-        checkpoints = Checkpoints(folder, settings.keep, warn=context.say)
-    newest = runtime.gather(str(checkpoints.newest() or "") if checkpoints else "")[0]
-    return checkpoints, Path(newest) if newest else None
 
 
 def _horizon(context: Context, stream: Stream) -> Horizon:

@@ -157,8 +157,11 @@ class _Making:
         board = tuple(name for name in train.report_to if name == "tensorboard")
         if board != train.report_to:
             self.notes.append("train.report_to: without the trackers that need a network")
+        if train.resume is not None:
+            self.notes.append(f"train.resume: from the start instead of {train.resume}")
         return replace(
             train, steps=STEPS, epochs=None, seconds_of=None, until=None, limit_batches=None,
+            resume=None,
             micro_batch=MICRO_BATCH, accumulate=BATCHES, global_batch=None,
             warmup=train.warmup if train.warmup < 1 else 1,
             evaluate_every=EVERY if train.evaluate_every else 0, evaluate_batches=2,

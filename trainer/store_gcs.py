@@ -21,6 +21,7 @@ from trainer.store_remote import (
     WRITER,
     Content,
     Damaged,
+    Entry,
     Exists,
     Patience,
     RemoteStore,
@@ -61,6 +62,9 @@ class GcsStore(RemoteStore):
                 f"{self.uri}: gs:// needs google-cloud-storage; install it: pip install "
                 "'launch-llm[google]'"
             ) from error
+        # Unless told not to, the library asks for the bucket's own facts in a thread, for traces
+        # that nobody records here: a right (storage.buckets.get) that a job need not have.
+        os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         if os.environ.get("STORAGE_EMULATOR_HOST"):
             return storage.Client()
         try:
@@ -126,15 +130,15 @@ class GcsStore(RemoteStore):
         blob.reload(timeout=_REQUEST_SECONDS, retry=self._retry())
         return int(blob.size), blob.metadata or {}
 
-    def _names(self, prefix: str) -> Iterable[str]:
+    def _listed(self, prefix: str) -> Iterable[Entry]:
         found = self.client.list_blobs(
             self.bucket,
             prefix=prefix,
-            fields="items(name),nextPageToken",
+            fields="items(name,size,generation),nextPageToken",
             timeout=_REQUEST_SECONDS,
             retry=self._retry(),
         )
-        return (blob.name for blob in found)
+        return (Entry(blob.name, int(blob.size), str(blob.generation)) for blob in found)
 
     def _remove(self, name: str) -> None:
         self._blob(name).delete(timeout=_REQUEST_SECONDS, retry=self._retry())

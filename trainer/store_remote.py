@@ -14,7 +14,7 @@ import io
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -48,6 +48,19 @@ class Content:
     size: int
     sha256: str
     source: str = ""  # the local file, if it is one
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing shows it: its size in bytes, and a `mark` that changes when the object
+    is replaced."""
+
+    key: str
+    size: int
+    mark: str
+
+
+_Entries = list[Entry]  # as `_Keys`
 
 
 class Exists(Exception):
@@ -127,11 +140,23 @@ class RemoteStore(abc.ABC):
             raise
 
     def list(self, prefix: str = "") -> _Keys:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "") -> _Entries:
+        """What `list` finds, with sizes and marks, sorted by key."""
         if folder := prefix.rpartition("/")[0]:
             check_key(folder)
         with self._told(f"cannot list {self.uri}", "", writing=False):
-            names = list(self._names(self.prefix + prefix))
-        return sorted(key for key in (name[len(self.prefix) :] for name in names) if _is_key(key))
+            found = [self._keyed(entry) for entry in self._listed(self.prefix + prefix)]
+        return sorted((e for e in found if _is_key(e.key)), key=lambda entry: entry.key)
+
+    def entry(self, key: str) -> Entry | None:
+        """The object under this key; None where there is none."""
+        name = self._name(key)
+        with self._told(f"cannot read {key} in {self.uri}", name, writing=False):
+            # Listings are sorted: of all names that begin so, the name itself is the first.
+            first = next(iter(self._listed(name)), None)
+        return self._keyed(first) if first is not None and first.key == name else None
 
     def exists(self, key: str) -> bool:
         try:
@@ -184,7 +209,8 @@ class RemoteStore(abc.ABC):
         """Size in bytes and metadata. Errors: the client's."""
 
     @abc.abstractmethod
-    def _names(self, prefix: str) -> Iterable[str]: ...
+    def _listed(self, prefix: str) -> Iterable[Entry]:
+        """The objects whose names begin so, by name; `key` is the whole name."""
 
     @abc.abstractmethod
     def _remove(self, name: str) -> None: ...
@@ -221,6 +247,9 @@ class RemoteStore(abc.ABC):
         name = self._name(key)
         with self._told(f"cannot read {key} in {self.uri}", name, writing=False):
             return self._look(name)
+
+    def _keyed(self, entry: Entry) -> Entry:
+        return replace(entry, key=entry.key[len(self.prefix) :])
 
     def _name(self, key: str) -> str:
         check_key(key)

@@ -18,6 +18,7 @@ from trainer.store_remote import (
     WRITER,
     Content,
     Damaged,
+    Entry,
     Exists,
     Patience,
     RemoteStore,
@@ -159,10 +160,12 @@ class S3Store(RemoteStore):
             raise
         return int(found["ContentLength"]), found.get("Metadata", {})
 
-    def _names(self, prefix: str) -> Iterable[str]:
+    def _listed(self, prefix: str) -> Iterable[Entry]:
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
-            yield from (item["Key"] for item in page.get("Contents", ()))
+            for item in page.get("Contents", ()):
+                mark = f"{item['ETag']} {item['LastModified'].isoformat()}"
+                yield Entry(item["Key"], int(item["Size"]), mark)
 
     def _remove(self, name: str) -> None:
         self.client.delete_object(Bucket=self.bucket, Key=name)

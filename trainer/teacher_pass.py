@@ -14,6 +14,7 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor, nn
 
+from trainer import copies
 from trainer.batch import Batch
 from trainer.config import ConfigError, Targets
 from trainer.data.stream import Rows
@@ -51,7 +52,7 @@ def write_targets(
     count = -(-len(rows) // SHARD_ROWS)
     common = {
         "v": 1,
-        "teacher": settings.teacher,
+        "teacher": copies.origin(settings.teacher),  # the same on every machine
         "weights": weights_digest(teacher),
         "precision": runtime.precision,
         "tokenizer": tokenizer_hash(tokenizer),

@@ -105,6 +105,12 @@ def test_several_nodes_are_a_chief_and_a_pool_of_the_same_machine() -> None:
     assert job["network"] == "projects/1/global/networks/n"
 
 
+def test_a_larger_disk_is_asked_for_on_every_node() -> None:
+    pools = body("hardware.nodes=2", "hardware.vertex.disk_gb=300")["jobSpec"]["workerPoolSpecs"]
+    assert [pool["diskSpec"] for pool in pools] == [{"bootDiskSizeGb": 300}] * 2
+    assert "diskSpec" not in body()["jobSpec"]["workerPoolSpecs"][0]
+
+
 def test_capacity_chooses_the_strategy_and_the_budget_the_timeout() -> None:
     offers = list(VertexBackend().offers(Hardware("vertex", "L4:1", capacity=("spot", "standard"),
                                                   places=("a", "b")), ENV))  # fmt: skip

@@ -36,7 +36,7 @@ def stage(path: str = f"{BUCKET}data/train.jsonl", **given: Any) -> StageConfig:
         "id": "kd", "stage": "kd", "output": "${stage:kd}", "model": Model(name=STUDENT),
         "data": Data(train=(Source(path=path),), validation=(Source(path=f"{BUCKET}val.jsonl"),),
                      sequence_length=4096),
-        "train": Train(epochs=3, warmup=50, report_to=("tensorboard", "wandb"), until=7,
+        "train": Train(epochs=3, warmup=50, report_to=("tensorboard", "wandb"), until=7, resume="gs://bkt/old",
                        evaluate_every=1000),
         "kd": Distill(teacher=TEACHER), **given,
     })  # fmt: skip
@@ -63,6 +63,7 @@ def test_the_job_becomes_small_and_says_so(tmp_path: Path) -> None:
     assert config.train is not None and config.model is not None and config.kd is not None
     train = config.train
     assert (train.steps, train.epochs, train.until, train.warmup) == (24, None, None, 1)
+    assert train.resume is None
     assert (train.save_every, train.evaluate_every, train.log_every) == (4, 4, 1)
     assert train.report_to == ("tensorboard",)
     assert config.data.sequence_length == 128
@@ -74,7 +75,7 @@ def test_the_job_becomes_small_and_says_so(tmp_path: Path) -> None:
     assert [kind["model_type"] for kind in kinds] == ["llama", "qwen3"]
     said = "\n".join(notes)
     for what in (STUDENT, TEACHER, "data/train.jsonl", "128 instead of 4096", "24 steps",
-                 "report_to"):  # fmt: skip
+                 "report_to", "gs://bkt/old"):  # fmt: skip
         assert what in said
     assert (tmp_path / "notes.txt").read_text().splitlines() == notes
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar
 from urllib.parse import unquote
 
+from trainer import copies
 from trainer.config import Hub, Source
 from trainer.data import DataError, hub
 from trainer.data.chat import plain
@@ -100,11 +101,12 @@ def require_sources(sources: tuple[Source, ...]) -> None:
 
 
 def source_name(source: Source) -> str:
-    """What people call a source: its path, `hf:NAME:SPLIT`, or `python-reference/SPLIT`."""
+    """What people call a source: its path (of a copy, the URI), `hf:NAME:SPLIT`, or
+    `python-reference/SPLIT`."""
     if source.hf is not None:
         return hub.hub_name(source.hf)
     if source.path is not None or source.manifest is not None:
-        return str(source.path or source.manifest)
+        return copies.origin(str(source.path or source.manifest))
     return f"{source.builtin}/{source.split}" if source.split else str(source.builtin)
 
 
@@ -268,7 +270,8 @@ def local_path(given: str) -> Path:
     if scheme != "file":
         raise DataError(
             f"{given}: cannot read `{scheme}://` data; allowed: a file, folder or glob on this"
-            " machine (plain, or as file:///PATH); copy the data here first"
+            " machine (plain, or as file:///PATH); gs:// and s3:// are fetched before, by"
+            " `python -m trainer inputs`"
         )
     host, _, path = rest.partition("/")
     if host not in ("", "localhost"):

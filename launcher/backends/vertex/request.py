@@ -17,6 +17,7 @@ from launcher import hardware
 from launcher.backends.base import Intent, JobSpec, Offer, Plan
 from launcher.errors import BadRequest, NoCapacity
 from launcher.spec import Hardware, Vertex
+from launcher.wheels import is_remote
 
 NAME = "vertex"
 JOB, OBJECT = "custom_job", "gcs_object"
@@ -121,11 +122,15 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
     bucket = root.removeprefix("gs://").partition("/")[0]
     bundle_uri = f"gs://{bucket}/launch/bundles/{bundle['sha256']}.tar.gz"
     boot_uri = f"{root}/boot/{spec.name}-a${{attempt}}.json"
-    boot = {**spec.boot, "bundle": {**bundle, "url": bundle_uri}}
+    wheels, uploads = _wheels(spec, bucket)
+    boot = {
+        **spec.boot, "bundle": {**bundle, "url": bundle_uri}, "environment": True, **wheels,
+    }  # fmt: skip
     facts = {"project": project_of(spec.hardware), "labels": labels(spec)}
     sha256 = {"sha256": bundle["sha256"]}
     intents = (
         _object(bundle_uri, offer.place, {"file": bundle["url"], **facts, **sha256}),
+        *(_object(uri, offer.place, {**file, **facts}) for uri, file in uploads.items()),
         _object(boot_uri, offer.place, {"json": boot, **facts}),
         Intent(JOB, f"{spec.name}-a${{attempt}}", offer.place, {
             "method": "POST",
@@ -211,6 +216,20 @@ def _price(
     return None, f"no dated {capacity} price for {machine} in {place}"
 
 
+def _wheels(spec: JobSpec, bucket: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """The key `wheels` of the boot specification, and what has to be uploaded for it: wheels that
+    lie on this machine, under their sha256, where the next run finds them too."""
+    listed, uploads = [], {}
+    for wheel in spec.boot.get("wheels") or ():
+        if not is_remote(wheel["url"]):
+            name = wheel["url"].rpartition("/")[2]
+            uri = f"gs://{bucket}/launch/wheels/{wheel['sha256']}/{name}"
+            uploads[uri] = {"file": wheel["url"], "sha256": wheel["sha256"]}
+            wheel = {**wheel, "url": uri}
+        listed.append(wheel)
+    return ({"wheels": listed} if listed else {}), uploads
+
+
 def _object(uri: str, place: str, source: Mapping[str, Any]) -> Intent:
     """An upload that never replaces an object: one that exists is the one meant."""
     bucket, _, name = uri.removeprefix("gs://").partition("/")
@@ -229,7 +248,7 @@ def _custom_job(
 ) -> dict[str, Any]:
     vertex = spec.hardware.vertex or Vertex()
     accelerator = hardware.parse(spec.hardware.accelerator)
-    worker = {
+    worker: dict[str, Any] = {
         "machineSpec": {
             "machineType": offer.machine,
             "acceleratorType": _ACCELERATOR_TYPES[accelerator.kind.name],
@@ -241,6 +260,8 @@ def _custom_job(
             "args": list(boot),
         },
     }
+    if vertex.disk_gb is not None:
+        worker["diskSpec"] = {"bootDiskSizeGb": vertex.disk_gb}
     pools = [{**worker, "replicaCount": "1"}]
     if spec.hardware.nodes > 1:
         pools.append({**worker, "replicaCount": str(spec.hardware.nodes - 1)})
