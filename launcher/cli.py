@@ -135,6 +135,10 @@ def up(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Shrink the model and try two batches, here, offline.")
     ] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Go the whole way of a cloud run, on this machine.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="With --rehearse: keep its folder.")] = False,
     yes: YesOption = False,
     new: Annotated[
         bool, typer.Option("--new", help="Start another run even if this one is live already.")
@@ -153,6 +157,15 @@ def up(
     from launcher.commands import drive
 
     values = [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else [])]
+    if rehearse:
+        from launcher.commands import rehearse as rehearsing
+
+        return rehearsing.rehearse(
+            recipe, values, on, detach=detach, dry_run=dry_run, yes=yes, keep=keep,
+            as_json=as_json,
+        )  # fmt: skip
+    if keep:
+        raise UsageError("--keep goes with --rehearse", "a run's artifacts are kept anyway")
     if dry_run:
         return drive.dry_run(recipe, values, on, detach=detach, as_json=as_json)
     return drive.up(recipe, values, on, detach=detach, yes=yes, new=new, as_json=as_json)

@@ -1,5 +1,6 @@
 """`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone;
-`inputs JOB.json FOLDER`: what the job reads from stores. Exit codes: docs/contracts.md."""
+`inputs JOB.json FOLDER`: what the job reads from stores; `stand-ins JOB.json FOLDER URI`: what a
+rehearsal reads instead. Exit codes: docs/contracts.md."""
 
 from __future__ import annotations
 
@@ -27,13 +28,16 @@ def main(arguments: list[str]) -> int:
     if not command:
         sys.stderr.write(USAGE + "\n")
         return CONFIG
-    if command != "smoke" and len(arguments) != {"run": 2, "inputs": 3}.get(command):
+    wanted = {"run": 2, "inputs": 3, "stand-ins": 4}
+    if command != "smoke" and len(arguments) != wanted.get(command):
         print_error(f"not understood: {' '.join(arguments)!r}; {USAGE}")
         return CONFIG
     try:
         if command == "inputs":
             inputs.command(arguments[1], arguments[2], say)
             return OK
+        if command == "stand-ins":
+            return stand_ins(*arguments[1:])
         return smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))
     except ConfigError as error:
         print_error(str(error))
@@ -94,6 +98,19 @@ def smoke(flags: list[str]) -> int:
     with runtime.start() as process:
         test.run(config, process, say)
         process.barrier()  # a rank that leaves first would have torchrun end the others
+    return OK
+
+
+def stand_ins(job: str, folder: str, place: str) -> int:
+    """Small files and models for a job, and the job for them; its changes, one a line."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    from transformers.utils import logging
+
+    from trainer.stand_ins import write
+
+    logging.disable_progress_bar()
+    for note in write(load_job(job), Path(folder), place):
+        say(note)
     return OK
 
 

@@ -56,10 +56,10 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
         changes["train"] = _train(config.train, notes)
     if config.model is not None and config.train is not None:
         tokenizer = _tokenizer(config.model.tokenizer or config.model.name, scratch, made, notes)
-        kind = _model_type(config.model)
+        kind = model_type(config.model)
         adapted = config.model.adapter is not None
-        student = _tiny(scratch / "model", kind, tokenizer, weights=adapted)
-        notes.append(f"model {config.model.name or 'random'}: {_words(kind)}")
+        student = tiny(scratch / "model", kind, tokenizer, weights=adapted)
+        notes.append(f"model {config.model.name or 'random'}: {words(kind)}")
         changes["model"] = replace(
             config.model,
             name=student,
@@ -67,7 +67,7 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
             architecture=None,
             tokenizer=tokenizer,
             # A tiny model has no layer 17: patterns that count layers mean its first.
-            freeze=tuple(_first_layer(pattern) for pattern in config.model.freeze),
+            freeze=tuple(first_layer(pattern) for pattern in config.model.freeze),
             attention="auto",  # what needs a GPU is not tried here
         )
         if config.kd is not None:
@@ -154,7 +154,8 @@ def _train(train: Train, notes: list[str]) -> Train:
     )
 
 
-def _first_layer(pattern: str) -> StandIn:
+def first_layer(pattern: str) -> StandIn:
+    """A pattern on names of parameters, for a model that has few layers."""
     return StandIn(_LAYER_NUMBER.sub("0", pattern), pattern)
 
 
@@ -173,9 +174,9 @@ def _distill(
     not read here: a tiny teacher is asked instead."""
     if _made(kd.teacher or kd.targets or "", made):
         return kd
-    kind = _model_type(Model(name=kd.teacher or str(kd.targets or kd.logits_dir)))
-    teacher = _tiny(scratch / "teacher", kind, tokenizer, weights=True)
-    notes.append(f"teacher {kd.teacher or kd.targets or kd.logits_dir}: {_words(kind)}")
+    kind = model_type(Model(name=kd.teacher or str(kd.targets or kd.logits_dir)))
+    teacher = tiny(scratch / "teacher", kind, tokenizer, weights=True)
+    notes.append(f"teacher {kd.teacher or kd.targets or kd.logits_dir}: {words(kind)}")
     return replace(kd, mode="online", teacher=teacher, targets=None, logits_dir=None)
 
 
@@ -186,9 +187,9 @@ def _targets(targets: Targets, scratch: Path, made: set[str], notes: list[str]) 
     if _made(targets.teacher, made):
         return small
     tokenizer = _tokenizer(targets.teacher, scratch, made, notes)
-    kind = _model_type(Model(name=targets.teacher))
-    notes.append(f"teacher {targets.teacher}: {_words(kind)}")
-    return replace(small, teacher=_tiny(scratch / "teacher", kind, tokenizer, weights=True))
+    kind = model_type(Model(name=targets.teacher))
+    notes.append(f"teacher {targets.teacher}: {words(kind)}")
+    return replace(small, teacher=tiny(scratch / "teacher", kind, tokenizer, weights=True))
 
 
 def _evaluate(evaluate: Evaluate, scratch: Path, made: set[str], notes: list[str]) -> Evaluate:
@@ -196,9 +197,9 @@ def _evaluate(evaluate: Evaluate, scratch: Path, made: set[str], notes: list[str
     for label, reference in evaluate.models.items():
         if not _made(reference, made):
             tokenizer = _tokenizer(reference, scratch / label, made, notes)
-            kind = _model_type(Model(name=reference))
-            notes.append(f"model {reference}: {_words(kind)}")
-            reference = _tiny(scratch / label / "model", kind, tokenizer, weights=True)
+            kind = model_type(Model(name=reference))
+            notes.append(f"model {reference}: {words(kind)}")
+            reference = tiny(scratch / label / "model", kind, tokenizer, weights=True)
         models[label] = reference
     return Evaluate(models=models)
 
@@ -211,14 +212,14 @@ def _merge(merge: Merge, scratch: Path, made: set[str], notes: list[str]) -> Mer
     from trainer.models import PLAIN_ATTENTION, load_pretrained
 
     tokenizer = _tokenizer(None, scratch, made, notes)
-    kind = _model_type(Model(name=merge.base)) if merge.base else "llama"
-    base = _tiny(scratch / "base", kind, tokenizer, weights=True)
+    kind = model_type(Model(name=merge.base)) if merge.base else "llama"
+    base = tiny(scratch / "base", kind, tokenizer, weights=True)
     plain = load_pretrained(base, torch.float32, PLAIN_ATTENTION)
     model = adapters.attach(plain, Adapter(rank=2), base)
     folder = scratch / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
     adapters.save(model, folder)
-    notes.append(f"adapter {merge.adapter}: a random one on {_words(kind)}")
+    notes.append(f"adapter {merge.adapter}: a random one on {words(kind)}")
     return replace(merge, adapter=str(folder), base=None)
 
 
@@ -228,9 +229,9 @@ def _export(export: Export, scratch: Path, made: set[str], notes: list[str]) -> 
     if _made(export.model, made):
         return replace(export, to=None)
     tokenizer = _tokenizer(export.model, scratch, made, notes)
-    kind = _model_type(Model(name=export.model))
-    notes.append(f"model {export.model}: {_words(kind)}")
-    return replace(export, to=None, model=_tiny(scratch / "model", kind, tokenizer, weights=True))
+    kind = model_type(Model(name=export.model))
+    notes.append(f"model {export.model}: {words(kind)}")
+    return replace(export, to=None, model=tiny(scratch / "model", kind, tokenizer, weights=True))
 
 
 def _tokenizer(reference: Optional[str], scratch: Path, made: set[str], notes: list[str]) -> str:
@@ -250,7 +251,7 @@ def _tokenizer(reference: Optional[str], scratch: Path, made: set[str], notes: l
     return str(folder)
 
 
-def _model_type(model: Model) -> str:
+def model_type(model: Model) -> str:
     """The architecture: from the recipe, the model's config.json on this disk, or its name."""
     if model.architecture is not None:
         return model.architecture.family
@@ -267,9 +268,9 @@ def _model_type(model: Model) -> str:
         return max(known, key=len) if known else "llama"
 
 
-def _tiny(folder: Path, kind: str, tokenizer: str, weights: bool) -> str:
-    """A folder with a tiny model of architecture `kind`: its configuration, and random weights
-    where somebody will load them."""
+def tiny(folder: Path, kind: str, tokenizer: str, weights: bool) -> str:
+    """Write a folder with a tiny model of architecture `kind`, and return it: the configuration,
+    and with `weights` random ones and the tokenizer beside them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokens = load_tokenizer(tokenizer)
@@ -299,5 +300,6 @@ def _made(reference: str, made: set[str]) -> bool:
     return reference.split("@")[0] in made
 
 
-def _words(kind: str) -> str:
+def words(kind: str) -> str:
+    """What is said about such a model."""
     return f"a random {kind} of {_LAYERS} layers and width {_WIDTH} instead"

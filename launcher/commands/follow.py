@@ -25,22 +25,26 @@ def follow(run: Run, env: Env, *, since: float, as_json: bool) -> int:
     run's exit code. Ctrl-C detaches: 0, and the run goes on. `since`: when the command was given;
     of what was logged before it, only the last lines are shown, marked as such."""
     try:
-        if console.can_show_live() and not as_json:
-            ended = _live(run, env, since)
-        else:
-            ended = _plain(run, env, since, console.notice if as_json else console.say)
+        ended = watch(run, env, since=since, as_json=as_json)
     except KeyboardInterrupt:
         console.notice(f"\ndetached: {run.name} goes on")
         console.notice(f"  launch attach {run.name}   comes back")
         console.notice(f"  launch stop {run.name}     stops it, with a checkpoint")
         return Exit.OK
-    written = _report(ended)
+    written = reported(ended)
     if as_json:
-        console.document(_facts(ended, written))
+        console.document(facts(ended, written))
     else:
         for line in ending(ended, written):
             console.say(line)
     return int(ended.exit_code or 0)
+
+
+def watch(run: Run, env: Env, *, since: float, as_json: bool, hint: str = "") -> Run:
+    """Show the run until it is over. Ctrl-C is the caller's; `hint` says what it does there."""
+    if console.can_show_live() and not as_json:
+        return _live(run, env, since, hint)
+    return _plain(run, env, since, console.notice if as_json else console.say)
 
 
 def ending(run: Run, written: Optional[Path]) -> list[str]:
@@ -130,12 +134,12 @@ def _told(lines: Iterable[Line], since: float, write: Callable[[str], None]) -> 
         write(text)
 
 
-def _live(run: Run, env: Env, since: float) -> Run:
-    from launcher.commands.live import View
+def _live(run: Run, env: Env, since: float, hint: str) -> Run:
+    from launcher.commands.live import DETACHES, View
 
     recent: deque[Line] = deque(maxlen=_LAST_LINES)
     last = run
-    with View() as view:
+    with View(hint or DETACHES) as view:
         for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
             recent.extend(lines)
             view.run(last, env.clock.now())
@@ -165,7 +169,8 @@ def _gates(run: Run) -> list[tuple[str, bool, list[str]]]:
     return found
 
 
-def _facts(run: Run, written: Optional[Path]) -> dict[str, Any]:
+def facts(run: Run, written: Optional[Path]) -> dict[str, Any]:
+    """`ending` for a program."""
     return {
         **run.to_json(),
         "tables": [{"stage": stage, "rows": rows} for stage, rows in records.tables(run)],
@@ -174,7 +179,7 @@ def _facts(run: Run, written: Optional[Path]) -> dict[str, Any]:
     }
 
 
-def _report(run: Run) -> Optional[Path]:
+def reported(run: Run) -> Optional[Path]:
     """The report, when it can be written: a full disk must not hide how the run ended."""
     try:
         return report.write(run)

@@ -15,11 +15,16 @@ from rich.text import Text
 from launcher import console, records
 from launcher.run import Run, StageState
 
+#: What Ctrl-C does to most commands that follow.
+DETACHES = "Ctrl-C detaches; the run goes on"
+
 
 class View:
-    """A part of the terminal that is drawn again with each look; the last one stays."""
+    """A part of the terminal that is drawn again with each look; the last one stays. `hint`: what
+    Ctrl-C does, shown while a run lasts."""
 
-    def __init__(self) -> None:
+    def __init__(self, hint: str = DETACHES) -> None:
+        self._hint = hint
         self._live = Live(console=Console(stderr=True), refresh_per_second=4)
 
     def __enter__(self) -> View:
@@ -35,13 +40,13 @@ class View:
         self._live.stop()
 
     def run(self, run: Run, now: float) -> None:
-        self._live.update(draw(run, now, self._live.console.width))
+        self._live.update(draw(run, now, self._live.console.width, self._hint))
 
     def lines(self, lines: Sequence[str]) -> None:
         self._live.update(Text.from_ansi("\n".join(lines), no_wrap=True))
 
 
-def draw(run: Run, now: float, width: int = 80) -> Group:
+def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
     """One run: its phase, its stages, the newest numbers of the one that trains, and its warnings;
     a bar where `width` columns leave room for one."""
     ended = run.ended if run.ended is not None else now
@@ -60,7 +65,7 @@ def draw(run: Run, now: float, width: int = 80) -> Group:
         table.add_row(*cells, _bar(run, stage, min(24, width - used - 2)))
     notes = [Text(text, style="yellow") for text in run.warnings]
     if run.ended is None:
-        notes.append(Text("Ctrl-C detaches; the run goes on", style="dim"))
+        notes.append(Text(hint, style="dim"))
     return Group(head, table, *notes)
 
 

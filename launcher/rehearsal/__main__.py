@@ -1,23 +1,31 @@
-"""`python -m launcher.rehearsal [--folder F] [--port P] [--project NAME] [--bucket NAME]`: Google's
-services on this machine until SIGTERM or Ctrl-C.
+"""`python -m launcher.rehearsal [--folder F] [--port P] [--project NAME] [--bucket NAME] ...`:
+Google's services on this machine until SIGTERM or Ctrl-C.
 
-Prints one `export NAME=VALUE` a line, for `eval`, then serves. Jobs really run, as processes.
+Prints one `export NAME=VALUE` a line, for `eval`, then a comment, then serves. Jobs really run, as
+processes. With `--folder`, `writes.jsonl` there has a line for every object written.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import re
+import secrets
 import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher.rehearsal.google import Google
 from launcher.rehearsal.http import HttpError
+from launcher.rehearsal.rpc import Rpc
 from launcher.rehearsal.vertex import Real, Stub
 
+#: What the last line before serving begins with.
+READY = "# serving"
 _TICK = 0.25
 
 
@@ -26,12 +34,13 @@ def main(arguments: list[str]) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with Google(folder=options.folder, port=options.port, project=options.project) as server:
-        server.vertex.fate = Stub() if options.stubs else Real(preempted=options.preempt)
-        for name in options.bucket:
-            with contextlib.suppress(HttpError):  # an earlier server made it in the same folder
-                server.objects.create_bucket(name, {})
+    if options.while_open:
+        threading.Thread(target=_until_closed, args=(stop,), daemon=True).start()
+    google = Google(folder=options.folder, port=options.port, project=options.project)
+    with google as server, Rpc(server) as rpc:
+        _prepare(server, options)
         lines = [f"export {name}={shlex.quote(value)}" for name, value in server.environ().items()]
+        lines.append(f"{READY}; jobs, logs and secrets over gRPC at {rpc.address}")
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
         while not stop.wait(_TICK):
@@ -39,15 +48,76 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _prepare(server: Google, options: argparse.Namespace) -> None:
+    """Buckets, secrets, and what becomes of jobs."""
+    for name in options.bucket:
+        with contextlib.suppress(HttpError):  # an earlier server made it in the same folder
+            server.objects.create_bucket(name, {})
+    for name in options.secret:
+        server.secrets.values[name] = f"rehearsal-{secrets.token_hex(12)}"
+    if options.folder is not None:
+        server.objects.finalized.append(_noting(options.folder / "writes.jsonl"))
+    server.vertex.environ.update(options.env)
+    usual = Real(preempted=options.preempt, restarts=options.restarts)
+    server.vertex.fate = Stub() if options.stubs else usual
+    if options.preempt_on is not None:
+        server.vertex.fates.append(Real(restarts=options.restarts, preempted_on=options.preempt_on))
+
+
+def _noting(file: Path) -> Callable[[str, str, int], None]:
+    lock = threading.Lock()
+
+    def note(bucket: str, name: str, size: int) -> None:
+        with lock, file.open("a") as out:
+            out.write(json.dumps({"uri": f"gs://{bucket}/{name}", "bytes": size}) + "\n")
+
+    return note
+
+
+def _until_closed(stop: threading.Event) -> None:
+    sys.stdin.read()
+    stop.set()
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launcher.rehearsal")
-    parser.add_argument("--folder", type=Path, help="keep the state here")
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--project", default="rehearsal")
-    parser.add_argument("--bucket", action="append", default=[], help="create it; may be repeated")
-    parser.add_argument("--stubs", action="store_true", help="jobs follow a script, nothing runs")
-    parser.add_argument("--preempt", type=float, help="take every job's machine after so many s")
+    add = parser.add_argument
+    add("--folder", type=Path, help="keep the state here")
+    add("--port", type=int, default=0, help="default: a free one")
+    add("--project", default="rehearsal")
+    add("--bucket", action="append", default=[], help="create it; may be repeated")
+    add("--secret", action="append", default=[], metavar="PROJECT/NAME", type=_secret,
+        help="a secret with a random value; may be repeated")  # fmt: skip
+    add("--env", action="append", default=[], metavar="NAME=VALUE", type=_variable,
+        help="a variable that all containers have; may be repeated")  # fmt: skip
+    add("--stubs", action="store_true", help="jobs follow a script, nothing runs")
+    add("--preempt", type=float, metavar="S", help="take every job's machine after S seconds")
+    add("--preempt-on", metavar="REGEX", type=_pattern,
+        help="take the first job's machine once such a gs:// URI is written")  # fmt: skip
+    add("--restarts", type=int, default=0, help="start a failed worker again so often in a job")
+    add("--while-open", action="store_true", help="end, too, when standard input is closed")
     return parser.parse_args(arguments)
+
+
+def _secret(text: str) -> str:
+    if not re.fullmatch(r"[^/]+/[^/]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write PROJECT/NAME")
+    return text
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, mark, value = text.partition("=")
+    if not name or not mark:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
+    return name, value
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return text
 
 
 if __name__ == "__main__":

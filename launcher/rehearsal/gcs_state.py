@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -83,7 +83,8 @@ class Objects:
     """The state. Methods raise `HttpError` as the service would answer.
 
     `folder`: keep everything there too. `limit_writes`: refuse a second write to an object within
-    a second. `denied`: names of buckets to which every request is refused, or "name:write"."""
+    a second. `denied`: names of buckets to which every request is refused, or "name:write".
+    `finalized`: called with bucket, name and bytes of every object that was written."""
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class Objects:
     ) -> None:
         self.folder, self.clock, self.limit_writes = folder, clock or SystemClock(), limit_writes
         self.denied: set[str] = set()
+        self.finalized: list[Callable[[str, str, int], None]] = []
         self.buckets: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, Upload] = {}
         self.lock = threading.RLock()
@@ -200,6 +202,8 @@ class Objects:
         meta |= {"componentCount": components} if components else {"md5Hash": md5}
         meta |= {key: wanted[key] for key in _WRITABLE if wanted.get(key) is not None}
         self._keep(bucket, name, meta, content)
+        for tell in self.finalized:
+            tell(bucket, name, len(content))
         return meta
 
     def patch(

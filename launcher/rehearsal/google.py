@@ -45,6 +45,7 @@ class Google(Server):
         self.vertex = Vertex(clock, self.logging, folder / "vertex" if folder else None)
         self.secrets, self.metadata = Secrets({}), Metadata(project)
         self.objects = Objects(folder / "gcs" if folder else None, clock=clock)
+        self.objects.finalized.append(lambda b, name, _: self.vertex.written(f"gs://{b}/{name}"))
         self._gcs = Gcs(self.objects)
         super().__init__(self._answer, port=port, faults=faults, clock=clock)
         self.vertex.environ.update(self.environ())

@@ -28,7 +28,8 @@ _BODILESS = (204, 304)
 _NAMES = {
     400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
     409: "ALREADY_EXISTS", 412: "FAILED_PRECONDITION", 416: "OUT_OF_RANGE",
-    429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 501: "UNIMPLEMENTED", 503: "UNAVAILABLE",
+    429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 500: "INTERNAL", 501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
 _REASONS = {
     401: "authError", 403: "forbidden", 404: "notFound", 409: "conflict", 412: "conditionNotMet",
@@ -84,6 +85,7 @@ class HttpError(Exception):
 
     def __init__(self, status: int, message: str, reason: str = "") -> None:
         super().__init__(message)
+        self.status = status
         self.response = error(status, message, reason)
 
 
@@ -97,9 +99,13 @@ def error(status: int, message: str, reason: str = "") -> Response:
     """The error body of Google's REST services, in the old form and the new one at once."""
     reason = reason or _REASONS.get(status, "invalid" if status < 500 else "backendError")
     detail = {"message": message, "domain": "global", "reason": reason}
-    name = _NAMES.get(status, "UNKNOWN")
-    body = {"code": status, "message": message, "status": name, "errors": [detail]}
+    body = {"code": status, "message": message, "status": name(status), "errors": [detail]}
     return answer({"error": body}, status)
+
+
+def name(status: int) -> str:
+    """What Google's services call an HTTP status: a name of google.rpc.Code."""
+    return _NAMES.get(status, "UNKNOWN")
 
 
 class Server:

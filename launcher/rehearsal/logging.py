@@ -14,10 +14,10 @@ from typing import Any, Optional
 from launcher.clock import Clock
 from launcher.google import library
 from launcher.rehearsal.http import HttpError, Request, Response, answer
-from launcher.rehearsal.routes import parse
+from launcher.rehearsal.routes import Method, parse, to_json
 
 PATH = f"/{library('google.cloud.logging_v2._http').Connection.API_VERSION}/entries:list"
-_REQUEST = library("google.cloud.logging_v2.types").ListLogEntriesRequest
+_types = library("google.cloud.logging_v2.types")
 _LONGEST = 1000
 _TOKEN = re.compile(
     r'\s*(?:(\()|(\))|(AND|OR)\b|([\w.\-]+)\s*(>=|<=|!=|=|>|<)\s*("[^"]*"|[^\s()]+))'
@@ -69,6 +69,7 @@ class Logging:
         self._file = folder / "entries.jsonl" if folder else None
         self._lock = threading.Lock()
         self._entries: list[Entry] = []
+        self.methods = [Method("ListLogEntries", _types.ListLogEntriesRequest, self._list)]
         if self._file is not None and self._file.exists():
             lines = self._file.read_text().splitlines()
             self._entries = [Entry(**json.loads(line)) for line in lines]
@@ -90,7 +91,9 @@ class Logging:
     def handle(self, request: Request) -> Optional[Response]:
         if request.path != PATH or request.method != "POST":
             return None
-        asked = parse(_REQUEST, request.json())
+        return answer(to_json(self._list(parse(_types.ListLogEntriesRequest, request.json()))))
+
+    def _list(self, asked: Any) -> Any:
         test = compile_filter(asked.filter)
         projects = {name.removeprefix("projects/") for name in asked.resource_names}
         with self._lock:
@@ -103,7 +106,7 @@ class Logging:
         page: dict[str, Any] = {"entries": [e.to_json() for e in found[start : start + size]]}
         if start + size < len(found):
             page["nextPageToken"] = str(start + size)
-        return answer(page)
+        return parse(_types.ListLogEntriesResponse, page)
 
 
 def compile_filter(text: str) -> Test:

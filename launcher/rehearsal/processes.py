@@ -71,7 +71,7 @@ class Processes:
 
 
 def spawn(
-    job: Any, project: str, place: str, environ: Mapping[str, str],
+    job: Any, project: str, region: str, environ: Mapping[str, str],
     write: Callable[[str, str], None],
 ) -> Processes:  # fmt: skip
     """Start the container command of every replica. `environ` is what the rehearsal adds; of this
@@ -83,11 +83,13 @@ def spawn(
     for number, pool in enumerate(specs):
         for index in range(int(pool.replica_count)):
             task = {"type": f"workerpool{number}", "index": index}
-            given = {**_machine(folder), **environ, **_worker(job, project, place, cluster, task)}
+            place = folder / f"workerpool{number}-{index}"  # a container's own disk
+            place.mkdir()
+            given = {**_machine(place), **environ, **_worker(job, project, region, cluster, task)}
             given.update({entry.name: entry.value for entry in pool.container_spec.env})
             argv = [*pool.container_spec.command, *pool.container_spec.args]
             child = subprocess.Popen(
-                argv, cwd=folder, env=given, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                argv, cwd=place, env=given, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
             )  # fmt: skip
             children.append(child)

@@ -4,7 +4,7 @@ the URI templates are the client's own, and its messages refuse what they do not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 from urllib.parse import unquote
@@ -19,6 +19,16 @@ _SYSTEM = {"$alt", "alt", "key", "prettyPrint", "fields", "access_token", "quota
 
 
 @dataclass(frozen=True)
+class Method:
+    """A method of a service, however it is called: `act` takes a parsed `message` and returns the
+    answering message. Errors: `HttpError`."""
+
+    name: str  # CreateCustomJob
+    message: Any
+    act: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
 class Route:
     """One way to call a method. `body`: the field that is the body, `*` for all, None for none."""
 
@@ -29,14 +39,16 @@ class Route:
     act: Callable[[Any], Any]
 
 
-def routes(transport: Any, name: str, message: Any, act: Callable[[Any], Any]) -> list[Route]:
-    """The routes of the method `name` (`CreateCustomJob`) of a REST transport's base class. `act`
-    takes the parsed request and returns a message."""
-    options = getattr(transport, f"_Base{name}")._get_http_options()
+def routes(transport: Any, methods: Iterable[Method]) -> list[Route]:
+    """The routes of methods in a REST transport's base class."""
     return [
-        Route(option["method"].upper(), _pattern(option["uri"]), option.get("body"), message, act)
-        for option in options
-    ]
+        Route(
+            option["method"].upper(), _pattern(option["uri"]), option.get("body"),
+            method.message, method.act,
+        )
+        for method in methods
+        for option in getattr(transport, f"_Base{method.name}")._get_http_options()
+    ]  # fmt: skip
 
 
 def dispatch(table: list[Route], request: Request) -> Optional[Response]:

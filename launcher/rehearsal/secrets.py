@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from launcher.google import library
 from launcher.rehearsal.http import HttpError, Request, Response, answer
-from launcher.rehearsal.routes import dispatch, routes
+from launcher.rehearsal.routes import Method, dispatch, routes
 
 _types = library("google.cloud.secretmanager_v1.types")
 _TRANSPORT = library(
@@ -28,7 +28,8 @@ class Secrets:
     def __init__(self, values: Mapping[str, str]) -> None:
         self.values, self.denied = dict(values), set[str]()
         message = _types.AccessSecretVersionRequest
-        self._routes = routes(_TRANSPORT, "AccessSecretVersion", message, self._access)
+        self.methods = [Method("AccessSecretVersion", message, self._access)]
+        self._routes = routes(_TRANSPORT, self.methods)
 
     def handle(self, request: Request) -> Optional[Response]:
         return dispatch(self._routes, request)

@@ -2,7 +2,7 @@
 
 A job's states follow the clock. What happens to it is a `Stub` (a script of states, lines and an
 end) or a real process of this machine (`processes.py`). Scheduling strategies, machine types and
-images are accepted as they are: no catalogue is kept. Not served: gRPC, persistent resources.
+images are accepted as they are: no catalogue is kept. Not served: persistent resources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.google import library
 from launcher.rehearsal.http import HttpError, Request, Response
 from launcher.rehearsal.logging import Logging
 from launcher.rehearsal.processes import Processes, spawn
-from launcher.rehearsal.routes import dispatch, parse, routes, to_json
+from launcher.rehearsal.routes import Method, dispatch, parse, routes, to_json
 
 _CLIENT = "google.cloud.aiplatform_v1"
 types = library(f"{_CLIENT}.types")
@@ -36,6 +36,8 @@ _TERM = re.compile(
 )
 _LABEL = re.compile(r"[\w-]{0,63}")
 _OVER = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "PARTIALLY_SUCCEEDED")
+#: Exit codes of a process that did not leave by itself.
+_KILLED = (137, 143)
 #: Seconds that a cancelled job needs to end.
 _CANCELLING = 3.0
 
@@ -94,14 +96,16 @@ class Stub:
 
 @dataclass(frozen=True)
 class Real:
-    """The job's command runs as processes of this machine; after `preempted` seconds they are
-    told to leave, as on a machine that is taken back. When one fails, all are started again up to
+    """The job's command runs as processes of this machine. After `preempted` seconds, or as soon as
+    an object whose URI holds the regular expression `preempted_on` is written, they are told to
+    leave, as on a machine that is taken back. When one fails, all are started again up to
     `restarts` times, as the service does by itself."""
 
     queued: float = 1.0
     pending: float = 1.0
     preempted: Optional[float] = None
     restarts: int = 0
+    preempted_on: Optional[str] = None
 
 
 @dataclass
@@ -117,6 +121,7 @@ class _Job:
     processes: Optional[Processes] = None
     restarts: int = 0
     due: float = 0.0  # nothing about it changes by itself before
+    taken: bool = False  # the machine was taken back
 
     @property
     def number(self) -> str:
@@ -153,20 +158,17 @@ class Vertex:
 
     def __post_init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
+        self._news: deque[str] = deque()
         self._next = 4_606_000_000_000_000_001
         self._lock = threading.RLock()
-        methods: list[tuple[str, Any, Callable[[Any], Any]]] = [
-            ("CreateCustomJob", types.CreateCustomJobRequest, self._create),
-            (
-                "GetCustomJob",
-                types.GetCustomJobRequest,
-                self._get,
-            ),
-            ("ListCustomJobs", types.ListCustomJobsRequest, self._list),
-            ("CancelCustomJob", types.CancelCustomJobRequest, self._cancel),
-            ("DeleteCustomJob", types.DeleteCustomJobRequest, self._delete),
+        self.methods = [
+            Method("CreateCustomJob", types.CreateCustomJobRequest, self._locked(self._create)),
+            Method("GetCustomJob", types.GetCustomJobRequest, self._locked(self._get)),
+            Method("ListCustomJobs", types.ListCustomJobsRequest, self._locked(self._list)),
+            Method("CancelCustomJob", types.CancelCustomJobRequest, self._locked(self._cancel)),
+            Method("DeleteCustomJob", types.DeleteCustomJobRequest, self._locked(self._delete)),
         ]
-        self._routes = [route for method in methods for route in routes(_TRANSPORT, *method)]
+        self._routes = routes(_TRANSPORT, self.methods)
         for file in sorted((self.folder or Path("/nowhere")).glob("job-*.json")):
             self._load(json.loads(file.read_text()))
 
@@ -175,14 +177,30 @@ class Vertex:
             self.advance()
             return dispatch(self._routes, request)
 
+    def _locked(self, act: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`act` on jobs that are where the clock says they are, by one caller at a time."""
+
+        def alone(asked: Any) -> Any:
+            with self._lock:
+                self.advance()
+                return act(asked)
+
+        return alone
+
     def advance(self) -> None:
         """Let every job be where the clock says it is."""
         with self._lock:
             now = self.clock.now()
+            news = [self._news.popleft() for _ in range(len(self._news))]
             for job in self._jobs.values():
-                if job.end is None and now >= job.due:
+                if job.end is None and (news or now >= job.due):
+                    self._notice(job, news)
                     self._advance(job, now)
                     self._keep(job)
+
+    def written(self, uri: str) -> None:
+        """An object was written: jobs look at it when the clock moves on."""
+        self._news.append(uri)  # no lock: the writer holds one of its own
 
     def remove(self, number: str) -> None:
         """A job is deleted behind everybody's back."""
@@ -324,8 +342,10 @@ class Vertex:
 
     def _exited(self, job: _Job, code: int) -> Optional[End]:
         """The end of a job whose processes have left, or None: they are to start again."""
+        if job.taken and code in _KILLED:
+            return PREEMPTED
         allowed = job.fate.restarts if isinstance(job.fate, Real) else 0
-        if code == 0 or job.cancelled is not None or job.restarts >= allowed:
+        if code == 0 or job.taken or job.cancelled is not None or job.restarts >= allowed:
             return exited(code)
         job.restarts += 1
         if job.processes is not None:
@@ -339,6 +359,16 @@ class Vertex:
                 job.message, job.project, job.place, self.environ, self._writer(job)
             )
         if fate.preempted is not None and now >= job.begins + fate.preempted:
+            self._take(job)
+
+    def _notice(self, job: _Job, written: list[str]) -> None:
+        on = job.fate.preempted_on if isinstance(job.fate, Real) else None
+        if on and job.processes is not None and any(re.search(on, uri) for uri in written):
+            self._take(job)
+
+    def _take(self, job: _Job) -> None:
+        job.taken = True
+        if job.processes is not None:
             job.processes.ask()
 
     def _writer(self, job: _Job) -> Callable[[str, str], None]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from launcher import google
 from launcher.backends.base import Held, JobHandle, LogQuery, Phase, Seen
 from launcher.clock import SystemClock
 from tests.launcher.rehearsed import Scene, scene
@@ -131,6 +132,34 @@ signal.pause()
         made.fate = Real(queued=0, pending=0, preempted=0.0)  # now
     seen = ended(real, job)
     assert (seen.phase, seen.exit_code, seen.cause) == (Phase.PREEMPTED, 75, "preempted")
+
+
+def test_a_machine_is_taken_when_an_object_is_written(real: Scene) -> None:
+    real.boot = b"""
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+signal.pause()
+"""
+    store = google.storage(real.env.environ).bucket("bkt")
+    real.server.vertex.fates.append(Real(queued=0, pending=0, preempted_on=r"/MANIFEST\.json$"))
+    job = real.attempt()
+    until(real, job, lambda _: ("workerpool0-0", "ready") in printed(real))
+    store.blob("runs/step-4/model.safetensors").upload_from_string(b"weights")
+    assert real.see(job, 0.1).phase is Phase.RUNNING
+    store.blob("runs/step-4/MANIFEST.json").upload_from_string(b"{}")
+    seen = ended(real, job)
+    assert (seen.phase, seen.exit_code, seen.cause) == (Phase.PREEMPTED, 75, "preempted")
+
+
+def test_a_machine_that_is_taken_without_a_word_of_its_job_is_a_preemption(real: Scene) -> None:
+    real.boot = b"print('ready', flush=True); import signal; signal.pause()"
+    real.server.vertex.fates.append(Real(queued=0, pending=0, preempted_on="gone"))
+    job = real.attempt()
+    until(real, job, lambda _: ("workerpool0-0", "ready") in printed(real))
+    google.storage(real.env.environ).bucket("bkt").blob("gone").upload_from_string(b"")
+    seen = ended(real, job)
+    assert (seen.phase, seen.cause) == (Phase.PREEMPTED, "preempted")
 
 
 def test_a_worker_that_fails_is_started_again_within_the_same_job(real: Scene) -> None:
@@ -294,7 +323,8 @@ def test_as_a_process_it_prints_the_variables_and_ends_when_asked(tmp_path: Path
     )
     try:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(9)]
+        lines = [process.stdout.readline() for _ in range(10)]
+        assert lines.pop().startswith("# serving; jobs, logs and secrets over gRPC at 127.0.0.1:")
         given = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
         assert given["GOOGLE_CLOUD_PROJECT"] == "p"
         base = given["STORAGE_EMULATOR_HOST"]
