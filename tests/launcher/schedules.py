@@ -259,13 +259,13 @@ class Schedule:
     def _teardown(self) -> None:
         self.story.append("teardown")
         self.asked_to_end = True
-        write_marker(self.root, self.clock.now(), "ann", "teardown")
+        write_marker(self.journal.artifacts, self.clock.now(), "ann", "teardown")
         engine.teardown(self.id, self.env, load)
 
     def _ask_to_stop(self) -> None:
         self.story.append("asked to stop")
         self.asked_to_end = True
-        write_marker(self.root, self.clock.now(), "ann", "enough")
+        write_marker(self.journal.artifacts, self.clock.now(), "ann", "enough")
 
     def _meanwhile(self) -> None:
         """Nobody drives: time passes, machines come and go, somebody deletes a job."""

@@ -48,8 +48,10 @@ def test_an_export_goes_to_a_folder_beside_its_recipe_or_to_the_hub(at: Path) ->
     assert (stage.export.model, stage.export.to) == (str(at / "m"), str(at / "out"))
     (stage,) = load(EXPORT % "hub:me/model").stages
     assert stage.export is not None and stage.export.to == "hub:me/model"
-    (problem,) = problems(EXPORT % "gs://bucket/x")
-    assert "export.to: must be a folder, or hub:NAME" in problem
+    (stage,) = load(EXPORT % "gs://bucket/x").stages
+    assert stage.export is not None and stage.export.to == "gs://bucket/x"
+    (problem,) = problems(EXPORT % "ftp://host/x")
+    assert "export.to: must be a folder" in problem
 
 
 def test_a_merge_may_say_its_base_as_a_path(at: Path) -> None:

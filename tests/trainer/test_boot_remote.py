@@ -341,7 +341,7 @@ def test_boot_reads_the_bundle_that_lies_beside_it(it: Cloud) -> None:
 
 @pytest.mark.parametrize("stage", ["", "student/"])
 def test_a_new_checkpoint_does_not_wait_for_the_next_look(stage: str, tmp_path: Path) -> None:
-    spec: Any = SimpleNamespace(folder=tmp_path / "here", work=tmp_path, node=0)
+    spec: Any = SimpleNamespace(folder=tmp_path / "here", work=tmp_path, node=0, raw={})
     store = FileStore(tmp_path / "store")
     root = RemoteRoot(spec, store, lambda line: None)
     root._mirror.period = 3600.0
