@@ -198,8 +198,8 @@ def _summary(run: Run, told: dict[str, Any]) -> list[str]:
     left = ", ".join(told["leftovers"])
     lines.append(f"  sweep       {'found ' + left if left else 'finds nothing'}")
     lines.append(
-        f"  Google      reached by nothing: all requests went to {told['endpoint']}, no other host "
-        "could be reached"
+        f"  Google      not asked: every client was pointed at {told['endpoint']}, and for other "
+        "hosts at a proxy that leads nowhere"
     )
     if not told["preempted"]:
         lines.append("  note: no machine was taken: the job was over before its first checkpoint "
