@@ -145,6 +145,12 @@ class Claim:
         """Intents that were recorded and have no answer, by name."""
         return self.fold.open.get((job.index, attempt.number), {})
 
+    def answered(self, job: JobState, attempt: Attempt) -> bool:
+        """Whether a request of the attempt that costs money has had an answer."""
+        intents = self.fold.intents.get((job.index, attempt.number), ())
+        names = {ref.name for ref in attempt.refs}
+        return any(raw["billable"] and raw["name"] in names for raw in intents)
+
     def fresh(self, job: JobState) -> list[Attempt]:
         """The attempts since the run was last resumed: those that count against `retry:`."""
         return job.attempts[self.fold.before.get(job.index, 0) :]

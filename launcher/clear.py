@@ -164,8 +164,8 @@ def _owner(claim: Claim, ref: Ref) -> tuple[JobState, Optional[Attempt]]:
 
 def _found(claim: Claim, name: str) -> list[Ref]:
     """What carries the run's label where jobs of it have been: one listing for each place."""
-    attempts = (a for job in claim.run.jobs if job.backend == name for a in job.attempts)
-    refs = [ref for attempt in attempts for ref in attempt.refs if ref.billable]
+    jobs = [job for job in claim.run.jobs if job.backend == name]
+    refs = [r for job in jobs for a in job.attempts if claim.answered(job, a) for r in a.refs]
     backend = claim.backend(name)
     if not refs or not isinstance(backend, CanFind):
         return []

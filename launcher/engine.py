@@ -289,7 +289,8 @@ class Engine:
         """One look; but what is missing may not show yet, and is lost only when it stays away."""
         backend, handle = self.claim.backend(job.backend), self.claim.handle(job, attempt)
         seen = backend.observe(handle, self.claim.env)
-        for pause in retry.settling(backend.can.settle):
+        settle = backend.can.settle if self.claim.answered(job, attempt) else 0.0
+        for pause in retry.settling(settle):
             if seen.phase is not Phase.LOST:
                 break
             self.clock.sleep(pause)

@@ -131,10 +131,11 @@ def backoff(times: int) -> float:
 
 
 def settling(seconds: float) -> Iterator[float]:
-    """The waits, together `seconds`, before each further look for what may not show yet."""
+    """The waits, together `seconds`, before each further look for what may not show yet: 1, 4, 16,
+    and the rest."""
     wait = 1.0
     while seconds > 0:
-        # A last look right after the one before it would show nothing new.
+        # A last look soon after the one before it would show nothing new.
         wait = seconds if seconds < 2 * wait else wait
         yield wait
-        seconds, wait = seconds - wait, 2 * wait
+        seconds, wait = seconds - wait, 4 * wait
