@@ -291,7 +291,7 @@ def test_kill_9_of_the_process_leaves_the_job_to_the_next_one(
 
 
 def spending(**budget: Any) -> Recipe:
-    """On a machine in a place whose price is known; that of an L4 is not."""
+    """On a machine in a place whose price is known."""
     (stage,) = recipe().stages
     machine = replace(HARDWARE, accelerator="A100-40GB:1", places=("us-central1",))
     return recipe(stages=(replace(stage, hardware=machine),), budget=Budget(**budget))
