@@ -328,6 +328,15 @@ def test_hours_are_counted_over_all_attempts(world: World) -> None:
     assert bodies[0] == "3600s" and 590 <= int(bodies[1][:-1]) <= 600, "what is left, told to it"
 
 
+def test_what_a_job_kept_to_save_in_starts_no_other_one(world: World) -> None:
+    """It left by itself, a tenth of its time before the end (75, so that it would go on)."""
+    world.run_id = begin(world.it, spending(hours=1))
+    world.fate(Stub(1, 1, 3_300, PREEMPTED), Stub(1, 1, 600))
+    run = world.drive()
+    assert (run.phase, run.exit_code) == (Phase.CANCELLED, Exit.BUDGET)
+    assert len(world.vertex.created) == 1 and nothing_is_left(world.it)
+
+
 def test_dollars_are_counted_at_the_price_of_each_offer(world: World) -> None:
     world.run_id = begin(world.it, spending(usd=5))
     world.fate(Stub(1, 1, 1_800, PREEMPTED), Stub(1, 1, 86_400))
