@@ -315,7 +315,8 @@ def usd(amount: Optional[float]) -> str:
 
 def spent(run: Run) -> str:
     """What a run has cost: `$3.20`, `at least $3.20` where some of its prices are unknown."""
-    return f"at least {usd(run.spent_usd)}" if run.unpriced and run.spent_usd else usd(run.spent_usd)
+    least = "at least " if run.unpriced and run.spent_usd else ""
+    return least + usd(run.spent_usd)
 
 
 def duration(seconds: float) -> str:

@@ -343,6 +343,16 @@ def test_the_budget_in_dollars_holds_at_the_price_of_the_offer(tmp_path: Path) -
     assert run.spent_usd == pytest.approx(2.0, abs=0.05)
 
 
+def test_a_resumed_run_has_its_unfinished_stages_before_it(tmp_path: Path) -> None:
+    it = scene(tmp_path, recipe(stages=2), jobs=[{}, {"end": "failed", "exit_code": 1}, {}])
+    assert [stage.phase for stage in it.drive().stages] == [Phase.SUCCEEDED, Phase.FAILED]
+    it.resume()
+    run = it.run()
+    assert run.phase is Phase.PLANNED
+    assert [stage.phase for stage in run.stages] == [Phase.SUCCEEDED, Phase.PLANNED]
+    assert [stage.phase for stage in it.drive().stages] == [Phase.SUCCEEDED] * 2
+
+
 def test_an_unknown_price_does_not_switch_the_budget_in_dollars_off(tmp_path: Path) -> None:
     offers = [
         {"place": place, "capacity": "spot", "usd_per_hour": price}

@@ -237,7 +237,6 @@ def test_a_secret_is_read_with_the_jobs_identity_and_written_nowhere(it: Cloud) 
     code, said = it.run(
         spec, CLOUDSDK_AUTH_DISABLE_CREDENTIALS="false", GOOGLE_APPLICATION_CREDENTIALS="",
         HOME=str(it.folder), CLOUDSDK_CONFIG=str(it.folder),
-        GCE_METADATA_IP=f"127.0.0.1:{it.server.port}",
     )  # fmt: skip
     assert code == 0, said
     assert any("service-accounts/default" in path for _, path, _ in it.server.log)
