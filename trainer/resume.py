@@ -72,9 +72,7 @@ def check_model(found: Path, plan: Model, tokens: Any, what: str) -> None:
     hint = "; resume with the model it was trained with, or start a new run"
     if adapters.is_adapter(found) != (plan.adapter is not None):
         held, asked = ("an adapter", "none") if plan.adapter is None else ("a model", "an adapter")
-        raise ConfigError(
-            f"{what}: {found} holds {held}, model.adapter asks for {asked}{hint}"
-        )
+        raise ConfigError(f"{what}: {found} holds {held}, model.adapter asks for {asked}{hint}")
     if plan.adapter is not None:  # its shapes are compared when it is loaded
         return
     theirs = models.configuration(Model(name=str(found)), tokens)
@@ -83,8 +81,7 @@ def check_model(found: Path, plan: Model, tokens: Any, what: str) -> None:
         before, now = getattr(theirs, name, None), getattr(ours, name, None)
         if before != now:
             raise ConfigError(
-                f"{what}: {found} is of another model: {name} is {before} there, {now}"
-                f" here{hint}"
+                f"{what}: {found} is of another model: {name} is {before} there, {now} here{hint}"
             )
 
 
