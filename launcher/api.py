@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from launcher.recipe import Loaded
 
 Which = Union[str, Run]
+#: Seconds that a driver may still hold a run that is over: it writes a summary to the store.
+_WAY_OUT = 15.0
 
 
 def env() -> Env:
@@ -188,7 +190,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
     place = home.folder(here.home, seen.id)
-    lock = home.DriverLock.acquire(place)
+    # The last record is not a driver's last act: one that is on its way out gets the time for it.
+    lock = home.DriverLock.acquire(place, wait=_WAY_OUT)
     if lock is None:
         raise held_elsewhere(home.claimed(place), seen.name)
     try:

@@ -232,15 +232,18 @@ class Claim:
         return max(0.0, seconds(wait) - (self.clock.now() - streak[0].started))
 
     def budget_left(self, usd_per_hour: Optional[float]) -> Optional[float]:
-        """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit."""
+        """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit. At a
+        price that is unknown `budget.usd` leaves nothing once the known part has used it up."""
         budget, now = self.recipe.budget, self.clock.now()
         limits = []
         if budget.hours is not None:
             attempts = (attempt for job in self.run.jobs for attempt in job.attempts)
             limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
-        paid = spent(self.run, now)
-        if budget.usd is not None and usd_per_hour and paid is not None:
+        paid = spent(self.run, now) or 0.0
+        if budget.usd is not None and usd_per_hour:
             limits.append((budget.usd - paid) / usd_per_hour * 3600)
+        elif budget.usd is not None and usd_per_hour is None and paid >= budget.usd:
+            limits.append(0.0)
         return min(limits, default=None)
 
     def budget_text(self) -> str:

@@ -18,17 +18,19 @@ from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import Claim, Load, claimed
 from launcher.clear import clear, insist, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
-from launcher.fold import worst
+from launcher.fold import duration, worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.view import write_summary
+from trainer.boot import reserve
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
 #: How long a teardown waits for a store that does not answer.
 DEAF = 60.0
-#: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
+#: Seconds of budget that another attempt is worth: less would pay for a machine and no step. (More
+#: where the attempt before it kept more to save in: it may have ended for that alone.)
 LEAST = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
@@ -167,7 +169,10 @@ class Engine:
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
         """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
         left = self.claim.budget_left(last.usd_per_hour if last is not None else None)
-        least = 0.0 if last is None else LEAST
+        least = 0.0
+        if last is not None:  # what was left to it when it began, and what it kept to save in
+            given = (left or 0.0) + duration(last, self.clock.now())
+            least = max(LEAST, reserve(given))
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
         if left is None or left > least or own_fault:
             return None

@@ -167,7 +167,8 @@ def worker(spec: Spec) -> int:
     spec.logs, spec.part = Path(place["logs"]), place["part"]
     rank, command = int(os.environ.get("RANK", 0)), trainer_command(spec)
     write_json(spec.work / f"worker-{rank}.json", {"pid": os.getpid()})
-    process = Pump(spec, command, dict(os.environ), f"worker-{rank}", _PASS_ON)
+    mark = _PASS_ON + b"[worker %d] " % rank  # a service knows the node of a line, not the rank
+    process = Pump(spec, command, dict(os.environ), f"worker-{rank}", mark)
     while process.child.poll() is None:
         if asked:
             process.terminate()

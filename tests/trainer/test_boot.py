@@ -239,6 +239,16 @@ def test_the_deadline_ends_the_job_to_be_continued(tmp_path: Path) -> None:
     assert read(tmp_path / "work" / "result.json")["why"] == "deadline"
 
 
+@pytest.mark.parametrize(("given", "asked"), [(40, 36), (6000, 5400), (43200, 42600)])
+def test_the_job_leaves_before_its_service_ends_it(
+    tmp_path: Path, given: int, asked: float
+) -> None:
+    """A service that was told the same number started counting before boot did."""
+    file = tmp_path / "boot.json"
+    file.write_text(json.dumps(specification(tmp_path, deadline_seconds=given)))
+    assert boot.Spec(str(file)).deadline == asked
+
+
 def test_a_trainer_asked_before_it_could_listen_was_stopped(tmp_path: Path) -> None:
     source = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n" + LEAVES
     process = start(tmp_path, specification(tmp_path, source))
@@ -298,7 +308,7 @@ def test_a_second_boot_leaves_at_once_and_the_job_runs_once(tmp_path: Path) -> N
 def test_a_boot_after_one_that_was_killed_is_a_restart_of_the_attempt(tmp_path: Path) -> None:
     """It keeps the first's log, says so to the trainer, and has what is left of the deadline."""
     source = "say('restart', job.get('restart', 0)); wait_until_asked(); sys.exit(75)"
-    spec = specification(tmp_path, source, deadline_seconds=100)
+    spec = specification(tmp_path, source, deadline_seconds=112)  # 100.8 to work in
     first = start(tmp_path, spec)
     eventually(lambda: log(tmp_path) == ["restart 0", "ready"], "the trainer")
     first.kill()

@@ -231,7 +231,11 @@ def _ref(job: Any, project: str, place: str) -> Ref:
     number = job.name.rpartition("/")[2]
     command = f"gcloud ai custom-jobs cancel {number} --project={project} --region={place}"
     phase, _ = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
-    data = {"resource": job.name, "project": project, "job_id": number, "delete_command": command}
+    pools = job.job_spec.worker_pool_specs
+    data = {
+        "resource": job.name, "project": project, "job_id": number, "delete_command": command,
+        "workers": max(1, pools[0].machine_spec.accelerator_count) if pools else 1,  # of a node
+    }  # fmt: skip
     return Ref(NAME, JOB, job.display_name, place, job.labels["launch-run"], not phase.over, data)
 
 
