@@ -8,7 +8,7 @@ be killed between any two lines of this file and the next one ends at the same p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
 from typing import Any, Optional
@@ -245,7 +245,7 @@ class Engine:
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
         at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}
-        self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
+        self.claim.record("intent", **at, intent=intent, offer=offer)
         self._unsent.add(intent.name)
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 
