@@ -356,13 +356,13 @@ class Engine:
 
     def _note_stages(self, job: JobState, phase: Phase) -> None:
         """Record the stages whose phase has changed: completed ones by their run_meta.json, the
-        first other one as the job, those after it not yet."""
-        reached = False
-        for stage in self.claim.run.stages:
-            if stage.job != job.index:
-                continue
+        first other one as the job, those after it not yet. The last one is done when the job is:
+        while it runs nobody has to be asked about it."""
+        reached, stages = False, [s for s in self.claim.run.stages if s.job == job.index]
+        for stage in stages:
             wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
-            if done or (not reached and self.claim.meta(stage).get("completed") is True):
+            asked = not reached and (phase.over or stage is not stages[-1])
+            if done or (asked and self.claim.meta(stage).get("completed") is True):
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True

@@ -94,6 +94,7 @@ class Scene:
 @contextmanager
 def scene(home: Path, clock: Optional[Clock] = None, **given: Any) -> Iterator[Scene]:
     clock = clock or ManualClock(1_795_000_000.0)
-    with Google(clock, project="proj", **given) as server:
+    with pytest.MonkeyPatch.context() as patch, Google(clock, project="proj", **given) as server:
+        patch.setenv("NO_PROXY", "127.0.0.1")  # else each request looks at the whole environment
         server.objects.create_bucket("bkt", {})
         yield Scene(server, home, clock)
