@@ -180,6 +180,7 @@ class _Connection(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Threads
+    raw_requestline: bytes
 
     def setup(self) -> None:
         super().setup()
