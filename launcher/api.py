@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -105,9 +106,8 @@ def attach(run: Which, take_over: bool = False) -> Run:
     if lock is None:
         return seen
     try:
-        refuse_foreign(journal, seen.name, take_over)
+        journal.read(take_over, allowed=partial(refuse_foreign, journal, take_over=take_over))
         if take_over:
-            journal.read(heal=True)
             journal.epoch += 1
             journal.append("driver")
     except HeldElsewhere:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
 from launcher.clock import Clock
 from launcher.errors import JournalDamaged, Transient
-from launcher.fold import Fold, duration, spent
+from launcher.fold import Fold, Record, duration, spent
 from launcher.journal import Journal, held_elsewhere, ours
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
@@ -61,8 +61,8 @@ def claimed(
         artifacts.patience, artifacts.tell = patience, partial(_say, env.clock)
         journal = Journal(place, artifacts, env.clock)
         journal.name = facts["name"]
-        refuse_foreign(journal, facts["name"], take_over)
-        fold = Fold(journal.read(heal=True))
+        foreign = partial(refuse_foreign, journal, take_over=take_over)
+        fold = Fold(journal.read(heal=True, allowed=foreign))
         claim = Claim(env, load, journal, fold, place)
         if fold.run.live or take_over:
             lock.claim(os.getpid(), env.clock.now())
@@ -75,13 +75,13 @@ def claimed(
         lock.close()
 
 
-def refuse_foreign(journal: Journal, name: str, take_over: bool) -> None:
+def refuse_foreign(journal: Journal, records: Sequence[Record], take_over: bool) -> None:
     """Raise `HeldElsewhere` when the newest claim came from another $LAUNCH_HOME. A driver copies
     its claim to its own; where the copy is missing, this host's lock says nothing about it."""
-    newest = next((r for r in reversed(journal.read()) if r["kind"] == "driver"), None)
+    newest = next((r for r in reversed(records) if r["kind"] == "driver"), None)
     if newest is None or take_over or ours(journal.copy.parent, newest):
         return
-    raise held_elsewhere({**newest["driver"], "since": newest["time"]}, name)
+    raise held_elsewhere({**newest["driver"], "since": newest["time"]}, journal.name)
 
 
 class Claim:

@@ -8,7 +8,7 @@ be killed between any two lines of this file and the next one ends at the same p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
 from typing import Any, Optional
@@ -250,7 +250,7 @@ class Engine:
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
         at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}
-        self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
+        self.claim.record("intent", **at, intent=intent, offer=offer)
         self._unsent.add(intent.name)
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 
@@ -361,13 +361,13 @@ class Engine:
 
     def _note_stages(self, job: JobState, phase: Phase) -> None:
         """Record the stages whose phase has changed: completed ones by their run_meta.json, the
-        first other one as the job, those after it not yet."""
-        reached = False
-        for stage in self.claim.run.stages:
-            if stage.job != job.index:
-                continue
+        first other one as the job, those after it not yet. The last one is done when the job is:
+        while it runs nobody has to be asked about it."""
+        reached, stages = False, [s for s in self.claim.run.stages if s.job == job.index]
+        for stage in stages:
             wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
-            if done or (not reached and self.claim.meta(stage).get("completed") is True):
+            asked = not reached and (phase.over or stage is not stages[-1])
+            if done or (asked and self.claim.meta(stage).get("completed") is True):
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True

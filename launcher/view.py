@@ -92,7 +92,7 @@ def write_summary(place: Path, run: Run, artifacts: Artifacts, share: bool = Tru
         artifacts.refresh(anew=share)
     run.progress = records.run_progress(run)
     note_restarts(run)
-    text = json.dumps(run.to_json(), indent=1) + "\n"
+    text = json.dumps(run.to_json()) + "\n"
     with suppress(Signal):
         if run.live:
             artifacts.remove("summary.json")

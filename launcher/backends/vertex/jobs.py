@@ -38,7 +38,7 @@ def upload(intent: Intent, env: Env) -> Ref:
             blob = google.storage(env.environ).bucket(bucket_name).blob(name)
             given = {"if_generation_match": 0, "retry": None, "timeout": google.TIMEOUT}
             if "json" in request:
-                data = json.dumps(request["json"], indent=1, ensure_ascii=False)
+                data = json.dumps(request["json"], ensure_ascii=False)
                 blob.upload_from_string(data, content_type="application/json", **given)
             elif not blob.exists(retry=None, timeout=google.TIMEOUT):
                 blob.upload_from_filename(_file(request["file"]), **given)
