@@ -235,6 +235,7 @@ class _Reader:
         return Node(None, at)
 
 
+_LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(:-[^}]*)?\}|(stage:[^}]*\})|)")
 
 
@@ -246,8 +247,8 @@ def expand(
     defaults: dict[str, str],
 ) -> str:
     """`text` with `${VAR}` and `${VAR:-default}` filled from `environ`; `$${` is a literal `${`,
-    `${stage:ID}` stays. An undefined variable is a problem at `at`; a default that was taken is
-    added to `defaults`."""
+    `${stage:ID}` stays. A variable that is undefined or looks secret is a problem at `at`; a default
+    that was taken is added to `defaults`."""
 
     def fill(match: re.Match[str]) -> str:
         name, default, stage = match.groups()
@@ -260,6 +261,10 @@ def expand(
                 (at, "`${` without a name; write ${VAR}, ${VAR:-default}, ${stage:ID} or $${")
             )
             return match[0]
+        if looks_secret(name):
+            what = f"${{{name}}}: looks like a secret, and a recipe is written down in many places"
+            problems.append((at, f"{what}; name it in `secrets`, and the job has it as a variable"))
+            return ""
         value = environ.get(name)
         if default is not None and not value:  # as in a shell, :- also stands in for an empty value
             value = defaults[name] = default[2:]
@@ -271,6 +276,11 @@ def expand(
         return value
 
     return _REFERENCE.sub(fill, text)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable of this name holds something that nobody else should read."""
+    return _LOOKS_SECRET.search(name.upper()) is not None
 
 
 def _resolve(text: str) -> str:
