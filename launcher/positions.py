@@ -247,8 +247,8 @@ def expand(
     defaults: dict[str, str],
 ) -> str:
     """`text` with `${VAR}` and `${VAR:-default}` filled from `environ`; `$${` is a literal `${`,
-    `${stage:ID}` stays. A variable that is undefined or looks secret is a problem at `at`; a default
-    that was taken is added to `defaults`."""
+    `${stage:ID}` stays. A variable that is undefined or looks secret is a problem at `at`; a
+    default that was taken is added to `defaults`."""
 
     def fill(match: re.Match[str]) -> str:
         name, default, stage = match.groups()

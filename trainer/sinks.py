@@ -203,8 +203,8 @@ def _begin(kind: Callable[[About], Tracker], about: About) -> Tracker:
 
 
 def without_secrets(value: Any, environ: Mapping[str, str]) -> Any:
-    """`value` with `***` for what stands in a variable that the recipe calls a secret, or whose name
-    says so (at least 8 characters there), and for user and password in a URL."""
+    """`value` with `***` for what stands in a variable that the recipe calls a secret, or whose
+    name says so (at least 8 characters there), and for user and password in a URL."""
     named = environ.get(NAMES, "").split()
     long = (name for name, v in environ.items() if _SECRET_NAME.search(name) and len(v) >= 8)
     secrets = words(environ, {*named, *long} - {NAMES})
