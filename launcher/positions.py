@@ -228,6 +228,8 @@ class _Reader:
             return self._wrong(at, "a whole number beyond 64 bits")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             return self._wrong(at, "holds a character that is not text (NUL or half a surrogate)")
+        if isinstance(value, str) and _LOGIN.search(value):
+            return self._wrong(at, f"holds a password in a URL, {_KEPT}")
         return Node(value, at)
 
     def _wrong(self, at: Position, what: str) -> Node:
@@ -236,6 +238,11 @@ class _Reader:
 
 
 _LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
+_LOGIN = re.compile(r"://[^/\s:@]*:[^/\s]+@")
+_KEPT = (
+    "and a recipe is written down in many places; name it in `secrets`, and the job has it as a "
+    "variable"
+)
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(:-[^}]*)?\}|(stage:[^}]*\})|)")
 
 
@@ -262,8 +269,7 @@ def expand(
             )
             return match[0]
         if looks_secret(name):
-            what = f"${{{name}}}: looks like a secret, and a recipe is written down in many places"
-            problems.append((at, f"{what}; name it in `secrets`, and the job has it as a variable"))
+            problems.append((at, f"${{{name}}} looks like a secret, {_KEPT}"))
             return ""
         value = environ.get(name)
         if default is not None and not value:  # as in a shell, :- also stands in for an empty value

@@ -24,7 +24,6 @@ _SECRET = re.compile(
 _DATA = (".jsonl", ".txt")  # what trainer.data reads
 _BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LOGIN = re.compile(r"://[^/\s:@]*:[^/\s]+@")  # user and password of a URL
 _SECRET_FORMS = "env://NAME or secret-manager://PROJECT/NAME"
 
 
@@ -116,10 +115,8 @@ def secret_problems(secrets: Node, env: Node) -> Problems:
         elif not isinstance(node.value, str) or not _SECRET.fullmatch(node.value):
             problems.append((node.at, f"secrets.{name}: must be a reference: {_SECRET_FORMS}"))
     for name, node in env.map.items():
-        login = isinstance(node.value, str) and _LOGIN.search(node.value)
-        if login or looks_secret(name):
-            looks = "holds a password" if login else "looks like a secret"
-            what = f"env.{name}: {looks}; move it to `secrets`, as {_SECRET_FORMS}"
+        if looks_secret(name):
+            what = f"env.{name}: looks like a secret; move it to `secrets`, as {_SECRET_FORMS}"
             problems.append((node.key or node.at, what))
     return problems
 

@@ -98,7 +98,7 @@ def running(launch: Launch) -> str:
     """The name of a run whose trainer has begun."""
     launch("up", "thing.yaml", "-d", "--yes")
     name = str(the_run(launch)["name"])
-    eventually(lambda: "begun with a token of 34" in launch("logs", name), "the trainer's line", 120)
+    eventually(lambda: "begun with a token of 34" in launch("logs", name), "its line", 120)
     return name
 
 

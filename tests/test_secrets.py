@@ -220,9 +220,10 @@ def test_a_failed_run_on_this_machine_writes_no_secret(
     ("block", "words"),
     [
         ("env: {HF_TOKEN: VALUE}", "env.HF_TOKEN: looks like a secret; move it to `secrets`"),
-        ("env: {TRACKER: 'https://me:VALUE@host'}", "env.TRACKER: holds a password"),
-        ("env: {X: '${MY_TOKEN}'}", "${MY_TOKEN}: looks like a secret"),
-        ("description: 'with ${MY_TOKEN:-none}'", "${MY_TOKEN}: looks like a secret"),
+        ("env: {TRACKER: 'https://me:VALUE@host'}", "holds a password in a URL"),
+        ("description: 'https://me:VALUE@host/x'", "holds a password in a URL"),
+        ("env: {X: '${MY_TOKEN}'}", "${MY_TOKEN} looks like a secret"),
+        ("description: 'with ${MY_TOKEN:-none}'", "${MY_TOKEN} looks like a secret"),
         ("secrets: {HF_TOKEN: VALUE}", "secrets.HF_TOKEN: must be a reference"),
         ("secrets: {HF_TOKEN: 'env://MY_TOKEN'}", "reads secret-manager://PROJECT/NAME only"),
     ],
