@@ -102,6 +102,7 @@ def running(launch: Launch) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_the_endpoint_variables_are_enough_for_a_whole_run(launch: Launch) -> None:
     name = running(launch)
     seen = the_run(launch)
@@ -116,6 +117,7 @@ def test_the_endpoint_variables_are_enough_for_a_whole_run(launch: Launch) -> No
     assert f"{name}-j0-a1" not in launch("sweep", "--yes")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GCLOUD is None, reason="the gcloud command line is not on PATH")
 def test_the_official_command_line_sees_a_run_of_launch(launch: Launch) -> None:
     name = running(launch)

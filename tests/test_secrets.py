@@ -150,6 +150,7 @@ def test_the_search_finds_every_form(tmp_path: Path, values: dict[str, str]) -> 
     assert len(leaks(contents(tmp_path), values.values())) == len(values)
 
 
+@pytest.mark.slow
 def test_a_run_on_vertex_writes_no_secret(tmp_path: Path, values: dict[str, str]) -> None:
     packages = package(tmp_path, TRAINER.replace("FIRST", "75"))
     mine = {"HF_TOKEN": f"hf_{secrets.token_hex(12)}", "MY_PASSWORD": secrets.token_hex(8)}
