@@ -264,6 +264,7 @@ def environment(
         "TOKENIZERS_PARALLELISM": "false",
         "LAUNCH_RUN": spec.raw["run"],
         "LAUNCH_ATTEMPT": str(spec.raw["attempt"]),
+        "LAUNCH_SECRETS": " ".join(spec.raw.get("secrets") or {}),  # names, for what is written
     }
     return {**environ, **given, **fixed}
 

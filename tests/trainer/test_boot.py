@@ -109,6 +109,36 @@ def test_boot_writes_no_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("secret", "said", "shown"),
+    [
+        (" s3c\n", "say(value, [value])", "*** [' ***\\n']"),
+        ("a/b+c d", "say(quote(value, safe=''), quote(value), quote_plus(value))", "*** *** ***"),
+        ("it's\\", "say([value], [value + '\"'], json.dumps(value))", '["***"] [\'***"\'] "***"'),
+        ('{\n "k": "x\\ny"\n}\n', "say(value.split()); say(json.dumps(value))", None),
+        ("-----BEGIN-----\nMIIE\n-----END-----\n", "say(value); say({'K': value})", None),
+        ("caf\udce9", "say('x'); os.write(1, os.environb[b'T'] + bytes([10]))", "x ***"),
+    ],
+)  # fmt: skip
+def test_a_secret_is_hidden_however_it_is_written(
+    tmp_path: Path, secret: str, said: str, shown: str | None
+) -> None:
+    source = f"from urllib.parse import quote, quote_plus; value = os.environ['T']\n{said}"
+    spec = specification(tmp_path, source, secrets={"T": "env://MY_TOKEN"})
+    assert run(tmp_path, spec, MY_TOKEN=secret) == (0, "")
+    text = " ".join(line.strip() for line in log(tmp_path))
+    assert "***" in text and not [part for part in ("MIIE", "BEGIN", "s3c") if part in text]
+    assert shown is None or text == shown
+
+
+def test_a_line_that_is_cut_is_not_cut_through_a_secret(tmp_path: Path) -> None:
+    source = "say(os.environ['T'] * 100_000)"
+    spec = specification(tmp_path, source, secrets={"T": "env://MY_TOKEN"})
+    assert run(tmp_path, spec, MY_TOKEN=SECRET) == (0, "")
+    lines = log(tmp_path)
+    assert len(lines) > 1 and set("".join(lines)) == {"*"}
+
+
+@pytest.mark.parametrize(
     ("secrets", "line"),
     [
         ({"T": "env://NOT_SET_ANYWHERE"}, "secret T: the variable NOT_SET_ANYWHERE is not set"),
