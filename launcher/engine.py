@@ -286,7 +286,7 @@ class Engine:
         settles = self.claim.backend(job.backend).can.settle > 0
         if not settles or not intent.billable or intent.name in self._unsent:
             return None
-        found = made(self.claim, job, attempt, {intent.name: asdict(intent)})
+        found = made(self.claim, job, attempt, {intent.name: {"billable": True}})
         self._unsent.add(intent.name)
         return next((ref for ref in found if ref.name == intent.name), None)
 
