@@ -250,6 +250,7 @@ def test_a_run_without_a_driver_before_its_request_spends_nothing(
     with pytest.raises(KeyboardInterrupt):
         engine.drive(run_id, it.env, lambda _: Dies())
     clock.sleep(13 * 3600)
+    it.server.vertex.fate = Stub(0, 30, 60)
     run = engine.drive(run_id, it.env, lambda _: Dies())
     assert run.phase is Phase.SUCCEEDED and dead
 
