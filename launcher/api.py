@@ -184,6 +184,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     here, facts = env(), _find(run)
     seen, given = status(facts["id"]), tuple(overrides)
     if seen.ended is None:
+        if seen.driver is not None and seen.driver.alive is None:
+            raise held_elsewhere(vars(seen.driver), seen.name)
         if given:
             text = f"{seen.name} is not over: its recipe cannot change now"
             raise UsageError(text, f"`launch stop {seen.name}`, then resume it with --set")

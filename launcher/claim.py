@@ -24,7 +24,7 @@ from launcher.bundle import build as build_bundle
 from launcher.clock import Clock
 from launcher.errors import JournalDamaged, NotFromHere, Transient
 from launcher.fold import Fold, duration, spent
-from launcher.journal import Journal, held_elsewhere, ours, refuse_swapped
+from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Hardware, Recipe, Stage, seconds
@@ -83,7 +83,7 @@ def claimed(
 def refuse_foreign(journal: Journal, name: str, take_over: bool) -> None:
     """Raise `HeldElsewhere` when the newest claim came from another $LAUNCH_HOME. A driver copies
     its claim to its own; where the copy is missing, this host's lock says nothing about it."""
-    newest = next((r for r in reversed(journal.read()) if r["kind"] == "driver"), None)
+    newest = newest_claim(journal.read())
     if newest is None or take_over or ours(journal.copy.parent, newest):
         return
     raise held_elsewhere({**newest["driver"], "since": newest["time"]}, name)

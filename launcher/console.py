@@ -31,7 +31,7 @@ _PHASE = {
     "stopping": "yellow", "pass": "green", "warn": "yellow", "fail": "red", "skip": "dim",
 }  # fmt: skip
 _STEERING = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b(?:[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 #: The columns of a comparison that come first, and in this order.

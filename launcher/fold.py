@@ -167,6 +167,9 @@ class Fold:
         run.ended, run.exit_code, run.why, run.phase = None, None, "", Phase.PLANNED
         self.recipe = record.get("recipe", self.recipe)
         self.chosen.append(record)
+        if run.driver is not None:  # who opens a run again is about to drive it
+            who = record["driver"]
+            run.driver = Driver(who["host"], who["pid"], record["time"], run.driver.epoch)
         self.before = {job.index: len(job.attempts) for job in run.jobs}
         self.stopping = None
         for stage in run.stages:

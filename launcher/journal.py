@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from launcher.artifacts import Artifacts, Folder
+from launcher.artifacts import Artifacts, Folder, parsed
 from launcher.clock import Clock
 from launcher.errors import HeldElsewhere, JournalDamaged, UsageError
 from launcher.fold import Fold as Fold
@@ -28,8 +28,6 @@ from launcher.run import Run
 VERSION = 1
 #: Notes of the newest claim, and of the newest recipe, that this home was about to write.
 _NOTES = {"driver": "claim.json", "resumed": "opened.json"}
-#: What this home acts on without judging it again: what others wrote is never taken for its own.
-_OWN = ("driver", "intent")
 #: What every record has, whatever its kind.
 _ENVELOPE: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -154,8 +152,11 @@ class Journal:
             if source is copy:
                 state = "damaged" if first.exists() else "missing"
                 self.warnings.append(f"{first} is {state}: read from {copy}")
-            mine = source is copy or record["kind"] not in _OWN or ours(self.copy.parent, record)
-            if heal and mine and _parse(_bytes(other), number, other) != record:
+            if (
+                heal
+                and (source is copy or self._copied(record))
+                and _parse(_bytes(other), number, other) != record
+            ):
                 write(other, source.read_text())
             return record
         return None
@@ -181,6 +182,15 @@ class Journal:
             mine = ours(self.copy.parent, record)
             write(copy if mine else cached, data.decode(), sync=False)
         return record
+
+    def _copied(self, record: Record) -> bool:
+        """Whether a record of a shared disk may be copied here, where the copy says that this home
+        wrote it: of claims only the newest is ever asked about, an intent is sent as it is."""
+        place = self.copy.parent
+        if record["kind"] == "driver":
+            newest = parsed(_bytes(place / _NOTES["driver"])).get("seq")
+            return (isinstance(newest, int) and newest > record["seq"]) or ours(place, record)
+        return record["kind"] != "intent" or ours(place, record)
 
     def _restore(self, number: int, heal: bool) -> None:
         """A record that only its copy still holds: somebody has removed it from the store."""
@@ -208,6 +218,11 @@ def ours(place: Path, record: Record) -> bool:
         return True
     note = _NOTES.get(record["kind"])
     return note is not None and _parse(_bytes(place / note), record["seq"], note) == record
+
+
+def newest_claim(records: Iterable[Record]) -> Optional[Record]:
+    """The record that says who drives, or is about to: who opens a run again claims it too."""
+    return next((r for r in reversed([*records]) if r["kind"] in _NOTES), None)
 
 
 def refuse_swapped(run: Run, facts: Mapping[str, Any]) -> None:

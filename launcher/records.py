@@ -110,16 +110,10 @@ def run_progress(run: Run) -> dict[str, Any]:
 def resumed(folder: Path) -> dict[int, int]:
     """attempt -> the step at which its trainer last went on from a checkpoint, by its own word."""
     found: dict[int, int] = {}
-    for part in _parts(folder):
-        raw = part.read_bytes() if part.is_file() else b""
-        for line in _parsed(raw) if b'"resumed"' in raw else ():
-            attempt, step = line.get("attempt"), line.get("global_step")
-            if (
-                line.get("event") == "resumed"
-                and isinstance(attempt, int)
-                and isinstance(step, int)
-            ):
-                found[attempt] = step
+    for line in _lines(folder, holding=b'"resumed"'):
+        attempt, step = line.get("attempt"), line.get("global_step")
+        if line.get("event") == "resumed" and isinstance(attempt, int) and isinstance(step, int):
+            found[attempt] = step
     return found
 
 

@@ -15,7 +15,7 @@ from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
 from launcher.errors import LaunchError, Signal, UsageError
 from launcher.fold import run_of, spent
-from launcher.journal import Journal, fold, ours, refuse_swapped
+from launcher.journal import Journal, fold, newest_claim, ours, refuse_swapped
 from launcher.run import Driver, JobState, Run
 
 #: How a warning begins that tells of a store which did not answer.
@@ -217,8 +217,8 @@ def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Dr
         return Driver(who["host"], who["pid"], who["since"], epoch, alive=True)
     if run.driver is None:
         return None
-    claim = next(r for r in reversed(written) if r["kind"] == "driver")
-    run.driver.alive = False if ours(place, claim) else None
+    claim = newest_claim(written)
+    run.driver.alive = False if claim is not None and ours(place, claim) else None
     return run.driver
 
 
