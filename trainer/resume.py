@@ -39,9 +39,12 @@ def begin(
     if runtime.main:
         checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, warn=say)
         found = checkpoints.newest()
-        if found is None and config.train.resume is not None:
+        if found is not None:
+            check_model(found, config.model, tokens, f"stage {config.id}")
+        elif config.train.resume is not None:
             found = whole(config.train.resume, say)
-            check_model(found, config.model, tokens)  # before it is taken for the stage's own
+            # Before it is taken for the stage's own.
+            check_model(found, config.model, tokens, "train.resume")
             adopt(found, checkpoints, say)
     newest = runtime.gather(str(found or ""))[0]
     return checkpoints, Path(newest) if newest else None
@@ -63,14 +66,13 @@ def adopt(found: Path, checkpoints: Checkpoints, say: Say) -> None:
     say(f"train.resume: step {step} of {found.parent.parent}")
 
 
-def check_model(found: Path, plan: Model, tokens: Any) -> None:
-    """Errors: `ConfigError` where the checkpoint `found` is of another model than `plan` says."""
+def check_model(found: Path, plan: Model, tokens: Any, what: str) -> None:
+    """Errors: `ConfigError` where the checkpoint `found` is of another model than `plan` says;
+    `what` asked for it."""
     hint = "; resume with the model it was trained with, or start a new run"
     if adapters.is_adapter(found) != (plan.adapter is not None):
         held, asked = ("an adapter", "none") if plan.adapter is None else ("a model", "an adapter")
-        raise ConfigError(
-            f"train.resume: {found} holds {held}, model.adapter asks for {asked}{hint}"
-        )
+        raise ConfigError(f"{what}: {found} holds {held}, model.adapter asks for {asked}{hint}")
     if plan.adapter is not None:  # its shapes are compared when it is loaded
         return
     theirs = models.configuration(Model(name=str(found)), tokens)
@@ -79,8 +81,7 @@ def check_model(found: Path, plan: Model, tokens: Any) -> None:
         before, now = getattr(theirs, name, None), getattr(ours, name, None)
         if before != now:
             raise ConfigError(
-                f"train.resume: {found} is of another model: {name} is {before} there, {now}"
-                f" here{hint}"
+                f"{what}: {found} is of another model: {name} is {before} there, {now} here{hint}"
             )
 
 

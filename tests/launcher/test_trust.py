@@ -167,7 +167,7 @@ def test_a_recorded_path_is_not_sent_as_the_bundle(it: Scene, tmp_path: Path) ->
 
 def wheeled(file: Path) -> Recipe:
     made = recipe()
-    wheel = Wheel("flash-attn", str(file), "cd" * 32)
+    wheel = Wheel("flash-attn", str(file), sha256="cd" * 32)
     wanted = Environment(python="3.11", torch="2.9.0", cuda="12.8", wheels=(wheel,))
     stages = [replace(s, hardware=replace(s.hardware, environment=wanted)) for s in made.stages]
     return replace(made, stages=tuple(stages))

@@ -75,6 +75,24 @@ def test_lines_of_all_workers_come_once_in_the_order_of_time(it: Scene) -> None:
     assert alone.texts == ["second 1"]
 
 
+def test_a_worker_is_its_global_rank_however_many_a_node_has(it: Scene) -> None:
+    said = (Said(1, "boot 0"), Said(2, "[worker 1] from 1"), Said(3, "boot 1", "workerpool1-0"),
+            Said(4, "[worker 2] from 2", "workerpool1-0"),
+            Said(5, "[worker 3] from 3", "workerpool1-0"))  # fmt: skip
+    more = ("hardware.accelerator=A100-40GB:2", "hardware.vertex.machine=null", "hardware.nodes=2",
+            "hardware.places=[us-central1]")  # fmt: skip
+    it.server.vertex.fates.append(Stub(queued=0, pending=0, running=None, lines=said))
+    job = it.attempt(*more)
+    every, third = Follower(it, job), Follower(it, job, worker=3)
+    it.clock.sleep(20)
+    every.look()
+    it.clock.sleep(20)
+    third.look()
+    told = [(line.worker, line.text) for line in every.lines]
+    assert told == [(0, "boot 0"), (1, "from 1"), (2, "boot 1"), (2, "from 2"), (3, "from 3")]
+    assert third.texts == ["from 3"]
+
+
 def test_late_and_repeated_entries_show_once_and_in_order_per_worker(it: Scene) -> None:
     """As late as the newest seconds are held back: nothing is out of order."""
     chance = random.Random(4)
@@ -207,8 +225,8 @@ def test_a_clock_that_was_set_back_locks_nobody_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "worker"),
+    ("task", "node"),
     [("workerpool0-0", 0), ("workerpool1-0", 1), ("workerpool1-12", 13), ("service", 0), ("", 0)],
 )
-def test_a_task_is_a_worker(task: str, worker: int) -> None:
-    assert logs.worker_of(task) == worker
+def test_a_task_is_a_node(task: str, node: int) -> None:
+    assert logs.node_of(task) == node

@@ -8,6 +8,7 @@ insert id. A page of a list request costs one turn of `quota`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -26,6 +27,8 @@ OVERLAP = 30.0
 #: Seconds after the end of a job until its last entries are there.
 DRAIN = 30.0
 _PAGE = 1000
+#: What boot puts before a worker's line where a job has several: its global rank.
+_RANK = re.compile(r"\[worker (\d+)\] ")
 
 
 @dataclass(repr=False)
@@ -109,7 +112,7 @@ def _pages(ref: Ref, query: LogQuery, env: Env, until: float) -> Iterator[list[_
         what = f"reading the logs of {ref.name}"
         url = f"{base}/v2/entries:list"
         answer = google.call(session, "POST", url, what, ref.place, json=body)
-        yield [_entry(raw) for raw in answer.get("entries", ())]
+        yield [_entry(raw, _workers(ref)) for raw in answer.get("entries", ())]
         if not answer.get("nextPageToken"):
             return
         body = {**body, "pageToken": answer["nextPageToken"]}
@@ -126,8 +129,9 @@ def _filter(ref: Ref, query: LogQuery, until: float) -> str:
         lines.append('timestamp>="1970-01-01T00:00:00Z"')
     lines.append(f'timestamp<="{_stamp(until)}"')
     if query.worker is not None:
-        pool = "workerpool0-0" if query.worker == 0 else f"workerpool1-{query.worker - 1}"
-        tasks = [pool, "service"] if query.worker == 0 else [pool]
+        node = query.worker // _workers(ref)
+        pool = "workerpool0-0" if node == 0 else f"workerpool1-{node - 1}"
+        tasks = [pool, "service"] if node == 0 else [pool]
         lines.append(f"({' OR '.join(f'resource.labels.task_name={_quoted(t)}' for t in tasks)})")
     return " AND ".join(lines)
 
@@ -136,17 +140,25 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
-def _entry(raw: Mapping[str, Any]) -> _Entry:
+def _workers(ref: Ref) -> int:
+    """How many workers a node of the job has."""
+    return int(ref.data.get("workers", 1))
+
+
+def _entry(raw: Mapping[str, Any], workers: int) -> _Entry:
     task = str(raw.get("resource", {}).get("labels", {}).get("task_name", ""))
     payload = raw.get("jsonPayload", {})
-    text = raw.get("textPayload", payload.get("message"))
+    text = str(raw.get("textPayload", payload.get("message")) or "").rstrip("\n")
     time = _seconds(str(raw.get("timestamp", "")))
-    return _Entry(time, str(raw.get("insertId", "")), worker_of(task), str(text or "").rstrip("\n"))
+    worker = node_of(task) * workers
+    if told := _RANK.match(text):
+        worker, text = int(told[1]), text[told.end() :]
+    return _Entry(time, str(raw.get("insertId", "")), worker, text)
 
 
-def worker_of(task: str) -> int:
-    """`workerpool0-0` is worker 0, `workerpool1-2` worker 3; what the service itself says about the
-    job goes with worker 0."""
+def node_of(task: str) -> int:
+    """`workerpool0-0` is node 0, `workerpool1-2` node 3; what the service itself says about the job
+    goes with node 0. What boot says, and does not mark, goes with the first worker of its node."""
     pool, _, index = task.removeprefix("workerpool").partition("-")
     if not (pool.isdigit() and index.isdigit()):
         return 0
