@@ -424,6 +424,17 @@ def test_logs_come_from_the_service_and_from_the_store_where_it_has_none(it: Sce
     assert [x.text for x in logs.read(run, it.env)] == ["from the service"]
 
 
+def test_the_last_lines_are_waited_for_whatever_clock_noted_the_end(it: Scene) -> None:
+    """The driver is another machine, an hour behind; the end was seen from here."""
+    lines = (Said(1, "first"), Said(9, "the last line", late=20))
+    it.server.vertex.fates.append(Stub(1, 1, 10, lines=lines))
+    run = drive(it, begin(it))
+    assert run.ended is not None
+    seen = iter([replace(run, ended=None), replace(run, ended=run.ended - 3600)])
+    texts = [x.text for x in logs.follow(lambda: next(seen), it.env)]
+    assert texts == ["first", "the last line"]
+
+
 def test_logs_that_may_not_be_read_from_the_service_come_from_the_store(it: Scene) -> None:
     run, _ = finished(it)
     it.server.faults = Script([("entries:list", Fault("status", 403))])
