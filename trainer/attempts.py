@@ -19,7 +19,6 @@ from typing import Any
 from trainer.boot import CONFIG, BootError, Spec
 from trainer.store import Store, StoreError
 
-
 #: Where a service tells its container which of its jobs it is; the same after a restart.
 _SERVICE_JOB = "CLOUD_ML_JOB_ID"
 

@@ -43,13 +43,17 @@ def begin(
     root, reference, plan = folder / "checkpoints", config.train.resume, config.model
     checkpoints = Checkpoints(root, config.train.keep, warn=say) if runtime.main else None
     step = _agreed(root, runtime, say)
-    if step is None and reference is not None:
+    if step is not None:
+        ours = root / f"step-{step}"
+        _together(runtime, lambda: check_model(ours, plan, tokens, f"stage {config.id}"))
+    elif reference is not None:
 
         def take() -> int | None:
             if checkpoints is None:
                 return None
             found = whole(reference, say)
-            check_model(found, plan, tokens)  # before it is taken for the stage's own
+            # Before it is taken for the stage's own.
+            check_model(found, plan, tokens, "train.resume")
             adopt(found, checkpoints, say)
             return _step_of(found)
 
@@ -81,14 +85,13 @@ def adopt(found: Path, checkpoints: Checkpoints, say: Say) -> None:
     say(f"train.resume: step {step} of {found.parent.parent}")
 
 
-def check_model(found: Path, plan: Model, tokens: Any) -> None:
-    """Errors: `ConfigError` where the checkpoint `found` is of another model than `plan` says."""
+def check_model(found: Path, plan: Model, tokens: Any, what: str) -> None:
+    """Errors: `ConfigError` where the checkpoint `found` is of another model than `plan` says;
+    `what` asked for it."""
     hint = "; resume with the model it was trained with, or start a new run"
     if adapters.is_adapter(found) != (plan.adapter is not None):
         held, asked = ("an adapter", "none") if plan.adapter is None else ("a model", "an adapter")
-        raise ConfigError(
-            f"train.resume: {found} holds {held}, model.adapter asks for {asked}{hint}"
-        )
+        raise ConfigError(f"{what}: {found} holds {held}, model.adapter asks for {asked}{hint}")
     if plan.adapter is not None:  # its shapes are compared when it is loaded
         return
     theirs = models.configuration(Model(name=str(found)), tokens)
@@ -97,8 +100,7 @@ def check_model(found: Path, plan: Model, tokens: Any) -> None:
         before, now = getattr(theirs, name, None), getattr(ours, name, None)
         if before != now:
             raise ConfigError(
-                f"train.resume: {found} is of another model: {name} is {before} there, {now}"
-                f" here{hint}"
+                f"{what}: {found} is of another model: {name} is {before} there, {now} here{hint}"
             )
 
 

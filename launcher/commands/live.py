@@ -54,7 +54,7 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
         (run.name, "bold"),
         "  ",
         (run.phase.value, console.style(run.phase.value)),
-        (f"  {console.duration(ended - run.created)}  spent {console.usd(run.spent_usd)}", "dim"),
+        (f"  {console.duration(ended - run.created)}  spent {console.spent(run)}", "dim"),
     )
     rows = [_cells(run, stage) for stage in run.stages]
     used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))

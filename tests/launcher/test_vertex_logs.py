@@ -75,6 +75,24 @@ def test_lines_of_all_workers_come_once_in_the_order_of_time(it: Scene) -> None:
     assert alone.texts == ["second 1"]
 
 
+def test_a_worker_is_its_global_rank_however_many_a_node_has(it: Scene) -> None:
+    said = (Said(1, "boot 0"), Said(2, "[worker 1] from 1"), Said(3, "boot 1", "workerpool1-0"),
+            Said(4, "[worker 2] from 2", "workerpool1-0"),
+            Said(5, "[worker 3] from 3", "workerpool1-0"))  # fmt: skip
+    more = ("hardware.accelerator=A100-40GB:2", "hardware.vertex.machine=null", "hardware.nodes=2",
+            "hardware.places=[us-central1]")  # fmt: skip
+    it.server.vertex.fates.append(Stub(queued=0, pending=0, running=None, lines=said))
+    job = it.attempt(*more)
+    every, third = Follower(it, job), Follower(it, job, worker=3)
+    it.clock.sleep(20)
+    every.look()
+    it.clock.sleep(20)
+    third.look()
+    told = [(line.worker, line.text) for line in every.lines]
+    assert told == [(0, "boot 0"), (1, "from 1"), (2, "boot 1"), (2, "from 2"), (3, "from 3")]
+    assert third.texts == ["from 3"]
+
+
 def test_late_and_repeated_entries_show_once_and_in_order_per_worker(it: Scene) -> None:
     """As late as the newest seconds are held back: nothing is out of order."""
     chance = random.Random(4)
@@ -110,6 +128,24 @@ def test_an_entry_that_is_minutes_late_is_found_while_the_job_runs(it: Scene, la
     assert follower.texts.count("late") == 1
     assert len(set(follower.texts)) == len(follower.texts)
     assert len(it.server.logging.lists) < 15 * (late + 2 * logs.WIDE_EVERY) / 60 + 15
+
+
+def test_a_wide_look_that_gives_nothing_is_not_made_again_at_once(it: Scene) -> None:
+    """Also where one worker is followed, and others of its node say more."""
+    said = (Said(1, "[worker 1] mine"), Said(2, "[worker 0] other"))
+    it.server.vertex.fates.append(Stub(queued=0, pending=0, running=None, lines=said))
+    two = ("hardware.accelerator=A100-40GB:2", "hardware.vertex.machine=null",
+           "hardware.places=[us-central1]")  # fmt: skip
+    follower = Follower(it, it.attempt(*two), worker=1)
+    it.clock.sleep(20)
+    follower.look()
+    it.clock.sleep(logs.WIDE_EVERY)
+    before = len(it.server.logging.lists)
+    for _ in range(10):
+        follower.look()
+        it.clock.sleep(1.0)
+    assert follower.texts == ["mine"]
+    assert len(it.server.logging.lists) - before == 11
 
 
 def test_the_last_looks_go_far_back_and_read_what_is_new_too(
@@ -294,8 +330,8 @@ def test_a_clock_that_was_set_back_locks_nobody_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "worker"),
+    ("task", "node"),
     [("workerpool0-0", 0), ("workerpool1-0", 1), ("workerpool1-12", 13), ("service", 0), ("", 0)],
 )
-def test_a_task_is_a_worker(task: str, worker: int) -> None:
-    assert logs.worker_of(task) == worker
+def test_a_task_is_a_node(task: str, node: int) -> None:
+    assert logs.node_of(task) == node

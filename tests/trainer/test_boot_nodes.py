@@ -52,8 +52,8 @@ def test_two_nodes_meet_and_each_sends_the_logs_of_its_own_ranks(it: Cloud) -> N
     assert (code, other) == (0, 0), said + heard
     lines = [[f"rank {rank} of 2 local 0"] for rank in (0, 1)]
     assert [it.log(rank) for rank in (0, 1)] == lines
-    assert said.splitlines().count(lines[0][0]) == 1 and lines[1][0] not in said
-    assert heard.splitlines().count(lines[1][0]) == 1 and lines[0][0] not in heard
+    assert said.splitlines().count(f"[worker 0] {lines[0][0]}") == 1 and lines[1][0] not in said
+    assert heard.splitlines().count(f"[worker 1] {lines[1][0]}") == 1 and lines[0][0] not in heard
     assert it.names("attempts/") == ["attempts/00-0001.json"]
     assert it.json("attempts/00-0001.json")["ranks"] == {"0": 0}
     assert it.json("s/run_meta.json") == {"completed": True}

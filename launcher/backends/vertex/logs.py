@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -32,6 +33,8 @@ LOOK_BACK, WIDE_EVERY, _WIDE_PAGES = 600.0, 60.0, 10
 #: Seconds after the end of a job until its last entries are there.
 DRAIN = 30.0
 _PAGE = 1000
+#: What boot puts before a worker's line where a job has several: its global rank.
+_RANK = re.compile(r"\[worker (\d+)\] ")
 
 
 @dataclass(repr=False)
@@ -94,6 +97,8 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
     wide = bool(cursor) and (query.last or now >= given.wide_at)
     if wide:  # before it is done: one that is cut must not keep the next lines waiting
         given.wide_at = now + WIDE_EVERY
+    if isinstance(known, _Given):  # a look that gives nothing leaves the cursor as it was
+        known.wide_at = given.wide_at
     for page, answered in _pages(ref, query, env, wide):
         until = (now if answered is None else answered) - SETTLE
         for entry in sorted(page, key=lambda entry: (entry.at, entry.insert_id)):
@@ -125,7 +130,8 @@ def _pages(
         for count in itertools.count(1):
             quota.take(env.home, project, who, env.clock.now())
             answer, answered = google.dated(session, "POST", url, what, ref.place, json=body)
-            yield [_entry(raw) for raw in answer.get("entries", ())], answered
+            entries = answer.get("entries", ())
+            yield [_entry(raw, _workers(ref)) for raw in entries], answered
             if not answer.get("nextPageToken") or (back and count == _WIDE_PAGES):
                 break
             body = {**body, "pageToken": answer["nextPageToken"]}
@@ -143,8 +149,9 @@ def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
     # Without a bound the service looks at the last day only.
     lines.append(f'timestamp>="{_stamp(max(starts, default=0.0))}"')
     if query.worker is not None:
-        pool = "workerpool0-0" if query.worker == 0 else f"workerpool1-{query.worker - 1}"
-        tasks = [pool, "service"] if query.worker == 0 else [pool]
+        node = query.worker // _workers(ref)
+        pool = "workerpool0-0" if node == 0 else f"workerpool1-{node - 1}"
+        tasks = [pool, "service"] if node == 0 else [pool]
         lines.append(f"({' OR '.join(f'resource.labels.task_name={_quoted(t)}' for t in tasks)})")
     return " AND ".join(lines)
 
@@ -153,20 +160,27 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
-def _entry(raw: Mapping[str, Any]) -> _Entry:
+def _workers(ref: Ref) -> int:
+    """How many workers a node of the job has."""
+    return int(ref.data.get("workers", 1))
+
+
+def _entry(raw: Mapping[str, Any], workers: int) -> _Entry:
     task = str(raw.get("resource", {}).get("labels", {}).get("task_name", ""))
     payload = raw.get("jsonPayload", {})
-    text = raw.get("textPayload", payload.get("message"))
+    text = str(raw.get("textPayload", payload.get("message")) or "").rstrip("\n")
     time = _seconds(str(raw.get("timestamp", "")))
     received = raw.get("receiveTimestamp")
     at = time if received is None else min(time, _seconds(str(received)))
-    line = str(text or "").rstrip("\n")
-    return _Entry(time, at, str(raw.get("insertId", "")), worker_of(task), line)
+    worker = node_of(task) * workers
+    if told := _RANK.match(text):
+        worker, text = int(told[1]), text[told.end() :]
+    return _Entry(time, at, str(raw.get("insertId", "")), worker, text)
 
 
-def worker_of(task: str) -> int:
-    """`workerpool0-0` is worker 0, `workerpool1-2` worker 3; what the service itself says about the
-    job goes with worker 0."""
+def node_of(task: str) -> int:
+    """`workerpool0-0` is node 0, `workerpool1-2` node 3; what the service itself says about the job
+    goes with node 0. What boot says, and does not mark, goes with the first worker of its node."""
     pool, _, index = task.removeprefix("workerpool").partition("-")
     if not (pool.isdigit() and index.isdigit()):
         return 0
