@@ -40,6 +40,12 @@ class UsageError(LaunchError):
     code = Exit.USAGE
 
 
+class NotFromHere(LaunchError):
+    """A run whose processes, or whose recipe, belong to another machine."""
+
+    code = Exit.USAGE
+
+
 class RecipeErrors(UsageError):
     """Everything wrong with a recipe at once; each problem is `file:line:col: what ...`."""
 

@@ -99,7 +99,8 @@ class Ref:
 
 @dataclass(frozen=True)
 class Intent:
-    """One request, before it is sent."""
+    """One request, before it is sent. A file of this machine that it sends is `request["file"]`;
+    None: it may not be sent from here, and what is there already is taken."""
 
     kind: str
     name: str

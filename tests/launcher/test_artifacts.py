@@ -76,8 +76,10 @@ def test_a_run_on_a_bucket_leaves_its_journal_there_and_a_copy_here(it: Scene) -
         assert store.get_bytes(f"journal/{file.name}") == file.read_bytes()
     assert {"recipe.yaml", "summary.json"} <= set(store.list())
     seen = len(it.server.log)
+    assert [r.phase for r in view.listed(it.env, 5)] == [Phase.SUCCEEDED]
+    assert len(it.server.log) == seen, "a list takes what is over as it is known here"
     assert look(it, run_id).phase is Phase.SUCCEEDED
-    assert len(it.server.log) == seen, "what is over is known here"
+    assert len(it.server.log) == seen + 1 and lists(it, seen) == 1, "one run is asked about"
 
 
 def test_a_relaunch_names_the_newest_whole_checkpoint(
@@ -86,7 +88,10 @@ def test_a_relaunch_names_the_newest_whole_checkpoint(
     it.server.vertex.fates.append(Stub(2, 2, 20, PREEMPTED))
     run = drive(it, run_id := begin(it))
     assert [a.from_step for a in run.jobs[0].attempts] == [None, 120]
-    assert f"thing-{run_id[-6:]}-j0 attempt 2: stage s0 from step 120" in capfd.readouterr().err
+    assert (
+        f"thing-{run_id[-6:]}-j0 attempt 2: stage s0, newest checkpoint: step 120"
+        in capfd.readouterr().err
+    )
     records_ = [json.loads(f.read_bytes()) for f in (place(it, run_id) / "journal").iterdir()]
     told = [r["from"] for r in records_ if "from" in r]
     assert told == [{"stage": "s0", "step": 120}]
@@ -98,7 +103,7 @@ def test_without_a_checkpoint_it_begins_at_the_beginning(
     monkeypatch.setattr(Mirrored, "checkpoints", ())
     it.server.vertex.fates.append(Stub(2, 2, 20, PREEMPTED))
     assert [a.from_step for a in drive(it, begin(it)).jobs[0].attempts] == [None, 0]
-    assert "attempt 2: stage s0 from the beginning" in capfd.readouterr().err
+    assert "attempt 2: stage s0, no checkpoint yet" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("most", "phase"), [(2.5, Phase.SUCCEEDED), (1.5, Phase.FAILED)])
