@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from launcher import home
 from launcher.artifacts import is_remote, open_artifacts, parsed
@@ -12,6 +13,16 @@ from launcher.backends.base import Env
 from launcher.errors import UsageError
 
 _FACTS = ("id", "name", "fingerprint", "owner", "root", "created")
+#: What the facts of a run look like. A journal in a store may be anybody's: these become names of
+#: folders here, labels in a cloud, and words on a terminal.
+_LOOKS = {
+    "id": re.compile(r"[0-9a-f]{16}"),
+    "name": re.compile(r"[a-z][a-z0-9-]{0,39}-[0-9a-f]{6}"),
+    "fingerprint": re.compile(r"[0-9a-f]{64}"),
+    "owner": re.compile(r"[a-z0-9-]{1,40}"),
+    "root": re.compile(r"[^\x00-\x1f\x7f-\x9f]+"),
+}
+_RECIPE = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
 def is_root(text: str) -> bool:
@@ -36,13 +47,38 @@ def adopt(text: str, env: Env) -> dict[str, Any]:
             f"{text}: no run has its journal there",
             "give the `artifacts` of a run, as `launch status RUN` shows them on its machine",
         )
+    if (odd := _odd(first)) is not None:
+        raise UsageError(
+            f"{text}: its journal is not one of launch: {odd} is {ascii(first.get(odd))[:80]}",
+            "nothing was adopted",
+        )
     lies = first["root"] if is_remote(first["root"]) else str(home.local_root(first["root"]))
     if lies.rstrip("/") != root:
         raise UsageError(f"{text} is a copy: its run lies at {first['root']}", "name that instead")
+    if (other := home.identity(env.home, first["id"])) is not None:
+        raise UsageError(
+            f"{text}: its run has the id of {other['name']}, which lies at {other['root']}",
+            "nothing was adopted; one of the two is a copy or a forgery",
+        )
     place = home.folder(env.home, first["id"])
     identity = {"v": 1, **{key: first[key] for key in _FACTS}, "recipe": first["recipe"]["name"]}
+    identity["adopted"] = True
     home.write(place / "run.json", json.dumps(identity) + "\n")
     return identity
+
+
+def _odd(first: dict[str, Any]) -> Optional[str]:
+    """The first fact that does not look as `up` writes it; None: all do."""
+    for key, looks in _LOOKS.items():
+        if not isinstance(first[key], str) or not looks.fullmatch(first[key]):
+            return key
+    if not first["name"].endswith(f"-{first['id'][-6:]}"):
+        return "name"
+    if isinstance(first["created"], bool) or not isinstance(first["created"], (int, float)):
+        return "created"
+    recipe = first.get("recipe")
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    return None if isinstance(name, str) and _RECIPE.fullmatch(name) else "recipe"
 
 
 def _known(root: str, folder: Path) -> dict[str, Any] | None:

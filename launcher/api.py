@@ -91,7 +91,7 @@ def attach(run: Which, take_over: bool = False) -> Run:
     """See to it that a run which is not over has a driver. `take_over` replaces the one it has,
     also one on another host (whose next write then fails)."""
     from launcher import driver
-    from launcher.claim import refuse_foreign
+    from launcher.claim import refuse_foreign, refuse_processes
     from launcher.errors import HeldElsewhere
     from launcher.journal import Journal
 
@@ -99,6 +99,8 @@ def attach(run: Which, take_over: bool = False) -> Run:
     seen = status(facts["id"])
     if not seen.live:
         return seen
+    if take_over:
+        refuse_processes(seen, facts)
     place = home.folder(here.home, seen.id)
     journal = Journal(place, _artifacts(seen), here.clock)
     journal.name = seen.name
@@ -177,18 +179,22 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     """Go on with a run: one without a driver gets a driver; one that was stopped, paused or has
     failed is opened again, with `overrides` (`a.b=c`). Errors: `UsageError` when it is complete."""
     from launcher import driver, start
+    from launcher.claim import refuse_processes
     from launcher.fold import Fold
     from launcher.journal import Journal, held_elsewhere
 
     here, facts = env(), _find(run)
     seen, given = status(facts["id"]), tuple(overrides)
     if seen.ended is None:
+        if seen.driver is not None and seen.driver.alive is None:
+            raise held_elsewhere(vars(seen.driver), seen.name)
         if given:
             text = f"{seen.name} is not over: its recipe cannot change now"
             raise UsageError(text, f"`launch stop {seen.name}`, then resume it with --set")
         return attach(seen.id)
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
+    refuse_processes(seen, facts)
     place = home.folder(here.home, seen.id)
     # The last record is not a driver's last act: one that is on its way out gets the time for it.
     lock = home.DriverLock.acquire(place, wait=_WAY_OUT)
@@ -232,10 +238,11 @@ def teardown(run: Which) -> Run:
     store that does not take records, after everything was deleted all the same."""
     from launcher import driver, engine
     from launcher.artifacts import is_remote
-    from launcher.claim import write_marker
+    from launcher.claim import refuse_processes, write_marker
 
     here, facts = env(), _find(run)
     seen = status(facts["id"])
+    refuse_processes(seen, facts)
     try:
         if seen.ended is None:  # should we die here, the job still ends
             write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
@@ -253,8 +260,10 @@ def teardown(run: Which) -> Run:
 
 
 def teardown_all() -> list[Run]:
-    """`teardown` of every live run, then of whatever else on this machine's backends carries our
-    label. Errors: `Leaked` with all that is left; everything has been tried by then."""
+    """`teardown` of every live run of this home, then of whatever else on this machine's backends
+    carries our label and belongs to no run that goes on elsewhere. A run of another home that was
+    only looked at from here is left alone and returned with a warning. Errors: `Leaked` with all
+    that is left; everything has been tried by then."""
     from launcher import backends
     from launcher.sweeping import clear_backend
 
@@ -263,6 +272,12 @@ def teardown_all() -> list[Run]:
     leaks: list[Leaked] = []
     names = {"local"}
     for run in list_runs(0):
+        elsewhere = run.driver is not None and run.driver.alive is None
+        if elsewhere and "adopted" in (home.identity(here.home, run.id) or {}):
+            text = f"left alone: `launch teardown {run.name}` deletes what it holds"
+            run.warnings.append(text)
+            done.append(run)
+            continue
         # Without one readable record nobody knows where the run was: look everywhere.
         names |= {job.backend for job in run.jobs} or {*backends.names()}
         try:

@@ -18,13 +18,13 @@ from typing import Any, Optional
 
 from launcher import home, retry
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
-from launcher.backends.base import Backend, Env, JobHandle, JobSpec, Offer
+from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
 from launcher.clock import Clock
-from launcher.errors import JournalDamaged, Transient
+from launcher.errors import JournalDamaged, NotFromHere, Transient
 from launcher.fold import Fold, Record, duration, spent
-from launcher.journal import Journal, held_elsewhere, ours
+from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Hardware, Recipe, Stage, seconds
@@ -37,6 +37,7 @@ NAP = 2.0
 POLL = 5.0
 #: A whole checkpoint: its manifest is written last.
 _MANIFEST = re.compile(r"checkpoints/step-(\d+)/MANIFEST\.json$")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @contextmanager
@@ -63,7 +64,11 @@ def claimed(
         journal.name = facts["name"]
         foreign = partial(refuse_foreign, journal, take_over=take_over)
         fold = Fold(journal.read(heal=True, allowed=foreign))
+        refuse_swapped(fold.run, facts)
+        if fold.run.live or take_over:
+            refuse_processes(fold.run, facts)
         claim = Claim(env, load, journal, fold, place)
+        claim.foreign |= "adopted" in facts
         if fold.run.live or take_over:
             lock.claim(os.getpid(), env.clock.now())
             journal.epoch += 1
@@ -78,10 +83,22 @@ def claimed(
 def refuse_foreign(journal: Journal, records: Sequence[Record], take_over: bool) -> None:
     """Raise `HeldElsewhere` when the newest claim came from another $LAUNCH_HOME. A driver copies
     its claim to its own; where the copy is missing, this host's lock says nothing about it."""
-    newest = next((r for r in reversed(records) if r["kind"] == "driver"), None)
+    newest = newest_claim(records)
     if newest is None or take_over or ours(journal.copy.parent, newest):
         return
     raise held_elsewhere({**newest["driver"], "since": newest["time"]}, journal.name)
+
+
+def refuse_processes(run: Run, facts: Mapping[str, Any]) -> None:
+    """Raise `NotFromHere` for a run that another home started as processes of its machine."""
+    used = {job.backend for job in run.jobs}
+    used |= {ref.backend for job in run.jobs for a in job.attempts for ref in a.refs}
+    if "adopted" in facts and "local" in used:
+        raise NotFromHere(
+            f"{run.name} runs as processes of the machine that started it: it can be driven, "
+            "stopped and torn down only there",
+            "`launch status`, `logs` and `pull` work from here; `launch up` starts your own run",
+        )
 
 
 class Claim:
@@ -93,6 +110,9 @@ class Claim:
         self.journal, self.fold, self.place = journal, fold, place
         self.artifacts = journal.artifacts
         self.recipe = recipe_of(fold.recipe, journal.first)
+        #: Whether another home has had a say in the recipe: then no file of this machine that it
+        #: names is sent anywhere, and nothing of it runs as a process here.
+        self.foreign = not all(ours(place, record) for record in fold.chosen)
         self.jobs: list[list[Stage]] = [list(stages) for stages in jobs(self.recipe)]
         self._load = load
         self._backends: dict[str, Backend] = {}
@@ -123,13 +143,33 @@ class Claim:
         return JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
 
     def spec(self, job: JobState, offer: Offer) -> JobSpec:
-        """The job as the backend sees it, `${deadline}` still open."""
+        """The job as the backend sees it, `${deadline}` still open. Errors: `NotFromHere`."""
         run = self.run
+        if self.foreign and "local" in (job.backend, self.hardware(job).backend):
+            raise NotFromHere(
+                f"the recipe of {run.name} comes from another machine: it does not run as "
+                "processes of this one",
+                "`launch up` starts a run of your own",
+            )
         spec = job_spec(
             self.recipe, run.id, run.name, job.index, run.root, self.env.home, self._bundle(),
             run.owner, self.env, self.fold.created.get("commit"),
         )  # fmt: skip
         return placed(spec, self.recipe.budget, offer)
+
+    def guarded(self, intent: Intent) -> Intent:
+        """The intent, without the file of this machine that it would send when another home named
+        it. The bundles of this home are its own."""
+        file = intent.request.get("file")
+        own = file is None or Path(file).parent == self.env.home / "bundles"
+        if own or not self.foreign:
+            return intent
+        return replace(intent, request={**intent.request, "file": None})
+
+    def recorded(self, job: JobState, attempt: Attempt, name: str) -> Optional[Intent]:
+        """The intent of that name as this home has recorded it; None: another home has."""
+        record = self.fold.intended[job.index, attempt.number, name]
+        return Intent(**record["intent"]) if ours(self.place, record) else None
 
     def deadline(self, offer: Offer) -> Optional[int]:
         """What `${deadline}` takes: the whole seconds that the budget has left, so that it holds
@@ -184,8 +224,8 @@ class Claim:
         at = below(self.run.root, stage.folder)
         names = self.artifacts.names(f"{at}/checkpoints/" if at else "checkpoints/")
         step = max((int(m[1]) for name in names if (m := _MANIFEST.search(name))), default=0)
-        where = f"step {step}" if step else "the beginning"
-        self.say(f"{job.name} attempt {number}: stage {stage.id} from {where}")
+        where = f"newest checkpoint: step {step}" if step else "no checkpoint yet"
+        self.say(f"{job.name} attempt {number}: stage {stage.id}, {where}")
         return {"from": {"stage": stage.id, "step": step}}
 
     def marker(self) -> Optional[dict[str, Any]]:
@@ -278,8 +318,13 @@ class Claim:
 
     def _bundle(self) -> Bundle:
         """The trainer that the run began with. Where a job's objects include it, the file itself
-        is not needed: it may lie on another machine."""
-        raw = self.fold.bundle
+        is not needed: it may lie on another machine. Of another home's run only the sha256 counts,
+        never the path."""
+        raw = dict(self.fold.bundle)
+        if self.foreign:
+            if not _SHA256.fullmatch(str(raw["sha256"])):
+                raise JournalDamaged(f"{self.journal.first}: its bundle has no sha256")
+            raw["path"] = str(self.env.home / "bundles" / f"{raw['sha256']}.tar.gz")
         refs = (r for job in self.run.jobs for attempt in job.attempts for r in attempt.refs)
         if Path(raw["path"]).exists() or any(raw["sha256"] in ref.name for ref in refs):
             return Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])

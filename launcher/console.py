@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from launcher.run import JSON_VERSION
 
 if TYPE_CHECKING:
     from launcher.backends.base import Check
-    from launcher.run import Attempt, Driver, Run, StageState
+    from launcher.run import Attempt, Driver, JobState, Run, StageState
 
 _CODES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", "bold": "1"}
 _PHASE = {
@@ -29,6 +30,10 @@ _PHASE = {
     "failed": "red", "lost": "red", "preempted": "yellow", "cancelled": "yellow",
     "stopping": "yellow", "pass": "green", "warn": "yellow", "fail": "red", "skip": "dim",
 }  # fmt: skip
+_STEERING = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b(?:[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 #: The columns of a comparison that come first, and in this order.
 _FIRST = ("model", "parameters", "step", "training_seconds", "val_loss", "val_ppl", "val_tokens")
 
@@ -40,9 +45,8 @@ def say(text: str = "") -> None:
 
 
 def notice(text: str) -> None:
-    """One line that is not a result, on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """One line that is not a result, on stderr; without what would steer a terminal."""
+    _to_stderr(plain(text))
 
 
 def write(text: str) -> None:
@@ -58,7 +62,7 @@ def document(facts: dict[str, Any]) -> None:
 def error(problem: LaunchError) -> None:
     """What happened, then what to do about it, on stderr."""
     for line in str(problem).splitlines() or [type(problem).__name__]:
-        notice(paint("error: ", "red", sys.stderr) + line)
+        _to_stderr(paint("error: ", "red", sys.stderr) + plain(line))
     for line in problem.hint.splitlines():
         notice("  " + line)
 
@@ -67,6 +71,12 @@ def failure(problem: LaunchError, code: int) -> None:
     """`error` for a program: one line of JSON on stdout."""
     facts = {"message": str(problem), "hint": problem.hint, "exit_code": code}
     say(json.dumps({"v": JSON_VERSION, "error": facts}))
+
+
+def plain(text: str) -> str:
+    """`text` without terminal sequences, control characters (but line ends and tabs) and marks that
+    turn the direction of writing: names and reasons may come from the journal of a stranger."""
+    return _STEERING.sub("", text)
 
 
 def colour(stream: IO[str]) -> bool:
@@ -121,6 +131,7 @@ def columns(
     """Aligned columns, two spaces apart, never cut. `right`: columns aligned to the right. The
     first line is the header; cells that are phases or results are coloured."""
     to_right = set(right)
+    rows = [[" ".join(plain(cell).splitlines()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *rows)]
 
     def line(cells: Sequence[str], header: bool = False) -> str:
@@ -161,7 +172,9 @@ def runs(found: Sequence[Run], now: float) -> list[str]:
 def run_lines(run: Run, now: float) -> list[str]:
     """`launch status RUN`: the run, its stages, its jobs and what it holds."""
     phase = paint(run.phase.value, style(run.phase.value))
-    lines = [f"{paint(run.name, 'bold')}  {phase}" + (f"  {run.why}" if run.why else "")]
+    lines = [
+        f"{paint(plain(run.name), 'bold')}  {phase}" + (f"  {plain(run.why)}" if run.why else "")
+    ]
     ended = run.ended if run.ended is not None else now
     facts = [f"ran {duration(ended - run.created)}", f"spent {spent(run)}"]
     if run.usd_per_hour:
@@ -179,7 +192,7 @@ def run_lines(run: Run, now: float) -> list[str]:
         again = any(a.from_step is not None or a.restarts for _, a in attempts)
         rows = [
             (
-                job.name, str(attempt.number), *([_beginning(attempt)] if again else ()),
+                job.name, str(attempt.number), *([_beginning(run, job, attempt)] if again else ()),
                 attempt.place or "-", attempt.phase.value, attempt.held.value,
                 "-" if attempt.exit_code is None else str(attempt.exit_code), attempt.why or "-",
             )
@@ -188,15 +201,22 @@ def run_lines(run: Run, now: float) -> list[str]:
         headers = ("JOB", "ATTEMPT", *(("FROM",) if again else ()), "PLACE", "PHASE", "HOLDS",
                    "EXIT", "WHY")  # fmt: skip
         lines += ["", *("  " + line for line in columns(headers, rows))]
-    lines += ["", f"  artifacts  {run.root}"]
+    lines += ["", f"  artifacts  {plain(run.root)}"]
     if run.driver and run.ended is None:
-        lines.append(f"  driver     {_driver(run.driver)}")
+        lines.append(f"  driver     {plain(_driver(run.driver))}")
     return lines
 
 
-def _beginning(attempt: Attempt) -> str:
-    """The step that an attempt began at, and how often the service itself started it again."""
-    step = f"step {attempt.from_step}" if attempt.from_step else "the beginning"
+def _beginning(run: Run, job: JobState, attempt: Attempt) -> str:
+    """The step that an attempt went on from, as its trainer says, else that of the newest
+    checkpoint when it was asked for; and how often the service itself started it again."""
+    at, told = attempt.from_step, None
+    for stage in run.stages:
+        if stage.job == job.index and attempt.from_step is not None:
+            told = records.resumed(here(run, stage.folder)).get(attempt.number, told)
+    step = f"step {told if told is not None else at}" if told or at else "the beginning"
+    if told is not None and at and told != at:
+        step += f" (newest: {at})"
     times = f", {attempt.restarts} restart{'s' if attempt.restarts > 1 else ''}"
     return step + (times if attempt.restarts else "")
 
@@ -233,7 +253,7 @@ def stages(run: Run) -> list[str]:
 def progress_line(run: Run) -> str:
     """`status --watch` where nothing can be drawn again: a run in one line."""
     now = "" if run.ended is not None or not run.progress else f"  {progress(run.progress)}"
-    return f"{run.name}: {run.phase.value}{now}"
+    return plain(f"{run.name}: {run.phase.value}{now}")
 
 
 def progress(last: dict[str, Any]) -> str:
@@ -245,7 +265,7 @@ def progress(last: dict[str, Any]) -> str:
     eta = records.number(last.get("eta_seconds"))
     if eta is not None:
         words.append(f"ETA {duration(eta)}")
-    return "  ".join(words)
+    return plain("  ".join(words))
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -348,6 +368,11 @@ def current(run: Run) -> Optional[StageState]:
 def _current(run: Run) -> str:
     stage = current(run)
     return stage.id if stage else "-"
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def _is_number(value: Any) -> bool:

@@ -214,8 +214,9 @@ class Engine:
         self._watch(job, attempt)
 
     def _place(self, job: JobState, attempt: Attempt) -> None:
-        """Create, in order, what has no ref yet. A recorded intent is sent again as it was
-        recorded; the backend adopts what that request has already made."""
+        """Create, in order, what has no ref yet. An intent that this home recorded is sent again
+        as it was recorded, one of another home as this plan has it; the backend adopts what that
+        request has already made."""
         key, offer = (job.index, attempt.number), self.claim.offer(job, attempt)
         recorded = {raw["name"] for raw in self.claim.fold.intents[key]}
         if not self.claim.waiting(job, attempt) and attempt.phase is not Phase.PROVISIONING:
@@ -223,9 +224,9 @@ class Engine:
         for intent in self._intents(job, attempt.number, offer):
             if intent.name not in recorded:
                 self._intend(job, attempt.number, intent, offer)
-            raw = self.claim.waiting(job, attempt).get(intent.name)
-            if raw is not None:
-                ref = self._create(job, attempt, Intent(**raw))
+            if intent.name in self.claim.waiting(job, attempt):
+                own = self.claim.recorded(job, attempt, intent.name)
+                ref = self._create(job, attempt, own or intent)
                 if ref is None:
                     held = Held.NONE if intent.name in self._unsent else attempt.held
                     held = attempt.held if any(r.billable for r in attempt.holding) else held
@@ -253,7 +254,7 @@ class Engine:
             holes.update({f"ref:{ref.kind}": ref.name for ref in refs})
             holes.update({f"ref:{ref.name}": ref.name for ref in refs})
             request = {"name": template.name, "place": template.place, "request": template.request}
-            yield replace(template, **fill(request, holes))
+            yield self.claim.guarded(replace(template, **fill(request, holes)))
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
         at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}

@@ -40,6 +40,12 @@ class UsageError(LaunchError):
     code = Exit.USAGE
 
 
+class NotFromHere(LaunchError):
+    """A run whose processes, or whose recipe, belong to another machine."""
+
+    code = Exit.USAGE
+
+
 class RecipeErrors(UsageError):
     """Everything wrong with a recipe at once; each problem is `file:line:col: what ...`."""
 
@@ -54,6 +60,10 @@ class JobFailed(LaunchError):
 
 class GateFailed(JobFailed):
     """A gate said no, or could not be answered: it fails closed."""
+
+
+class Damaged(JobFailed):
+    """Some of what a job left is not what it says of itself; the rest was brought."""
 
 
 class BudgetSpent(LaunchError):

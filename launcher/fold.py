@@ -29,6 +29,8 @@ class Fold:
         self.created: Record = {}
         self.bundle: Record = {}
         self.recipe: Record = {}  # in force: of `created`, or of the newest `resumed`
+        self.chosen: list[Record] = []  # the records that decided what the recipe is
+        self.intended: dict[tuple[int, int, str], Record] = {}  # the records of intents
         self.open: dict[tuple[int, int], dict[str, Record]] = {}  # intents without a ref
         self.intents: dict[tuple[int, int], list[Record]] = {}
         self.offers: dict[tuple[int, int], Record] = {}  # where each attempt was placed
@@ -78,7 +80,7 @@ class Fold:
         )
 
     def _on_created(self, record: Record) -> None:
-        self.created, self.recipe = record, record["recipe"]
+        self.created, self.recipe, self.chosen = record, record["recipe"], [record]
         self.bundle = {key: record["bundle"][key] for key in ("path", "sha256", "bytes")}
         run = Run(
             id=record["id"],
@@ -118,6 +120,7 @@ class Fold:
                 )
             )
         self.intents.setdefault(key, []).append(record["intent"])
+        self.intended[key[0], key[1], record["intent"]["name"]] = record
         self.open.setdefault(key, {})[record["intent"]["name"]] = record["intent"]
         attempts[-1].phase, attempts[-1].held = Phase.PROVISIONING, Held.CREATING
 
@@ -165,6 +168,10 @@ class Fold:
         run = self.run
         run.ended, run.exit_code, run.why, run.phase = None, None, "", Phase.PLANNED
         self.recipe = record.get("recipe", self.recipe)
+        self.chosen.append(record)
+        if run.driver is not None:  # who opens a run again is about to drive it
+            who = record["driver"]
+            run.driver = Driver(who["host"], who["pid"], record["time"], run.driver.epoch)
         self.before = {job.index: len(job.attempts) for job in run.jobs}
         self.stopping = None
         for stage in run.stages:

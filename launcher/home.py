@@ -31,9 +31,18 @@ def path(environ: Mapping[str, str]) -> Path:
 
 
 def owner(environ: Mapping[str, str]) -> str:
-    """$LAUNCH_OWNER or the user's name, as a label value: lowercase letters, digits, `-`."""
+    """$LAUNCH_OWNER or the user's name, as a label value: lowercase letters, digits, `-`. Letters
+    that a label cannot hold end in a few digits of the name's hash, so that two such names differ.
+    """
     name = environ.get("LAUNCH_OWNER") or _user()
-    return re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:40] or "nobody"
+    plain = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
+    if plain and name.isascii():
+        return plain[:40].rstrip("-")
+    import hashlib  # rare, and not worth the start of every command
+    import unicodedata
+
+    mark = hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()[:6]
+    return f"{plain[:33].rstrip('-') or 'user'}-{mark}"
 
 
 def new_id(clock: Clock) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from launcher.artifacts import Artifacts, Folder
+from launcher.artifacts import Artifacts, Folder, parsed
 from launcher.clock import Clock
 from launcher.errors import HeldElsewhere, JournalDamaged, UsageError
 from launcher.fold import Fold as Fold
@@ -27,8 +27,8 @@ from launcher.home import write
 from launcher.run import Run
 
 VERSION = 1
-#: The claim that this machine was about to write, or has written.
-_CLAIM = "claim.json"
+#: Notes of the newest claim, and of the newest recipe, that this home was about to write.
+_NOTES = {"driver": "claim.json", "resumed": "opened.json"}
 #: What every record has, whatever its kind.
 _ENVELOPE: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -76,8 +76,8 @@ class Journal:
         }
         text = json.dumps(record, default=_plain) + "\n"
         name = _name(self.seq + 1)
-        if kind == "driver":  # should we die before the copy is written, it is known as ours
-            write(self.copy.parent / _CLAIM, text, sync=False)
+        if kind in _NOTES:  # should we die before the copy is written, it is known as ours
+            write(self.copy.parent / _NOTES[kind], text, sync=False)
         if not self.artifacts.create_once(f"journal/{name}", text):
             there = self.artifacts.read(f"journal/{name}")
             if there != text.encode():  # equal: a file system that repeated our request
@@ -171,7 +171,8 @@ class Journal:
             if source is copy:
                 state = "damaged" if first.exists() else "missing"
                 self.warnings.append(f"{first} is {state}: read from {copy}")
-            if heal and _parse(_bytes(other), number, other) != record:
+            mine = source is copy or self._copied(record)
+            if heal and mine and _parse(_bytes(other), number, other) != record:
                 self._repairs.append(partial(write, other, source.read_text()))
             return record
         return None
@@ -180,13 +181,13 @@ class Journal:
         self, number: int, heal: bool, reading: _Reading, known: bool
     ) -> Optional[Record]:
         """The same, and no request for what is here: records never change, and a copy is written
-        after its record."""
+        after its record. What others wrote is kept beside the copies of what this home wrote."""
         name = _name(number)
         copy, cached = self.copy / name, self.artifacts.folder / "journal" / name
         for source in (copy, cached):
             record = _parse(_bytes(source), number, source)
             if record is not None and reading.take(record):
-                if heal and source is cached:
+                if heal and source is cached and ours(self.copy.parent, record):
                     self._repairs.append(partial(write, copy, cached.read_text(), sync=False))
                 return record
         data = None if known else self.artifacts.read(f"journal/{name}")
@@ -194,8 +195,18 @@ class Journal:
         if record is None or data is None or not reading.take(record):
             return None
         if heal:
-            self._repairs.append(partial(write, copy, data.decode(), sync=False))
+            kept = copy if ours(self.copy.parent, record) else cached
+            self._repairs.append(partial(write, kept, data.decode(), sync=False))
         return record
+
+    def _copied(self, record: Record) -> bool:
+        """Whether a record of a shared disk may be copied here, where the copy says that this home
+        wrote it: of claims only the newest is ever asked about, an intent is sent as it is."""
+        place = self.copy.parent
+        if record["kind"] == "driver":
+            newest = parsed(_bytes(place / _NOTES["driver"])).get("seq")
+            return (isinstance(newest, int) and newest > record["seq"]) or ours(place, record)
+        return record["kind"] != "intent" or ours(place, record)
 
     def _restore(self, number: int, heal: bool) -> None:
         """A record that only its copy still holds: somebody has removed it from the store."""
@@ -221,11 +232,28 @@ class Journal:
                 file.replace(file.with_name(aside))
 
 
-def ours(place: Path, claim: Record) -> bool:
-    """Whether a `driver` record came from this $LAUNCH_HOME, where the run's folder is `place`."""
-    if (place / "journal" / _name(claim["seq"])).exists():
+def ours(place: Path, record: Record) -> bool:
+    """Whether a record came from this $LAUNCH_HOME, where the run's folder is `place`."""
+    if (place / "journal" / _name(record["seq"])).exists():
         return True
-    return _parse(_bytes(place / _CLAIM), claim["seq"], place / _CLAIM) == claim
+    note = _NOTES.get(record["kind"])
+    return note is not None and _parse(_bytes(place / note), record["seq"], note) == record
+
+
+def newest_claim(records: Iterable[Record]) -> Optional[Record]:
+    """The record that says who drives, or is about to: who opens a run again claims it too."""
+    return next((r for r in reversed([*records]) if r["kind"] in _NOTES), None)
+
+
+def refuse_swapped(run: Run, facts: Mapping[str, Any]) -> None:
+    """Raise `JournalDamaged` for a journal that is not of the run that this home knows there:
+    who may write to a store may also put another run's records in their place."""
+    if (run.id, run.name, run.root) != (facts["id"], facts["name"], facts["root"]):
+        raise JournalDamaged(
+            f"the journal at {facts['root']} is not the one of {facts['name']}: somebody has "
+            "replaced its first record",
+            "`launch teardown --all` still finds what the run holds",
+        )
 
 
 class _Reading:

@@ -69,7 +69,8 @@ class Reader:
         not show, those that boot has left in the store."""
         handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
         if not position.from_store:
-            query, refused = LogQuery(self.worker, position.cursor, self.since), False
+            over = run.ended is not None
+            query, refused = LogQuery(self.worker, position.cursor, self.since, over), False
             try:
                 yield from backends.load(job.backend).logs(handle, query, self.env)
             except Denied:
@@ -134,12 +135,14 @@ def looks(
     """
     clock = reader.env.clock
     heard = clock.now()
+    watched = False
     while True:
         run = look()
         before = reader.count
         yield run, _patiently(reader, run)
         if run.ended is not None:
             break
+        watched = True
         orphaned = run.driver is not None and run.driver.alive is False
         if reader.count > before or not orphaned:
             heard = clock.now()
@@ -151,7 +154,8 @@ def looks(
         clock.sleep(every)
     # Once more, some seconds after the end: the last lines may arrive late.
     drain = max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
-    late = run.ended + drain - clock.now()
+    # Another machine may have noted that end, by another clock: what was seen from here counts.
+    late = drain if watched else run.ended + drain - clock.now()
     if late > 0:
         clock.sleep(min(late, drain))
         yield run, _patiently(reader, run)

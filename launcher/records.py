@@ -107,6 +107,16 @@ def run_progress(run: Run) -> dict[str, Any]:
     return {}
 
 
+def resumed(folder: Path) -> dict[int, int]:
+    """attempt -> the step at which its trainer last went on from a checkpoint, by its own word."""
+    found: dict[int, int] = {}
+    for line in _lines(folder, holding=b'"resumed"'):
+        attempt, step = line.get("attempt"), line.get("global_step")
+        if line.get("event") == "resumed" and isinstance(attempt, int) and isinstance(step, int):
+            found[attempt] = step
+    return found
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a stage left a whole checkpoint (its manifest is written last)."""
     return any(folder.glob("checkpoints/step-*/MANIFEST.json"))
@@ -170,12 +180,12 @@ def _parts(folder: Path) -> list[Path]:
     return parts or sorted(folder.glob("metrics.jsonl"))
 
 
-def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+def _lines(folder: Path, holding: bytes = b"") -> Iterator[dict[str, Any]]:
     for part in _parts(folder):
         try:
             with part.open("rb") as handle:
                 for raw in handle:
-                    yield from _parsed(raw)
+                    yield from _parsed(raw) if holding in raw else ()
         except OSError:
             continue
 

@@ -16,6 +16,7 @@ from launcher import backends, home, view
 from launcher.backends.base import Backend, CanTell, Env, Labelled
 from launcher.clear import remove
 from launcher.errors import LaunchError, Leaked
+from launcher.run import Run
 from trainer.store import Store, StoreError, open_store
 
 #: Records that say nothing about whether their run is over.
@@ -86,12 +87,17 @@ def leaked(strays: Iterable[Stray]) -> Leaked:
 
 
 def clear_backend(env: Env, name: str) -> list[Leaked]:
-    """Delete all that the backend `name` finds under the owner's label, live runs or not; what
-    could not be deleted."""
+    """Delete all that the backend `name` finds under the owner's label, but what belongs to a run
+    that goes on elsewhere: equal user names of two machines are one label. What could not be
+    deleted, and what is in doubt."""
     backend, leaks = backends.load(name), []
-    for ref in list(backend.sweep(env)):
+    for found in list(_labelled(backend, env, everyone=False)):
+        live, doubt = (False, "") if _of_this_home(env, found) else _goes_on(env, found)
         try:
-            remove(backend, ref, env)
+            if doubt:
+                raise leaked([Stray(found, doubt)])
+            if not live:
+                remove(backend, found.ref, env)
         except Leaked as leak:
             leaks.append(leak)
     return leaks
@@ -105,12 +111,30 @@ def _labelled(backend: Backend, env: Env, everyone: bool) -> Iterator[Labelled]:
         yield from (Labelled(ref, env.owner) for ref in backend.sweep(env))
 
 
+def _of_this_home(env: Env, found: Labelled) -> bool:
+    """Whether this home has started the run of a resource: then it may also end it."""
+    facts = home.identity(env.home, found.ref.run)
+    if facts is None or "adopted" in facts:
+        return False
+    try:
+        return not _driven_elsewhere(view.look(env, facts))
+    except LaunchError:
+        return True  # a damaged journal: what it holds is ours all the same
+
+
+def _driven_elsewhere(run: Run) -> bool:
+    """Whether it goes on, and another home was the last to claim it."""
+    return run.ended is None and run.driver is not None and run.driver.alive is None
+
+
 def _goes_on(env: Env, found: Labelled) -> tuple[bool, str]:
     """Whether the run of a resource is still going; and what speaks against believing a no."""
     facts = home.identity(env.home, found.ref.run)
     if facts is not None:
         try:
-            return view.look(env, facts).ended is None, ""
+            run = view.look(env, facts)
+            deaf = next((text for text in run.warnings if text.startswith(view.DEAF)), "")
+            return run.ended is None, "" if run.ended is None else deaf
         except LaunchError as error:  # it may be going: `launch teardown RUN` is what ends it
             return False, str(error)
     if not found.root:

@@ -13,15 +13,18 @@ from typing import Any, Optional
 from launcher import home, records
 from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
-from launcher.errors import LaunchError, Signal
+from launcher.errors import LaunchError, Signal, UsageError
 from launcher.fold import run_of, spent, unpriced
-from launcher.journal import Journal, fold, ours
+from launcher.journal import Journal, fold, newest_claim, ours, refuse_swapped
 from launcher.run import Driver, JobState, Run
 
+#: How a warning begins that tells of a store which did not answer.
+DEAF = "as last known"
 #: How many stores are asked at the same time.
 _AT_ONCE = 8
 #: What a restarted boot leaves: job, attempt, which restart.
 _RESTART = re.compile(r"(\d+)-(\d+)r(\d+)\.json")
+_RECORD = re.compile(r"\d{8}\.json")
 
 
 def listed(env: Env, limit: Optional[int]) -> list[Run]:
@@ -43,30 +46,43 @@ def listed(env: Env, limit: Optional[int]) -> list[Run]:
     return found
 
 
-def look(env: Env, facts: dict[str, Any]) -> Run:
+def look(env: Env, facts: dict[str, Any], believe: bool = False) -> Run:
     """One run. Of one in a store: what one list call brings, or, when the store does not answer,
-    what is known here, with a warning. Errors: `JournalDamaged`, `UsageError`, `Denied`."""
+    what is known here, with a warning that begins with `DEAF`. Of one that ended here, too, the
+    store is asked whether another machine has gone on with it, unless `believe`. Errors:
+    `JournalDamaged`, `UsageError`, `Denied`."""
     place = home.folder(env.home, facts["id"])
     artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
     summary = _summary(place / "summary.json")
-    if summary is not None:
+    newer = False
+    if summary is not None and not believe:
+        try:
+            newer = artifacts.remote and _newer(place, artifacts)
+        except UsageError:
+            pass  # its bucket is gone: nobody goes on there
+        except LaunchError as error:
+            summary.warnings.append(f"{DEAF}: {error}")
+    if summary is not None and not newer:
         summary.folder = str(artifacts.folder)
         return summary
+    if newer:
+        (place / "summary.json").unlink(missing_ok=True)
     journal = Journal(place, artifacts, env.clock)
     journal.name = facts["name"]
     deaf: Optional[LaunchError] = None
     try:
-        artifacts.refresh()
+        artifacts.refresh(anew=newer)
     except LaunchError as error:
         deaf = error
     written = journal.read(known=True)
     if deaf is not None and not written:
         raise deaf
     run = fold(written)
+    refuse_swapped(run, facts)
     run.folder = str(artifacts.folder)
     run.warnings += journal.warnings
     if deaf is not None:
-        run.warnings.append(f"as last known: {deaf}")
+        run.warnings.append(f"{DEAF}: {deaf}")
     if not run.live:
         if home.holder(place) is None and deaf is None:
             # It was lost, its driver died just before, or another machine has it.
@@ -119,12 +135,10 @@ def live_like(env: Env, fingerprint: str) -> Iterator[str]:
     """Ids of our runs of that fingerprint which go on, newest first. One that was asked to stop
     does not. Errors: those of a store that cannot be asked about the marker."""
     for run_id in home.ids(env.home):
-        if (home.folder(env.home, run_id) / "summary.json").exists():
-            continue
         facts = home.identity(env.home, run_id) or {}
         if (facts.get("fingerprint"), facts.get("owner")) != (fingerprint, env.owner):
             continue
-        run = _one(env, run_id)
+        run = _one(env, run_id, believe=False)  # another machine may have resumed it
         if run is None or run.ended is not None or run.phase is Phase.LOST:
             continue
         place = home.folder(env.home, run_id)
@@ -144,13 +158,13 @@ def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
         return dict(zip(remote, pool.map(lambda run_id: _one(env, run_id), remote)))
 
 
-def _one(env: Env, run_id: str) -> Optional[Run]:
+def _one(env: Env, run_id: str, believe: bool = True) -> Optional[Run]:
     """The run, also when its journal cannot be read: a listing shows all the others."""
     facts = home.identity(env.home, run_id)
     if facts is None:
         return None
     try:
-        return look(env, facts)
+        return look(env, facts, believe)
     except LaunchError as error:
         recipe = facts["recipe"]["name"] if isinstance(facts["recipe"], dict) else facts["recipe"]
         return Run(
@@ -180,6 +194,14 @@ def _jobs(env: Env, facts: dict[str, Any]) -> list[JobState]:
     return begun.jobs if begun is not None else []
 
 
+def _newer(place: Path, artifacts: Artifacts) -> bool:
+    """Whether the store has a record that is not known here: one list call, one try."""
+    artifacts.patience = 0.0
+    known = {file.name for at in (place, artifacts.folder) for file in (at / "journal").glob("*")}
+    names = (name.rpartition("/")[2] for name in artifacts.names("journal/"))
+    return any(_RECORD.fullmatch(name) and name not in known for name in names)
+
+
 def _summary(file: Path) -> Optional[Run]:
     try:
         return run_of(json.loads(file.read_text()))
@@ -196,8 +218,8 @@ def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Dr
         return Driver(who["host"], who["pid"], who["since"], epoch, alive=True)
     if run.driver is None:
         return None
-    claim = next(r for r in reversed(written) if r["kind"] == "driver")
-    run.driver.alive = False if ours(place, claim) else None
+    claim = newest_claim(written)
+    run.driver.alive = False if claim is not None and ours(place, claim) else None
     return run.driver
 
 

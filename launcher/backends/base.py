@@ -101,7 +101,8 @@ class Ref:
 
 @dataclass(frozen=True)
 class Intent:
-    """One request, before it is sent."""
+    """One request, before it is sent. A file of this machine that it sends is `request["file"]`;
+    None: it may not be sent from here, and what is there already is taken."""
 
     kind: str
     name: str
@@ -194,6 +195,7 @@ class LogQuery:
     worker: Optional[int] = None
     cursor: Mapping[str, Any] = field(default_factory=dict)  # opaque; from the last Line
     since: Optional[float] = None  # UTC seconds
+    last: bool = False  # the run is over: what came late is looked for once more
 
 
 @dataclass(frozen=True)

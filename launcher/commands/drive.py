@@ -118,6 +118,9 @@ def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) 
         console.document({"runs": [one.to_json() for one in gone]})
         return Exit.OK
     for one in gone:
+        if one.live:
+            console.say(f"{one.name}: {one.phase.value}; {'; '.join(one.warnings)}")
+            continue
         console.say(f"{one.name}: {one.phase.value}, nothing is left of it that could bill")
     if not gone:
         console.say("nothing to tear down")

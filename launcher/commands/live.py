@@ -51,7 +51,7 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
     a bar where `width` columns leave room for one."""
     ended = run.ended if run.ended is not None else now
     head = Text.assemble(
-        (run.name, "bold"),
+        (console.plain(run.name), "bold"),
         "  ",
         (run.phase.value, console.style(run.phase.value)),
         (f"  {console.duration(ended - run.created)}  spent {console.spent(run)}", "dim"),
@@ -63,7 +63,7 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
         table.add_column(no_wrap=True)
     for stage, cells in zip(run.stages, rows):
         table.add_row(*cells, _bar(run, stage, min(24, width - used - 2)))
-    notes = [Text(text, style="yellow") for text in run.warnings]
+    notes = [Text(console.plain(text), style="yellow") for text in run.warnings]
     if run.ended is None:
         notes.append(Text(hint, style="dim"))
     return Group(head, table, *notes)

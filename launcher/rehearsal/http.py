@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
+from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Optional
@@ -275,7 +276,8 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _write(self, response: Response, fault: Fault | None) -> None:
         status, body = response.status, response.body
-        headers = {"Content-Length": str(len(body)), **response.headers}
+        date = formatdate(self.server.owner.clock.now(), usegmt=True)
+        headers = {"Date": date, "Content-Length": str(len(body)), **response.headers}
         if status in _BODILESS:
             headers.pop("Content-Length")
             body = b""

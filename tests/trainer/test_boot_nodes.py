@@ -99,6 +99,15 @@ def test_a_node_that_starts_again_gives_its_logs_another_name(it: Cloud) -> None
     assert it.names("attempts/") == []
 
 
+def test_a_node_of_a_job_that_was_created_twice_leaves(it: Cloud) -> None:
+    record = {"v": 1, "job": 0, "attempt": 1, "restart": 0, "started": 1.0, "service_job": "111"}
+    it.put("attempts/00-0001.json", json.dumps(record).encode())
+    (_, given) = cluster()
+    code, said = ended(it.start(it.spec(nodes=2), CLUSTER_SPEC=given, CLOUD_ML_JOB_ID="222"), 60)
+    assert (code, said.count("\n")) == (64, 1), said
+    assert "attempt 1 is job 111" in said and it.names("logs/") == []
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -89,6 +89,23 @@ write(0, completed=True)
     assert it.json("attempts/00-0001r2.json")["restart"] == 2
 
 
+def test_of_two_jobs_for_one_attempt_the_second_leaves_at_once(it: Cloud) -> None:
+    """A job that was created twice has two ids at the service; one that it restarts keeps its."""
+    spec = it.spec(SAVES + "save(len(found()) + 1); sys.exit(75)")
+    assert it.run(spec, CLOUD_ML_JOB_ID="111")[0] == 75
+    before = {name: it.read(name) for name in it.names()}
+    code, said = it.run({**spec, "work": str(it.folder / "m1" / "work")}, "m1",
+                        CLOUD_ML_JOB_ID="222")  # fmt: skip
+    assert code == 64, said
+    assert said.splitlines() == [
+        "exit code 64: attempt 1 is job 111, and this is job 222: it was created twice; nothing "
+        "was done here"
+    ]
+    assert {name: it.read(name) for name in it.names()} == before
+    assert it.run(spec, CLOUD_ML_JOB_ID="111")[0] == 75
+    assert it.json("attempts/00-0001r1.json")["service_job"] == "111"
+
+
 def test_a_container_started_again_on_its_old_disk_goes_on(it: Cloud) -> None:
     source = SAVES + "say('found', *found()); save(len(found()) + 1); sys.exit(75)"
     spec = it.spec(source)
@@ -317,7 +334,7 @@ def test_a_wheel_that_fails_is_one_line_and_training_goes_on(
     code, said = it.run(it.spec(LOOKS, wheels=[made]))
     assert (code, it.log()) == (0, ["no tiny"]), said
     (line,) = [line for line in said.splitlines() if line.startswith("warning: ")]
-    assert line.startswith("warning: wheel tiny: ") and why in line
+    assert line.startswith("warning: wheel tiny ") and why in line
     assert line.endswith("; training goes on without it")
 
 

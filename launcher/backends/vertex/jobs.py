@@ -44,7 +44,7 @@ def upload(intent: Intent, env: Env) -> Ref:
                 data = json.dumps(request["json"], ensure_ascii=False)
                 blob.upload_from_string(data, content_type="application/json", **given)
             elif not blob.exists(retry=None, timeout=google.TIMEOUT):
-                blob.upload_from_filename(_file(request["file"]), **given)
+                blob.upload_from_filename(_file(request["file"], intent.name), **given)
         except exceptions.PreconditionFailed:
             return ref  # an attempt before this one has sent it
         except exceptions.NotFound as error:
@@ -304,7 +304,14 @@ def _job_service(endpoint: str, credentials: Any) -> Any:
     )
 
 
-def _file(path: str) -> str:
+def _file(path: Optional[str], uri: str) -> str:
+    if path is None:
+        raise BadRequest(
+            "artifacts",
+            f"{uri} is not there, and no file that another machine's journal names is sent from "
+            "here",
+            "put it there, then `launch resume` the run",
+        )
     if not Path(path).is_file():
         raise BadRequest("bundle", f"{path} is not there any more", "run `launch up` again")
     return path
