@@ -185,6 +185,12 @@ class Claim:
         """Intents that were recorded and have no answer, by name."""
         return self.fold.open.get((job.index, attempt.number), {})
 
+    def answered(self, job: JobState, attempt: Attempt) -> bool:
+        """Whether a request of the attempt that costs money has had an answer."""
+        intents = self.fold.intents.get((job.index, attempt.number), ())
+        names = {ref.name for ref in attempt.refs}
+        return any(raw["billable"] and raw["name"] in names for raw in intents)
+
     def fresh(self, job: JobState) -> list[Attempt]:
         """The attempts since the run was last resumed: those that count against `retry:`."""
         return job.attempts[self.fold.before.get(job.index, 0) :]
@@ -244,6 +250,15 @@ class Claim:
         """Before a decision: the next `marker` asks the store, however new its last answer is."""
         self._asked = None
 
+    def may_send(self) -> bool:
+        """Before a request that costs money: whether nobody has asked the run to stop. Errors:
+        `HeldElsewhere` when another driver has taken the run over."""
+        self.look_anew()
+        if self.marker() is not None:
+            return False
+        self.journal.fence()
+        return True
+
     def ask_to_stop(self, by: str, reason: str) -> None:
         """Write the marker."""
         write_marker(self.artifacts, self.clock.now(), by, reason)
@@ -258,9 +273,10 @@ class Claim:
 
     def pause(self, wait: float) -> None:
         """Wait, but not past a request to stop."""
-        until = self.clock.now() + wait
-        while self.clock.now() < until and self.marker() is None:
-            self.clock.sleep(min(NAP, until - self.clock.now()))
+        while wait > 0 and self.marker() is None:
+            nap, before = min(NAP, wait), self.clock.now()
+            self.clock.sleep(nap)
+            wait -= max(nap, self.clock.now() - before)  # a clock may have been set back
 
     def patience(self, job: JobState) -> Optional[float]:
         """Seconds that `budget.wait` leaves for capacity; None: no limit, or nobody waits."""

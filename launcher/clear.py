@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import count
-from typing import Optional, TypeVar
+from typing import Any, Optional, TypeVar
 
 from launcher import retry
-from launcher.backends.base import Backend, Env, Held, Ref
+from launcher.backends.base import Backend, CanFind, Env, Held, Phase, Ref
 from launcher.claim import NAP, Claim
 from launcher.clock import Clock
 from launcher.errors import Leaked, Signal, Transient
 from launcher.run import Attempt, JobState
 
-#: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked.
+#: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked. Waits are
+#: added up: a machine that sleeps meanwhile has not waited.
 PATIENCE = 900.0
 
 Answer = TypeVar("Answer")
@@ -25,13 +28,13 @@ def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
     leaks: list[Leaked] = []
     at = {"job": job.index, "attempt": attempt.number}
     try:
-        for ref in _strays(claim, job, attempt):
-            claim.record("ref", **at, ref=ref)
+        _record(claim, job, attempt, _strays(claim, job, attempt))
     except Leaked as leak:
         leaks.append(leak)
     for ref in reversed(attempt.holding):
         try:
-            _delete(claim, ref)
+            # What was looked for in vain, and for long, need not be looked for again.
+            _delete(claim, ref, settled=attempt.phase is Phase.LOST)
             claim.record("gone", **at, ref=ref)
         except Leaked as leak:
             leaks.append(leak)
@@ -45,18 +48,47 @@ def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
         raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
 
 
-def sweep(claim: Claim) -> None:
-    """Delete what carries the run's label and stands in no record. Errors: `Leaked`."""
+def sweep(claim: Claim, everywhere: bool) -> None:
+    """Before a run ends: what carries its label and should not be there (a request that was applied
+    after all, a read that was wrong) is recorded, deleted and confirmed. `everywhere`: also where
+    no job of the run is known to have been. Errors: `Leaked`."""
     for name in dict.fromkeys(job.backend for job in claim.run.jobs):
-        for ref in _swept(claim, name, [claim.run.name]):
-            _delete(claim, ref)
+        found = _swept(claim, name, [claim.run.name]) if everywhere else _found(claim, name)
+        for ref in found:
+            job, attempt = _owner(claim, ref)
+            if attempt is None or ref in _known(attempt, [ref]):
+                _delete(claim, ref)
+            else:
+                _record(claim, job, attempt, [ref])
+    for job in claim.run.jobs:
+        for attempt in list(job.attempts):
+            if not claim.fold.closed(job.index, attempt):
+                clear(claim, job, attempt)
+
+
+def made(claim: Claim, job: JobState, attempt: Attempt, waiting: Mapping[str, Any]) -> list[Ref]:
+    """What the requests `waiting` for an answer have made. They may be applied late, and what they
+    made may show later still: it is looked for until it would be there. Errors: `Leaked`."""
+    backend, handle = claim.backend(job.backend), claim.handle(job, attempt)
+    settle = backend.can.settle if any(raw["billable"] for raw in waiting.values()) else 0.0
+    pauses = retry.settling(settle)
+    while True:
+        seen = insist(claim, lambda: backend.observe(handle, claim.env), [*waiting])
+        found = [
+            ref for ref, held in seen.held
+            if held not in (Held.NONE, Held.GONE) or (settle and ref.name in waiting)
+        ]  # fmt: skip
+        pause = next(pauses, None)
+        if found or pause is None:
+            return found
+        claim.clock.sleep(pause)
 
 
 def remove(backend: Backend, ref: Ref, env: Env) -> None:
     """Delete one resource that belongs to no run we know, and wait until it is gone. Errors:
     `Leaked`."""
     try:
-        if not _until_away(lambda: backend.delete(ref, env), env.clock):
+        if not _until_away(lambda: backend.delete(ref, env), env.clock, 0.0):
             raise Leaked([ref])
     except (Signal, OSError) as signal:
         commands = signal.commands if isinstance(signal, Leaked) else []
@@ -65,15 +97,17 @@ def remove(backend: Backend, ref: Ref, env: Env) -> None:
 
 def insist(claim: Claim, ask: Callable[[], Answer], about: list[Ref] | list[str]) -> Answer:
     """`ask()`, again while the answer is `Transient`. Errors: `Leaked` with `about`."""
-    deadline = claim.clock.now() + PATIENCE
+    waited = 0.0
     for tries in count(1):
         try:
             return ask()
         except Transient as signal:
-            if claim.clock.now() > deadline:
+            if waited > PATIENCE:
                 raise _leaked(claim, about) from signal
             claim.say(str(signal))
-            claim.clock.sleep(max(signal.after, retry.backoff(tries)))
+            wait = max(signal.after, retry.backoff(tries))
+            claim.clock.sleep(wait)
+            waited += wait
         except Leaked as leak:
             raise _leaked(claim, about, leak.commands) from leak
         except (Signal, OSError) as signal:
@@ -84,15 +118,58 @@ def insist(claim: Claim, ask: Callable[[], Answer], about: list[Ref] | list[str]
 
 def _strays(claim: Claim, job: JobState, attempt: Attempt) -> list[Ref]:
     """What intents without an answer may have made: by the job's name, then by our label."""
-    waiting = [*claim.waiting(job, attempt)]
+    waiting = claim.waiting(job, attempt)
     if not waiting:
         return []
-    backend, handle = claim.backend(job.backend), claim.handle(job, attempt)
-    seen = insist(claim, lambda: backend.observe(handle, claim.env), waiting)
-    found = [ref for ref, held in seen.held if held not in (Held.NONE, Held.GONE)]
-    found += _swept(claim, job.backend, waiting)
-    known = {ref.name for ref in attempt.refs}
-    return [*{ref.name: ref for ref in found if ref.name not in known}.values()]
+    return made(claim, job, attempt, waiting) + _swept(claim, job.backend, [*waiting])
+
+
+def _record(claim: Claim, job: JobState, attempt: Attempt, found: Iterable[Ref]) -> None:
+    """Write down those of `found` that stand in no record, before anything is done to them: what
+    bills is in the journal. Names of services need not be unique; those of refs are."""
+    for ref in found:
+        if ref in _known(attempt, found):
+            continue
+        names = {known.name for known in attempt.refs}
+        name = next(n for n in _names(ref.name) if n not in names)
+        claim.record("ref", job=job.index, attempt=attempt.number, ref=replace(ref, name=name))
+
+
+def _known(attempt: Attempt, found: Iterable[Ref]) -> list[Ref]:
+    """Those of `found` that the attempt's refs name."""
+    known = {_identity(ref) for ref in attempt.refs}
+    return [ref for ref in found if _identity(ref) in known]
+
+
+def _identity(ref: Ref) -> tuple[str, str, str]:
+    """Equal for one and the same resource: what the backend knows it by, else its name."""
+    data = json.dumps(dict(ref.data), sort_keys=True) if ref.data else ref.name
+    return ref.kind, ref.place, data
+
+
+def _names(name: str) -> Iterable[str]:
+    yield name
+    yield from (f"{name}~{number}" for number in count(2))
+
+
+def _owner(claim: Claim, ref: Ref) -> tuple[JobState, Optional[Attempt]]:
+    """The attempt that a resource is called after; else the newest of the first job there."""
+    jobs = [job for job in claim.run.jobs if job.backend == ref.backend]
+    for job in jobs:
+        for attempt in job.attempts:
+            if ref.name.startswith(f"{job.name}-a{attempt.number}"):
+                return job, attempt
+    return jobs[0], jobs[0].attempts[-1] if jobs[0].attempts else None
+
+
+def _found(claim: Claim, name: str) -> list[Ref]:
+    """What carries the run's label where jobs of it have been: one listing for each place."""
+    jobs = [job for job in claim.run.jobs if job.backend == name]
+    refs = [r for job in jobs for a in job.attempts if claim.answered(job, a) for r in a.refs]
+    backend = claim.backend(name)
+    if not refs or not isinstance(backend, CanFind):
+        return []
+    return insist(claim, lambda: [*backend.of_run(claim.run.id, refs, claim.env)], [claim.run.name])
 
 
 def _swept(claim: Claim, name: str, about: list[str]) -> list[Ref]:
@@ -101,24 +178,34 @@ def _swept(claim: Claim, name: str, about: list[str]) -> list[Ref]:
     return [ref for ref in everything if ref.run == claim.run.id]
 
 
-def _delete(claim: Claim, ref: Ref) -> None:
-    """Delete one resource of the run and wait until it is gone."""
+def _delete(claim: Claim, ref: Ref, settled: bool = False) -> None:
+    """Delete one resource of the run and wait until it is gone. `settled`: its absence is old."""
     backend = claim.backend(ref.backend)
     if not _until_away(
-        lambda: insist(claim, lambda: backend.delete(ref, claim.env), [ref]), claim.clock
+        lambda: insist(claim, lambda: backend.delete(ref, claim.env), [ref]),
+        claim.clock,
+        0.0 if settled else backend.can.settle,
     ):
         raise _leaked(claim, [ref])
 
 
-def _until_away(delete: Callable[[], Held], clock: Clock) -> bool:
-    """Ask until the answer is that it is absent; False when `PATIENCE` ends first."""
-    deadline, interval = clock.now() + PATIENCE, 0.1
-    while delete() not in (Held.GONE, Held.NONE):
-        if clock.now() > deadline:
-            return False
+def _until_away(delete: Callable[[], Held], clock: Clock, settle: float) -> bool:
+    """Ask until the answer is that it is absent; False when `PATIENCE` ends first. What has not
+    been seen at all may not show yet: it is asked for until it would."""
+    waited, interval, seen, pauses = 0.0, 0.1, False, retry.settling(settle)
+    while waited <= PATIENCE:
+        held = delete()
+        if held in (Held.GONE, Held.NONE):
+            pause = None if seen or held is Held.NONE else next(pauses, None)
+            if pause is None:
+                return True
+            clock.sleep(pause)
+            continue
+        seen = True
         clock.sleep(interval)
+        waited += interval
         interval = min(interval * 1.5, NAP)
-    return True
+    return False
 
 
 def _leaked(

@@ -16,9 +16,9 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import Claim, Load, claimed
-from launcher.clear import clear, insist, sweep
+from launcher.clear import clear, insist, made, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
-from launcher.fold import duration, worst
+from launcher.fold import NOT_STARTED, duration, worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
@@ -34,7 +34,6 @@ DEAF = 60.0
 LEAST = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
-_NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
 #: None, or 128 + SIGINT, SIGKILL, SIGTERM: how a job that was asked to stop may die.
 _SIGNALS = (None, 130, 137, 143)
 
@@ -72,10 +71,13 @@ class Engine:
         self.claim, self.clock, self.recipe = claim, claim.clock, claim.recipe
         self._told = False  # this process has asked the backend to hurry the job
         self._unsent: set[str] = set()  # intents of which no request has been applied unseen
+        self._stopping = 0.0  # seconds that this process has waited for a job to stop
 
     def drive(self) -> Run:
         try:
             outcome = self._every_job()
+            if outcome.exit_code != Exit.ACCESS:  # else there is no asking
+                sweep(self.claim, everywhere=False)
         except Leaked as leak:
             outcome = Outcome(Phase.FAILED, str(leak), Exit.LEAKED)
         return self._end(outcome)
@@ -90,14 +92,14 @@ class Engine:
                         self._last_look(job, attempt)
                     if not self.claim.fold.closed(job.index, attempt):
                         clear(self.claim, job, attempt)
-            sweep(self.claim)
+            sweep(self.claim, everywhere=True)
         except Leaked as leak:
             self._end(Outcome(Phase.FAILED, str(leak), Exit.LEAKED))
             raise
-        if run.ended is None:
-            return self._end(self._whole() or Outcome(Phase.CANCELLED, "torn down", Exit.OK))
-        if run.exit_code == Exit.LEAKED:
-            return self._end(Outcome(Phase.CANCELLED, "torn down: nothing is left", Exit.OK))
+        if run.ended is None or run.exit_code == Exit.LEAKED:
+            why = "torn down" if run.ended is None else "torn down: nothing is left"
+            outcome = self._whole() or self._failed() or Outcome(Phase.CANCELLED, why, Exit.OK)
+            return self._end(outcome)
         return run
 
     # The run, job by job.
@@ -224,7 +226,12 @@ class Engine:
                 self._intend(job, attempt.number, intent, offer)
             if intent.name in self.claim.waiting(job, attempt):
                 own = self.claim.recorded(job, attempt, intent.name)
-                ref = self._create(job, own or intent)
+                ref = self._create(job, attempt, own or intent)
+                if ref is None:
+                    held = Held.NONE if intent.name in self._unsent else attempt.held
+                    held = attempt.held if any(r.billable for r in attempt.holding) else held
+                    self._phase(job, attempt, Phase.CANCELLED, held, "stopped before it began")
+                    return
                 self.claim.record("ref", job=job.index, attempt=attempt.number, ref=ref)
 
     def _held_after(self, job: JobState, attempt: Attempt, signal: Exception) -> Held:
@@ -255,26 +262,54 @@ class Engine:
         self._unsent.add(intent.name)
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 
-    def _create(self, job: JobState, intent: Intent) -> Ref:
+    def _create(self, job: JobState, attempt: Attempt, intent: Intent) -> Optional[Ref]:
+        """Send the request until it is answered. None: the run was asked to stop before that."""
         for tries in count(1):
+            applied = self._applied(job, attempt, intent)
+            if applied is not None:
+                return applied
+            if intent.billable and not self.claim.may_send():
+                return None
             try:
                 return self.claim.backend(job.backend).create(intent, self.claim.env)
             except Transient as signal:
-                self._unsent.discard(intent.name)
+                if not signal.refused:
+                    self._unsent.discard(intent.name)
                 if tries == retry.REQUESTS or self.claim.marker() is not None:
                     raise
                 self.claim.say(f"{job.name}: {signal}")
                 self.claim.pause(max(signal.after, retry.backoff(tries)))
         raise AssertionError("unreachable")
 
+    def _applied(self, job: JobState, attempt: Attempt, intent: Intent) -> Optional[Ref]:
+        """What an earlier request like this one has made, by this process or another, when nobody
+        saw its answer. None: it was not applied, or the backend adopts by itself."""
+        settles = self.claim.backend(job.backend).can.settle > 0
+        if not settles or not intent.billable or intent.name in self._unsent:
+            return None
+        found = made(self.claim, job, attempt, {intent.name: {"billable": True}})
+        self._unsent.add(intent.name)
+        return next((ref for ref in found if ref.name == intent.name), None)
+
+    def _look(self, job: JobState, attempt: Attempt) -> Seen:
+        """One look; but what is missing may not show yet, and is lost only when it stays away."""
+        backend, handle = self.claim.backend(job.backend), self.claim.handle(job, attempt)
+        seen = backend.observe(handle, self.claim.env)
+        settle = backend.can.settle if self.claim.answered(job, attempt) else 0.0
+        for pause in retry.settling(settle):
+            if seen.phase is not Phase.LOST:
+                break
+            self.clock.sleep(pause)
+            seen = backend.observe(handle, self.claim.env)
+        return seen
+
     def _watch(self, job: JobState, attempt: Attempt) -> None:
         """Look until the attempt is over; a phase is recorded only when it changes."""
-        backend = self.claim.backend(job.backend)
         slowest = LOOK_LOCAL if job.backend == "local" else LOOK_REMOTE
         interval, deaf = FIRST_LOOK, 0
         while not attempt.phase.over:
             try:
-                seen = backend.observe(self.claim.handle(job, attempt), self.claim.env)
+                seen = self._look(job, attempt)
                 deaf = 0
             except Transient as signal:  # the job does not care whether it is seen
                 deaf += 1
@@ -285,13 +320,14 @@ class Engine:
             self._see(job, attempt, seen)
             if not attempt.phase.over:
                 self._stop_when_asked(job, attempt)
-            if attempt.phase in _NOT_STARTED and self.claim.patience(job) == 0:
+            if attempt.phase in NOT_STARTED and self.claim.patience(job) == 0:
                 why = f"not started within budget.wait ({self.recipe.budget.wait})"
                 self._phase(job, attempt, Phase.FAILED, attempt.held, why, cause=retry.CAPACITY)
             if not attempt.phase.over:
                 changed = attempt.phase is not before
                 interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
                 self.claim.rest(interval)
+                self._stopping += interval if self._told else 0.0
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
         """Record what a look shows, where it differs from what is known."""
@@ -344,15 +380,15 @@ class Engine:
                 self._told = True
             except Transient as signal:
                 claim.say(f"{job.name}: {signal}")
-        if self.clock.now() - (claim.fold.stopping or 0.0) > grace + STOP_MARGIN:
+        since = self.clock.now() - (claim.fold.stopping or 0.0)
+        if max(since, self._stopping) > grace + STOP_MARGIN:  # a clock may have been set back
             why = f"did not end within {grace:.0f} s of being asked: deleted"
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, why)
 
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""
-        backend, handle = self.claim.backend(job.backend), self.claim.handle(job, attempt)
         if not self.claim.waiting(job, attempt):
-            look = insist(self.claim, lambda: backend.observe(handle, self.claim.env), [job.name])
+            look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
             self._see(job, attempt, look)
         if not attempt.phase.over:
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, "torn down")
@@ -372,7 +408,7 @@ class Engine:
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True
-                wanted = wanted if phase in (*_NOT_STARTED, Phase.STARTING) else phase
+                wanted = wanted if phase in (*NOT_STARTED, Phase.STARTING) else phase
             if wanted is not stage.phase:
                 self.claim.record("stage", id=stage.id, phase=wanted)
 
@@ -399,6 +435,14 @@ class Engine:
             return None
         outcomes = (self._gates(job) for job in jobs)
         return next(filter(None, outcomes), Outcome(Phase.SUCCEEDED, "", Exit.OK))
+
+    def _failed(self) -> Optional[Outcome]:
+        """The outcome of a run whose newest attempt failed for good; None: it did not."""
+        jobs = [job for job in self.claim.run.jobs if job.attempts]
+        fresh = self.claim.fresh(jobs[-1]) if jobs else []
+        if not fresh or fresh[-1].phase is not Phase.FAILED:
+            return None
+        return retry.give_up(fresh, self.recipe.retry)
 
     def _end(self, outcome: Outcome) -> Run:
         claim = self.claim

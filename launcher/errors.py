@@ -127,14 +127,15 @@ class BadRequest(Signal):
 
 
 class Transient(Signal):
-    """Try again here, not before `after` seconds."""
+    """Try again here, not before `after` seconds. `refused`: the request was not applied, for sure;
+    otherwise it may have been, or may still be."""
 
     code = Exit.CAPACITY
     again = Again.HERE
 
-    def __init__(self, message: str, after: float = 1.0) -> None:
+    def __init__(self, message: str, after: float = 1.0, refused: bool = False) -> None:
         super().__init__(message)
-        self.after = after
+        self.after, self.refused = after, refused
 
 
 class Leaked(Signal):

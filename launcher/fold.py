@@ -10,6 +10,8 @@ from launcher.errors import JournalDamaged
 from launcher.run import Attempt, Driver, JobState, Run, StageState
 
 Record = dict[str, Any]
+#: An attempt that waits for its machines.
+NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
 #: What comes of reading a record that is whole JSON and yet not what its kind holds.
 _INCOMPLETE = (KeyError, TypeError, ValueError, StopIteration, IndexError, AttributeError)
 
@@ -132,7 +134,7 @@ class Fold:
 
     def _on_phase(self, record: Record) -> None:
         attempt = self.attempt(record["job"], record["attempt"])
-        queued = attempt.phase is Phase.QUEUED
+        waited = attempt.phase in NOT_STARTED
         attempt.phase, attempt.held = Phase(record["phase"]), Held(record["held"])
         attempt.why, attempt.exit_code = record["why"], record["exit_code"]
         attempt.cause = record.get("cause", "")
@@ -140,7 +142,7 @@ class Fold:
             attempt.ended = record.get("ended", record["time"])
         if "began" in record:
             attempt.began = record["began"]
-        elif attempt.began is None and queued:
+        elif attempt.began is None and waited:
             _note_begin(attempt, record["time"])
         if attempt.held in (Held.NONE, Held.GONE):
             self.open.pop((record["job"], record["attempt"]), None)
@@ -223,19 +225,19 @@ def unpriced(run: Run, now: float) -> bool:
 
 def duration(attempt: Attempt, now: float) -> float:
     """Seconds that an attempt cost, or has cost until `now`: from when its machines began to work,
-    where somebody said when that was; a queue costs nothing. Never negative."""
+    where somebody said when that was; to wait for them costs nothing. Never negative."""
     since = attempt.began if attempt.began is not None else attempt.started
-    if since is None or (attempt.began is None and attempt.phase is Phase.QUEUED):
+    if since is None or (attempt.began is None and attempt.phase in NOT_STARTED):
         return 0.0
     return max(0.0, (attempt.ended if attempt.ended is not None else now) - since)
 
 
 def _note_begin(attempt: Attempt, seen: float) -> None:
-    """When an attempt that was queued a look before began, if its backend does not tell: no earlier
-    than that look. One that is over without having left the queue never did; of another that is
-    over, nobody knows, and then all its time counts."""
+    """When an attempt that waited for machines a look before began, if its backend does not tell:
+    no earlier than that look. One that is over without having had any never did; of another that
+    is over, nobody knows, and then all its time counts."""
     if not attempt.phase.over:
-        attempt.began = None if attempt.phase is Phase.QUEUED else seen
+        attempt.began = None if attempt.phase in NOT_STARTED else seen
     elif attempt.cause == "capacity" or attempt.phase is Phase.CANCELLED:
         attempt.began = attempt.ended
 

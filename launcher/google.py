@@ -165,7 +165,8 @@ def _of_answer(error: Any, what: str, place: str) -> Signal:
     if code in (400, 403, 429) and (short := shortage(text, place)) is not None:
         return short
     if code == 429 or (code == 403 and _RATE.search(everything)):
-        return Transient(f"{what}: too many requests: {text}", _after(error, _RETRY_LATER))
+        wait = _after(error, _RETRY_LATER)
+        return Transient(f"{what}: too many requests: {text}", wait, refused=True)
     if code in _TEMPORARY:
         return Transient(f"{what}: {code}: {text}", _after(error, _RETRY_SOON))
     if code == 401:

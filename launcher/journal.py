@@ -87,6 +87,13 @@ class Journal:
         plain: Record = json.loads(text)
         return plain
 
+    def fence(self) -> None:
+        """Before what cannot be undone: one request. Errors: `HeldElsewhere` when another driver
+        has written since we did, `Transient`."""
+        name = f"journal/{_name(self.seq + 1)}"
+        if self.artifacts.exists(name):
+            raise self._lost_to(_parse(self.artifacts.read(name), self.seq + 1, self.first))
+
     def read(
         self,
         heal: bool = False,

@@ -4,7 +4,7 @@ the attempts in the journal, so that a driver that starts again decides as the o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Optional
@@ -128,3 +128,14 @@ def starved(attempts: Sequence[Attempt]) -> list[Attempt]:
 def backoff(times: int) -> float:
     """Seconds to wait after the `times`-th failure in a row: 1, 2, 4 ... 60."""
     return min(2.0 ** (max(times, 1) - 1), 60.0)
+
+
+def settling(seconds: float) -> Iterator[float]:
+    """The waits, together `seconds`, before each further look for what may not show yet: 1, 4, 16,
+    and the rest."""
+    wait = 1.0
+    while seconds > 0:
+        # A last look soon after the one before it would show nothing new.
+        wait = seconds if seconds < 2 * wait else wait
+        yield wait
+        seconds, wait = seconds - wait, 4 * wait

@@ -6,9 +6,10 @@ signals of `launcher.errors`. Numbered contracts:
 1. `plan` is pure and returns the very requests that `create` will send, with `${attempt}`,
    `${resume}`, `${deadline}` and `${ref:name}` left as holes; `launcher.plan.fill` fills them.
 2. `create` is called after the journal holds the intent. A resource that exists under the
-   intent's deterministic name and our label is adopted, never doubled. A signal other than
-   `Transient` says that this call has made nothing.
-3. `observe` is one cheap read, no loop. It never raises for a resource that is not there.
+   intent's deterministic name and our label is adopted, never doubled. A signal other than a
+   `Transient` that is not `refused` says that this call has made nothing.
+3. `observe` is one cheap read, no loop. It never raises for a resource that is not there. For
+   `can.settle` seconds what was made may not show: the engine looks that long.
 4. `delete` starts a deletion and returns at once: DELETING or GONE; absent is GONE.
 5. `logs` yields what is there after `query.cursor` and ends; following is the caller's loop.
 """
@@ -71,6 +72,7 @@ class Capabilities:
     idempotent_create: bool = False
     create: bool = True  # False: this version plans its jobs and does not send them
     drain: float = 1.0  # seconds after a job's end until its last log lines are there
+    settle: float = 0.0  # seconds until a request that was applied shows in every answer
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,14 @@ class CanWarn(Protocol):
     its arguments."""
 
     def warnings(self, spec: Hardware, env: Env) -> Iterable[str]: ...
+
+
+@runtime_checkable
+class CanFind(Protocol):
+    """Optional: what carries the label of one run, in the places of `refs`, which are the run's:
+    fewer requests than `sweep`."""
+
+    def of_run(self, run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]: ...
 
 
 @runtime_checkable

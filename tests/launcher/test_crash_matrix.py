@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,15 +99,17 @@ def _creates_before_it_records(
     _INTEND(self, job, number, intent, *given)  # type: ignore[arg-type]
 
 
-def _forgets_requests_without_a_reply(claim: object, job: JobState, attempt: Attempt) -> list[Ref]:
-    return []
+def _forgets_requests_without_a_reply(
+    claim: object, job: JobState, attempt: Attempt, found: Iterable[Ref]
+) -> None:
+    return None
 
 
 _INTEND = engine.Engine._intend
 MUTANTS = [
     (jobs, "_find", _never_adopts, "created twice"),
     (engine.Engine, "_intend", _creates_before_it_records, "not in the journal"),
-    (clear, "_strays", _forgets_requests_without_a_reply, "not in the journal"),
+    (clear, "_record", _forgets_requests_without_a_reply, "not in the journal"),
 ]
 
 

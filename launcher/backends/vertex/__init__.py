@@ -33,7 +33,9 @@ class VertexBackend:
     """Creates are not idempotent there: a job is labelled, and looked up before it is created."""
 
     name = request.NAME
-    can = Capabilities(spot=True, nodes=True, follow=True, native_retry=True, drain=logs.DRAIN)
+    can = Capabilities(
+        spot=True, nodes=True, follow=True, native_retry=True, drain=logs.DRAIN, settle=jobs.SETTLE
+    )  # fmt: skip
 
     def check(self, env: Env) -> Iterable[Check]:
         return checks.rows(env)
@@ -70,6 +72,9 @@ class VertexBackend:
 
     def sweep(self, env: Env) -> Iterator[Ref]:
         return (found.ref for found in jobs.labelled(env, everyone=False))
+
+    def of_run(self, run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
+        return jobs.of_run(run, refs, env)
 
     def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]:
         return jobs.labelled(env, everyone)

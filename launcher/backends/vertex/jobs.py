@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -18,10 +18,13 @@ from launcher import google
 from launcher.backends.base import Env, Held, Intent, JobHandle, Labelled, Phase, Ref, Seen
 from launcher.backends.vertex import states
 from launcher.backends.vertex.request import DEFAULT_PLACES, JOB, NAME, OBJECT, label
-from launcher.errors import BadRequest, Denied
+from launcher.errors import BadRequest, Denied, Transient
 
 _PROJECT = re.compile(r"/projects/([^/]+)/locations/")
 _PAGE = 100
+#: Seconds for which a request may be applied late, and what it made be missing in reads and lists.
+#: The service promises nothing; a minute is long for it.
+SETTLE = 60.0
 _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 _PLACE_VARIABLES = ("CLOUDSDK_AI_REGION", "CLOUDSDK_COMPUTE_REGION")
 
@@ -58,7 +61,11 @@ def create(intent: Intent, env: Env) -> Ref:
     parent = f"projects/{project}/locations/{intent.place}"
     body = intent.request["body"]
     run = body["labels"]["launch-run"]
-    existing = _find(env, parent, run, intent.name)
+    try:
+        existing = _find(env, parent, run, intent.name)
+    except Transient as signal:
+        signal.refused = True  # nothing was asked for yet
+        raise
     if existing is None:
         _remember(env.home, project, intent.place)
         with google.signals(f"creating {intent.name}", intent.place):
@@ -115,15 +122,23 @@ def labelled(env: Env, everyone: bool) -> Iterator[Labelled]:
     hold nothing of ours."""
     used = _remembered(env.home)
     named = _named(env.environ)
-    wanted = "" if everyone else f'labels.launch-owner="{label(env.owner)}"'
+    labels = {} if everyone else {"launch-owner": label(env.owner)}
     for project, place in [*used, *(pair for pair in named if pair not in used)]:
         try:
-            found = list(_list(env, f"projects/{project}/locations/{place}", wanted))
+            found = list(_list(env, f"projects/{project}/locations/{place}", labels))
         except (Denied, BadRequest):
             if (project, place) in used:
                 raise
             continue
         yield from (_labelled(job, project, place) for job in found if "launch-run" in job.labels)
+
+
+def of_run(run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
+    """The run's jobs, in the places where `refs` of it lie."""
+    labels = {"launch-run": run, "launch-owner": label(env.owner)}
+    for project, place in sorted({(str(ref.data["project"]), ref.place) for ref in refs}):
+        for job in _list(env, f"projects/{project}/locations/{place}", labels):
+            yield _ref(job, project, place)
 
 
 def reach(env: Env, project: str, place: str) -> None:
@@ -169,14 +184,22 @@ def _unanswered(job: JobHandle, env: Env) -> tuple[Any, Optional[Ref]]:
 
 def _find(env: Env, parent: str, run: str, name: str) -> Any:
     """The run's job of that display name, the oldest of several; None: there is none."""
-    ours = _list(env, parent, f'labels.launch-run="{run}" AND display_name="{name}"')
+    ours = _list(env, parent, {"launch-run": run, "launch-owner": label(env.owner)}, name)
     return min(ours, key=lambda job: job.create_time, default=None)
 
 
-def _list(env: Env, parent: str, wanted: str) -> Iterator[Any]:
+def _list(env: Env, parent: str, labels: Mapping[str, str], name: str = "") -> Iterator[Any]:
+    """The jobs with these labels, and of that display name if one is given. They are looked at
+    again here: a server that knows no filter must not make us adopt, or delete, what is not ours.
+    """
+    terms = [f'labels.{key}="{value}"' for key, value in labels.items()]
+    wanted = " AND ".join([*terms, f'display_name="{name}"'] if name else terms)
     place = parent.rpartition("/")[2]
     with google.signals(f"listing jobs in {parent}", place):
-        yield from _list_page(env, parent, wanted, _PAGE)
+        for job in _list_page(env, parent, wanted, _PAGE):
+            carried = dict(job.labels)
+            if labels.items() <= carried.items() and name in ("", job.display_name):
+                yield job
 
 
 def _list_page(env: Env, parent: str, wanted: str, size: int) -> Any:
