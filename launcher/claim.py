@@ -27,7 +27,7 @@ from launcher.fold import Fold, duration, spent
 from launcher.journal import Journal, held_elsewhere, ours
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
-from launcher.spec import Hardware, Recipe, Stage, seconds
+from launcher.spec import Budget, Hardware, Recipe, Stage, seconds
 from trainer.config import Problem, build, dotted
 
 Load = Callable[[str], Backend]
@@ -35,6 +35,8 @@ Load = Callable[[str], Backend]
 NAP = 2.0
 #: Seconds between two looks for the marker in a store.
 POLL = 5.0
+#: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
+LEAST = 60.0
 #: A whole checkpoint: its manifest is written last.
 _MANIFEST = re.compile(r"checkpoints/step-(\d+)/MANIFEST\.json$")
 
@@ -233,21 +235,10 @@ class Claim:
 
     def budget_left(self, usd_per_hour: Optional[float]) -> Optional[float]:
         """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit."""
-        budget, now = self.recipe.budget, self.clock.now()
-        limits = []
-        if budget.hours is not None:
-            attempts = (attempt for job in self.run.jobs for attempt in job.attempts)
-            limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
-        paid = spent(self.run, now)
-        if budget.usd is not None and usd_per_hour and paid is not None:
-            limits.append((budget.usd - paid) / usd_per_hour * 3600)
-        return min(limits, default=None)
+        return budget_left(self.run, self.recipe.budget, self.clock.now(), usd_per_hour)
 
     def budget_text(self) -> str:
-        budget = self.recipe.budget
-        parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
-                 f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
-        return f"the budget is spent ({', '.join(filter(None, parts))})"
+        return budget_text(self.recipe.budget)
 
     def _look_for_marker(self) -> Optional[dict[str, Any]]:
         name = "control/stop.json"
@@ -274,6 +265,26 @@ def _say(clock: Clock, text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.now()))
     sys.stderr.write(f"{stamp} {text}\n")
     sys.stderr.flush()
+
+
+def budget_left(
+    run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]
+) -> Optional[float]:
+    """Seconds that the budget leaves a run at this price; None: no limit."""
+    limits = []
+    if budget.hours is not None:
+        attempts = (attempt for job in run.jobs for attempt in job.attempts)
+        limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
+    paid = spent(run, now)
+    if budget.usd is not None and usd_per_hour and paid is not None:
+        limits.append((budget.usd - paid) / usd_per_hour * 3600)
+    return min(limits, default=None)
+
+
+def budget_text(budget: Budget) -> str:
+    parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
+             f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
+    return f"the budget is spent ({', '.join(filter(None, parts))})"
 
 
 def recipe_of(raw: Mapping[str, Any], where: str) -> Recipe:

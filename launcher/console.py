@@ -162,8 +162,7 @@ def run_lines(run: Run, now: float) -> list[str]:
     """`launch status RUN`: the run, its stages, its jobs and what it holds."""
     phase = paint(run.phase.value, style(run.phase.value))
     lines = [f"{paint(run.name, 'bold')}  {phase}" + (f"  {run.why}" if run.why else "")]
-    ended = run.ended if run.ended is not None else now
-    facts = [f"ran {duration(ended - run.created)}", f"spent {usd(run.spent_usd)}"]
+    facts = [f"ran {duration(run.lasted(now))}", f"spent {usd(run.spent_usd)}"]
     if run.usd_per_hour:
         facts.append(f"{usd(run.usd_per_hour)} per hour")
     facts.append(f"holds {run.held.value}" if run.live else "holds nothing")

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import Claim, Load, claimed
+from launcher.claim import LEAST, Claim, Load, claimed
 from launcher.clear import clear, insist, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
@@ -28,8 +28,6 @@ from launcher.view import write_summary
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
 #: How long a teardown waits for a store that does not answer.
 DEAF = 60.0
-#: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
-LEAST = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 _NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
@@ -166,8 +164,9 @@ class Engine:
 
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
         """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
-        left = self.claim.budget_left(last.usd_per_hour if last is not None else None)
-        least = 0.0 if last is None else LEAST
+        before = [attempt for job in self.claim.run.jobs for attempt in job.attempts][-1:]
+        left = self.claim.budget_left(before[0].usd_per_hour if before else None)
+        least = LEAST if before else 0.0
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
         if left is None or left > least or own_fault:
             return None

@@ -54,11 +54,10 @@ def page(run: Run, root: Path) -> str:
 
 
 def _header(run: Run) -> str:
-    ended = run.ended if run.ended is not None else time.time()
     facts = [
         ("recipe", run.recipe),
         ("started", _utc(run.created)),
-        ("lasted" if run.ended is not None else "so far", console.duration(ended - run.created)),
+        ("lasted" if run.ended is not None else "so far", console.duration(run.lasted(time.time()))),
         ("cost", console.usd(run.spent_usd)),
         ("attempts", str(sum(len(job.attempts) for job in run.jobs))),
         ("where", ", ".join(dict.fromkeys(_places(run))) or "-"),

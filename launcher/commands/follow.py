@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,7 +57,7 @@ def ending(run: Run, written: Optional[Path]) -> list[str]:
         word = console.paint("passed" if passed else "failed", "green" if passed else "red")
         lines.append(f"gate of {stage}: {word}")
         lines += [f"  {sentence}" for sentence in sentences]
-    took = console.duration((run.ended or run.created) - run.created)
+    took = console.duration(run.lasted(run.ended or run.created))
     why = f": {run.why}" if run.why else ""
     phase = console.paint(run.phase.value, console.style(run.phase.value))
     lines.append(f"{run.name} {phase} after {took}, {console.usd(run.spent_usd)}{why}")
@@ -72,6 +73,10 @@ def _next(run: Run) -> list[str]:
     """What to do about a run that did not succeed. A resumed run reads its own recipe, as it was
     recorded, and the files that it names, as they are by then."""
     resume, code = f"`launch resume {run.name}", _fault(run)
+    if run.exit_code == Exit.BUDGET:
+        keys = re.findall(r"budget\.\w+", run.why) or ["budget.hours"]
+        more = " ".join(f"--set {key}=MORE" for key in dict.fromkeys(keys))
+        return [f"{resume} {more}` {_resumption(run)}; a budget counts all attempts together"]
     if code == 64:
         return [
             "the recipe is at fault, or a file that it names: fix it, then `launch up` the recipe",

@@ -49,12 +49,11 @@ class View:
 def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
     """One run: its phase, its stages, the newest numbers of the one that trains, and its warnings;
     a bar where `width` columns leave room for one."""
-    ended = run.ended if run.ended is not None else now
     head = Text.assemble(
         (run.name, "bold"),
         "  ",
         (run.phase.value, console.style(run.phase.value)),
-        (f"  {console.duration(ended - run.created)}  spent {console.usd(run.spent_usd)}", "dim"),
+        (f"  {console.duration(run.lasted(now))}  spent {console.usd(run.spent_usd)}", "dim"),
     )
     rows = [_cells(run, stage) for stage in run.stages]
     used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))
