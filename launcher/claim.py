@@ -168,6 +168,16 @@ class Claim:
         """`evaluation.json` of a stage; None: it has none."""
         return self._read(stage, "evaluation.json") or None
 
+    def boots_word(self, job: JobState, attempt: Attempt, exit_code: Optional[int]) -> str:
+        """Why the last boot of an attempt ended with that code, as it noted in a store. Empty: it
+        did not come to that, or the service saw another end."""
+        if exit_code is None or not self.artifacts.remote:
+            return ""
+        names = self.artifacts.names(f"attempts/{job.index:02d}-{attempt.number:04d}")
+        newest = max(names, key=lambda name: (len(name), name), default=None)
+        noted = parsed(self.artifacts.read(newest)) if newest is not None else {}
+        return str(noted.get("why") or "") if noted.get("exit_code") == exit_code else ""
+
     def beginning(self, job: JobState, number: int) -> dict[str, Any]:
         """What the first intent of a further attempt says: `{"from": {"stage", "step"}}`, the first
         stage that is not done and the step of its newest whole checkpoint, 0: it has none."""

@@ -291,6 +291,8 @@ class Engine:
         if seen.phase.over:
             self.claim.look_anew()
         phase, why = self._judged(job, seen)
+        if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
+            why = self.claim.boots_word(job, attempt, seen.exit_code) or why
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
             held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref

@@ -117,9 +117,9 @@ class BadRequest(Signal):
 
 
 class Transient(Signal):
-    """Try again here, not before `after` seconds."""
+    """A service that does not answer, or not now: try again here, not before `after` seconds."""
 
-    code = Exit.CAPACITY
+    code = Exit.ACCESS
     again = Again.HERE
 
     def __init__(self, message: str, after: float = 1.0) -> None:

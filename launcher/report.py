@@ -54,10 +54,11 @@ def page(run: Run, root: Path) -> str:
 
 
 def _header(run: Run) -> str:
+    word, seconds = "lasted" if run.ended is not None else "so far", run.lasted(time.time())
     facts = [
         ("recipe", run.recipe),
         ("started", _utc(run.created)),
-        ("lasted" if run.ended is not None else "so far", console.duration(run.lasted(time.time()))),
+        (word, console.duration(seconds)),
         ("cost", console.usd(run.spent_usd)),
         ("attempts", str(sum(len(job.attempts) for job in run.jobs))),
         ("where", ", ".join(dict.fromkeys(_places(run))) or "-"),
