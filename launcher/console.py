@@ -308,7 +308,7 @@ def figure(value: Any, digits: int = 4) -> str:
 
 def usd(amount: Optional[float]) -> str:
     if amount is None:
-        return "unknown"
+        return "price unknown"
     return "$0" if amount == 0 else f"${amount:,.2f}"
 
 

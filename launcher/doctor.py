@@ -1,11 +1,10 @@
 """What stands between this machine and a run: rows of pass, warn, fail, skip, each with its fix.
 
-Reads only; imports none of the packages it looks for.
+Reads only (and tries whether $LAUNCH_HOME takes a file); imports none of the packages it looks for.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys

@@ -418,4 +418,5 @@ class Engine:
             "phase", job=job.index, attempt=attempt.number, phase=phase, held=held, why=why,
             exit_code=exit_code, cause=cause or retry.cause_of_phase(phase), **told,
         )  # fmt: skip
-        self.claim.say(f"{job.name} attempt {attempt.number}: {phase.value} {why}".rstrip())
+        said = f"{phase.value}: {why}" if why else phase.value
+        self.claim.say(f"{job.name} attempt {attempt.number}: {said}")

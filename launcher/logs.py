@@ -150,11 +150,19 @@ def looks(
             )
         clock.sleep(every)
     # Once more, some seconds after the end: the last lines may arrive late.
-    drain = max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
-    late = run.ended + drain - clock.now()
-    if late > 0:
-        clock.sleep(min(late, drain))
+    if awaited(run, clock.now()) > 0:
+        while (late := awaited(run, clock.now())) > 0:
+            clock.sleep(min(late, every))
+            yield run, iter(())
         yield run, _patiently(reader, run)
+
+
+def awaited(run: Run, now: float) -> float:
+    """Seconds for which the last lines of a run that is over may still arrive."""
+    if run.ended is None:
+        return 0.0
+    drain = max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
+    return max(0.0, min(drain, run.ended + drain - now))
 
 
 class NoDriver(LaunchError):

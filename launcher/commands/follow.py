@@ -12,7 +12,7 @@ from launcher import api, console, records, report, retry
 from launcher.artifacts import here, journals
 from launcher.backends.base import Env, Line, Phase
 from launcher.errors import Exit, LaunchError
-from launcher.logs import Reader, looks
+from launcher.logs import Reader, awaited, looks
 from launcher.run import Run
 
 #: Log lines shown of what was there before, or was hidden by the view when the run failed.
@@ -110,7 +110,7 @@ def _resumption(run: Run) -> str:
 def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Run:
     """Worker 0's lines through `write`, and changes of phase on stderr."""
     known: dict[str, str] = {}
-    last, first = run, True
+    last, first, waiting = run, True, False
     for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
         old = first and run.created < since - 1
         if old:
@@ -123,6 +123,9 @@ def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Ru
                 console.notice(f"{name}: {phase}")
                 known[name] = phase
         first = False
+        if not waiting and (late := awaited(last, env.clock.now())) > 0:
+            waiting = True
+            console.notice(f"{last.name} is over; waiting for the last log lines ({late:.0f} s)")
     return last
 
 
@@ -147,7 +150,7 @@ def _live(run: Run, env: Env, since: float, hint: str) -> Run:
     with View(hint or DETACHES) as view:
         for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
             recent.extend(lines)
-            view.run(last, env.clock.now())
+            view.run(last, env.clock.now(), awaited(last, env.clock.now()))
     if last.phase in (Phase.FAILED, Phase.LOST):
         _told(recent, since, console.notice)
     return last

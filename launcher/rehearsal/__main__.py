@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from launcher.rehearsal.google import Google
 from launcher.rehearsal.http import HttpError
@@ -86,8 +87,14 @@ def _until_closed(stop: threading.Event) -> None:
     stop.set()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m launcher.rehearsal")
+    parser = _Parser(prog="python -m launcher.rehearsal")
     add = parser.add_argument
     add("--folder", type=Path, help="keep the state here")
     add("--port", type=_port, default=0, help="default: a free one")

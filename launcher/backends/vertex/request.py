@@ -120,7 +120,7 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
         raise BadRequest("budget.hours", f"a Vertex AI job ends after {_LONGEST_HOURS} hours",
                          "set fewer; the run goes on from its last checkpoint")  # fmt: skip
     if not (spec.hardware.vertex and spec.hardware.vertex.project):
-        raise BadRequest("hardware.vertex.project", "is unset, and the environment names no project",
+        raise BadRequest("hardware.vertex.project", "is unset, and so is it in the environment",
                          "name it there, or set GOOGLE_CLOUD_PROJECT")  # fmt: skip
     image = _image(spec.hardware)
     root, bundle = str(spec.boot["root"]).rstrip("/"), spec.boot["bundle"]
