@@ -108,7 +108,7 @@ def recipe_problems(
 
 
 def misspelt(uri: str) -> Optional[str]:
-    """What is wrong with the bucket's name in a gs:// or s3:// URI; None: nothing, or it is none."""
+    """What is wrong with the name of the bucket in a URI; None: nothing, or it is no bucket."""
     found = _STORE.match(uri)
     if found is None or _BUCKET.fullmatch(uri):
         return None

@@ -1,4 +1,4 @@
-"""What a new user meets in the first hour: wrong names, absent logins, a home that takes nothing."""
+"""What a new user meets in the first hour: wrong names, no login, a home that takes nothing."""
 
 from __future__ import annotations
 
