@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal -rs $(TESTS)
 
 slow: $(VENV)/.dev
-	LAUNCH_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal -rs tests/launcher/test_crash_matrix.py
+	LAUNCH_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal -rs tests/launcher/test_crash_matrix.py tests/test_killed_driver.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from launcher.recipe import Loaded
 
 Which = Union[str, Run]
+#: Seconds that a driver may still hold a run that is over: it writes a summary to the store.
+_WAY_OUT = 15.0
 
 
 def env() -> Env:
@@ -103,9 +106,8 @@ def attach(run: Which, take_over: bool = False) -> Run:
     if lock is None:
         return seen
     try:
-        refuse_foreign(journal, seen.name, take_over)
+        journal.read(take_over, allowed=partial(refuse_foreign, journal, take_over=take_over))
         if take_over:
-            journal.read(heal=True)
             journal.epoch += 1
             journal.append("driver")
     except HeldElsewhere:
@@ -188,7 +190,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
     place = home.folder(here.home, seen.id)
-    lock = home.DriverLock.acquire(place)
+    # The last record is not a driver's last act: one that is on its way out gets the time for it.
+    lock = home.DriverLock.acquire(place, wait=_WAY_OUT)
     if lock is None:
         raise held_elsewhere(home.claimed(place), seen.name)
     try:

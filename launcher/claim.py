@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,11 +23,12 @@ from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
 from launcher.clock import Clock
 from launcher.errors import JournalDamaged, Transient
-from launcher.fold import Fold, duration, spent
+from launcher.fold import Fold, Record, duration, spent
 from launcher.journal import Journal, held_elsewhere, ours
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Budget, Hardware, Recipe, Stage, seconds
+from trainer.boot import reserve
 from trainer.config import Problem, build, dotted
 
 Load = Callable[[str], Backend]
@@ -63,8 +64,8 @@ def claimed(
         artifacts.patience, artifacts.tell = patience, partial(_say, env.clock)
         journal = Journal(place, artifacts, env.clock)
         journal.name = facts["name"]
-        refuse_foreign(journal, facts["name"], take_over)
-        fold = Fold(journal.read(heal=True))
+        foreign = partial(refuse_foreign, journal, take_over=take_over)
+        fold = Fold(journal.read(heal=True, allowed=foreign))
         claim = Claim(env, load, journal, fold, place)
         if fold.run.live or take_over:
             lock.claim(os.getpid(), env.clock.now())
@@ -77,13 +78,13 @@ def claimed(
         lock.close()
 
 
-def refuse_foreign(journal: Journal, name: str, take_over: bool) -> None:
+def refuse_foreign(journal: Journal, records: Sequence[Record], take_over: bool) -> None:
     """Raise `HeldElsewhere` when the newest claim came from another $LAUNCH_HOME. A driver copies
     its claim to its own; where the copy is missing, this host's lock says nothing about it."""
-    newest = next((r for r in reversed(journal.read()) if r["kind"] == "driver"), None)
+    newest = next((r for r in reversed(records) if r["kind"] == "driver"), None)
     if newest is None or take_over or ours(journal.copy.parent, newest):
         return
-    raise held_elsewhere({**newest["driver"], "since": newest["time"]}, name)
+    raise held_elsewhere({**newest["driver"], "since": newest["time"]}, journal.name)
 
 
 class Claim:
@@ -280,15 +281,26 @@ def _say(clock: Clock, text: str) -> None:
 def budget_left(
     run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]
 ) -> Optional[float]:
-    """Seconds that the budget leaves a run at this price; None: no limit."""
+    """Seconds that the budget leaves a run at this price; None: no limit. At a price that is
+    unknown `budget.usd` leaves nothing once the known part has used it up."""
     limits = []
     if budget.hours is not None:
         attempts = (attempt for job in run.jobs for attempt in job.attempts)
         limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
-    paid = spent(run, now)
-    if budget.usd is not None and usd_per_hour and paid is not None:
+    paid = spent(run, now) or 0.0
+    if budget.usd is not None and usd_per_hour:
         limits.append((budget.usd - paid) / usd_per_hour * 3600)
+    elif budget.usd is not None and usd_per_hour is None and paid >= budget.usd:
+        limits.append(0.0)
     return min(limits, default=None)
+
+
+def worth(left: Optional[float], before: Optional[Attempt], now: float) -> float:
+    """Seconds of budget that another attempt has to have. After `before`: more than what that one
+    kept to save in, for which alone it may have ended."""
+    if before is None:
+        return 0.0
+    return max(LEAST, reserve((left or 0.0) + duration(before, now)))
 
 
 def budget_text(budget: Budget) -> str:

@@ -199,7 +199,7 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Go on until the run is over.")
     ] = False,
     worker: Annotated[
-        Optional[int], typer.Option("--worker", min=0, help="Only this worker's lines.")
+        Optional[int], typer.Option("--worker", min=0, help="Only the worker of this global rank.")
     ] = None,
     tail: Annotated[
         Optional[int], typer.Option("--tail", "-n", min=0, help="Only the last N lines.")

@@ -151,7 +151,7 @@ def runs(found: Sequence[Run], now: float) -> list[str]:
                 figure(last.get("train_loss")),
                 figure(last.get("tokens_per_sec"), 0),
                 duration(eta) if eta is not None else "-",
-                usd(run.spent_usd),
+                spent(run),
                 f"{duration(now - run.created)} ago",
             )
         )
@@ -162,7 +162,7 @@ def run_lines(run: Run, now: float) -> list[str]:
     """`launch status RUN`: the run, its stages, its jobs and what it holds."""
     phase = paint(run.phase.value, style(run.phase.value))
     lines = [f"{paint(run.name, 'bold')}  {phase}" + (f"  {run.why}" if run.why else "")]
-    facts = [f"ran {duration(run.lasted(now))}", f"spent {usd(run.spent_usd)}"]
+    facts = [f"ran {duration(run.lasted(now))}", f"spent {spent(run)}"]
     if run.usd_per_hour:
         facts.append(f"{usd(run.usd_per_hour)} per hour")
     facts.append(f"holds {run.held.value}" if run.live else "holds nothing")
@@ -310,6 +310,12 @@ def usd(amount: Optional[float]) -> str:
     if amount is None:
         return "price unknown"
     return "$0" if amount == 0 else f"${amount:,.2f}"
+
+
+def spent(run: Run) -> str:
+    """What a run has cost: `$3.20`, `at least $3.20` where some of its prices are unknown."""
+    least = "at least " if run.unpriced and run.spent_usd else ""
+    return least + usd(run.spent_usd)
 
 
 def duration(seconds: float) -> str:

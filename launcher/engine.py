@@ -8,14 +8,14 @@ be killed between any two lines of this file and the next one ends at the same p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
 from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import LEAST, Claim, Load, claimed
+from launcher.claim import LEAST, Claim, Load, claimed, worth
 from launcher.clear import clear, insist, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import worst
@@ -164,9 +164,9 @@ class Engine:
 
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
         """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
-        before = [attempt for job in self.claim.run.jobs for attempt in job.attempts][-1:]
-        left = self.claim.budget_left(before[0].usd_per_hour if before else None)
-        least = LEAST if before else 0.0
+        newest = [attempt for job in self.claim.run.jobs for attempt in job.attempts][-1:]
+        left = self.claim.budget_left(newest[0].usd_per_hour if newest else None)
+        least = worth(left, last, self.clock.now()) if last else LEAST if newest else 0.0
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
         if left is None or left > least or own_fault:
             return None
@@ -244,7 +244,7 @@ class Engine:
 
     def _intend(self, job: JobState, number: int, intent: Intent, offer: Offer) -> None:
         at = {"job": job.index, "attempt": number, **self.claim.beginning(job, number)}
-        self.claim.record("intent", **at, intent=asdict(intent), offer=asdict(offer))
+        self.claim.record("intent", **at, intent=intent, offer=offer)
         self._unsent.add(intent.name)
         self.claim.say(f"{job.name} attempt {number}: {intent.kind} {intent.name}, {intent.place}")
 
@@ -357,13 +357,13 @@ class Engine:
 
     def _note_stages(self, job: JobState, phase: Phase) -> None:
         """Record the stages whose phase has changed: completed ones by their run_meta.json, the
-        first other one as the job, those after it not yet."""
-        reached = False
-        for stage in self.claim.run.stages:
-            if stage.job != job.index:
-                continue
+        first other one as the job, those after it not yet. The last one is done when the job is:
+        while it runs nobody has to be asked about it."""
+        reached, stages = False, [s for s in self.claim.run.stages if s.job == job.index]
+        for stage in stages:
             wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
-            if done or (not reached and self.claim.meta(stage).get("completed") is True):
+            asked = not reached and (phase.over or stage is not stages[-1])
+            if done or (asked and self.claim.meta(stage).get("completed") is True):
                 wanted = Phase.SUCCEEDED
             elif not reached:
                 reached = True

@@ -56,6 +56,10 @@ class GateFailed(JobFailed):
     """A gate said no, or could not be answered: it fails closed."""
 
 
+class Damaged(JobFailed):
+    """Some of what a job left is not what it says of itself; the rest was brought."""
+
+
 class BudgetSpent(LaunchError):
     code = Exit.BUDGET
 

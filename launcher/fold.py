@@ -170,12 +170,14 @@ class Fold:
         for stage in run.stages:
             if stage.gate != "passed":
                 stage.gate = None
+            if stage.phase is not Phase.SUCCEEDED:
+                stage.phase = Phase.PLANNED
 
     def _on_end(self, record: Record) -> None:
         run = self.run
         run.ended, run.phase = record["time"], Phase(record["phase"])
         run.why, run.exit_code = record["why"], record["exit_code"]
-        run.spent_usd = spent(run, record["time"])
+        run.spent_usd, run.unpriced = spent(run, record["time"]), unpriced(run, record["time"])
 
     def _stage(self, stage_id: str) -> StageState:
         return next(stage for stage in self.run.stages if stage.id == stage_id)
@@ -197,14 +199,21 @@ class Fold:
 
 
 def spent(run: Run, now: float) -> Optional[float]:
-    """US dollars of all attempts until `now`; None when a price is unknown."""
-    total = 0.0
-    for job in run.jobs:
-        for attempt in job.attempts:
-            if attempt.usd_per_hour is None:
-                return None
-            total += attempt.usd_per_hour * duration(attempt, now) / 3600
-    return total
+    """US dollars of all attempts until `now`, as far as prices are known (`unpriced`: not all of
+    them are); None when none of what was paid for has a known price."""
+    known = [
+        attempt.usd_per_hour * duration(attempt, now) / 3600
+        for job in run.jobs
+        for attempt in job.attempts
+        if attempt.usd_per_hour is not None
+    ]
+    return None if not any(known) and unpriced(run, now) else sum(known)
+
+
+def unpriced(run: Run, now: float) -> bool:
+    """Whether any attempt until `now` has cost what nobody knows: `spent` is then the least."""
+    attempts = (attempt for job in run.jobs for attempt in job.attempts)
+    return any(a.usd_per_hour is None and duration(a, now) > 0 for a in attempts)
 
 
 def duration(attempt: Attempt, now: float) -> float:

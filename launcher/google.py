@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Optional
 
@@ -86,14 +87,26 @@ def storage(environ: Mapping[str, str]) -> Any:
 
 def call(session: Any, method: str, url: str, what: str, place: str, **given: Any) -> Any:
     """One JSON request without a retry, its answer parsed. Errors: signals."""
+    return dated(session, method, url, what, place, **given)[0]
+
+
+def dated(
+    session: Any, method: str, url: str, what: str, place: str, **given: Any
+) -> tuple[Any, Optional[float]]:
+    """As `call`, and when that was by the service's clock: UTC seconds, whole ones; None where it
+    does not say. Errors: signals."""
     with signals(what, place):
         response = session.request(method, url, timeout=TIMEOUT, **given)
         if response.status_code >= 400:
             raise library("google.api_core.exceptions").from_http_response(response)
         try:
-            return response.json()
+            answer = response.json()
         except ValueError as error:
             raise Transient(f"{what}: the answer of {url} is not JSON", _RETRY_SOON) from error
+    try:
+        return answer, parsedate_to_datetime(response.headers["Date"]).timestamp()
+    except (KeyError, ValueError, TypeError):
+        return answer, None
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -49,6 +50,7 @@ class Journal:
         self.seq = 0
         self.epoch = 0
         self.warnings: list[str] = []
+        self._repairs: list[Callable[[], object]] = []
 
     @property
     def first(self) -> str:
@@ -85,15 +87,21 @@ class Journal:
         plain: Record = json.loads(text)
         return plain
 
-    def read(self, heal: bool = False, known: bool = False) -> list[Record]:
+    def read(
+        self,
+        heal: bool = False,
+        known: bool = False,
+        allowed: Optional[Callable[[list[Record]], None]] = None,
+    ) -> list[Record]:
         """All records, in order. With `heal` (drivers only) damaged or missing ones are replaced
         by their whole copy, and a last record damaged in both places is set aside: the engine asks
         the backends again. Each repair leaves a line in `warnings`. A record that does not fold is
         damaged, however whole its JSON. `known`: of a store, only what the last refresh brought.
+        `allowed` is shown the records before anything is healed, and may raise.
 
         Errors: `JournalDamaged` for a record that has no whole copy, with both paths.
         """
-        self.warnings = []
+        self.warnings, self._repairs = [], []
         there = self._numbers(known)
         listed = sorted(there | _numbers(_listing(self.copy)))
         reading = _Reading()
@@ -114,6 +122,10 @@ class Journal:
                     "put a whole copy of it in one of the two folders; "
                     "`launch teardown --all` still finds what this run holds",
                 )
+        if allowed is not None:
+            allowed(records)
+        for repair in self._repairs:
+            repair()
         self.seq = len(records)
         self.epoch = records[-1]["epoch"] if records else 0
         return records
@@ -153,7 +165,7 @@ class Journal:
                 state = "damaged" if first.exists() else "missing"
                 self.warnings.append(f"{first} is {state}: read from {copy}")
             if heal and _parse(_bytes(other), number, other) != record:
-                write(other, source.read_text())
+                self._repairs.append(partial(write, other, source.read_text()))
             return record
         return None
 
@@ -168,14 +180,14 @@ class Journal:
             record = _parse(_bytes(source), number, source)
             if record is not None and reading.take(record):
                 if heal and source is cached:
-                    write(copy, cached.read_text(), sync=False)
+                    self._repairs.append(partial(write, copy, cached.read_text(), sync=False))
                 return record
         data = None if known else self.artifacts.read(f"journal/{name}")
         record = _parse(data, number, f"{self.first}/{name}")
         if record is None or data is None or not reading.take(record):
             return None
         if heal:
-            write(copy, data.decode(), sync=False)
+            self._repairs.append(partial(write, copy, data.decode(), sync=False))
         return record
 
     def _restore(self, number: int, heal: bool) -> None:
@@ -183,7 +195,8 @@ class Journal:
         name = _name(number)
         self.warnings.append(f"{self.first}/{name} is missing: read from {self.copy / name}")
         if heal:
-            self.artifacts.create_once(f"journal/{name}", (self.copy / name).read_text())
+            text = (self.copy / name).read_text()
+            self._repairs.append(partial(self.artifacts.create_once, f"journal/{name}", text))
 
     def _set_aside(self, number: int, heal: bool) -> None:
         name = _name(number)
@@ -192,10 +205,13 @@ class Journal:
         )
         if heal:
             aside = f"{number:08d}.{secrets.token_hex(3)}.damaged"
-            self.artifacts.move(f"journal/{name}", f"journal/{aside}")
-            for file in (self.copy / name, self.artifacts.folder / "journal" / name):
-                with suppress(FileNotFoundError):
-                    file.replace(file.with_name(aside))
+            self._repairs.append(partial(self._move, name, aside))
+
+    def _move(self, name: str, aside: str) -> None:
+        self.artifacts.move(f"journal/{name}", f"journal/{aside}")
+        for file in (self.copy / name, self.artifacts.folder / "journal" / name):
+            with suppress(FileNotFoundError):
+                file.replace(file.with_name(aside))
 
 
 def ours(place: Path, claim: Record) -> bool:

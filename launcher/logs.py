@@ -69,7 +69,8 @@ class Reader:
         not show, those that boot has left in the store."""
         handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
         if not position.from_store:
-            query, refused = LogQuery(self.worker, position.cursor, self.since), False
+            over = run.ended is not None
+            query, refused = LogQuery(self.worker, position.cursor, self.since, over), False
             try:
                 yield from backends.load(job.backend).logs(handle, query, self.env)
             except Denied:
@@ -134,12 +135,14 @@ def looks(
     """
     clock = reader.env.clock
     heard = clock.now()
+    watched = False
     while True:
         run = look()
         before = reader.count
         yield run, _patiently(reader, run)
         if run.ended is not None:
             break
+        watched = True
         orphaned = run.driver is not None and run.driver.alive is False
         if reader.count > before or not orphaned:
             heard = clock.now()
@@ -150,8 +153,11 @@ def looks(
             )
         clock.sleep(every)
     # Once more, some seconds after the end: the last lines may arrive late.
-    if awaited(run, clock.now()) > 0:
-        while (late := awaited(run, clock.now())) > 0:
+    # Another machine may have noted that end, by another clock: what was seen from here counts.
+    drain = _drain(run)
+    until = (clock.now() if watched else run.ended) + drain
+    if until > clock.now():
+        while (late := min(drain, until - clock.now())) > 0:
             clock.sleep(min(late, every))
             yield run, iter(())
         yield run, _patiently(reader, run)
@@ -161,8 +167,12 @@ def awaited(run: Run, now: float) -> float:
     """Seconds for which the last lines of a run that is over may still arrive."""
     if run.ended is None:
         return 0.0
-    drain = max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
+    drain = _drain(run)
     return max(0.0, min(drain, run.ended + drain - now))
+
+
+def _drain(run: Run) -> float:
+    return max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
 
 
 class NoDriver(LaunchError):

@@ -65,8 +65,8 @@ class Refusal:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`usd_total`: the most that the run can cost within its budget, None: unknown. `refusal`: what
-    `up` answers instead of creating anything."""
+    """`usd_total`: the most that the run can cost within its budget, wherever it is placed; None:
+    unknown. `refusal`: what `up` answers instead of creating anything."""
 
     recipe: str
     root: str
@@ -245,9 +245,8 @@ def make(
     ]
     rates = [job.usd_per_hour for job in planned]
     rate = None if None in rates else max(r for r in rates if r is not None)
-    total = _total(rate, recipe.budget)
-    if rate is None and (recipe.budget.usd_per_hour or recipe.budget.usd):
-        notes.append("a price is unknown, so the budget in USD cannot be checked in advance")
+    total = _total(_dearest(planned), recipe.budget)
+    notes += _uncapped(planned, recipe.budget)
     return RunPlan(
         recipe.name, root, tuple(planned), recipe.budget.hours, rate, total,
         tuple(dict.fromkeys(notes)), next(iter(refusals), None),
@@ -270,7 +269,7 @@ def remainder(plan: RunPlan, budget: Budget, run: Run, now: float) -> RunPlan:
     usd = None if budget.usd is None else max(0.0, budget.usd - (paid or 0.0))
     rates = [job.usd_per_hour for job in left]
     rate = None if None in rates else max((r for r in rates if r is not None), default=0.0)
-    total = _total(rate, replace(budget, hours=hours, usd=usd))
+    total = _total(_dearest(left), replace(budget, hours=hours, usd=usd))
     notes = plan.notes + ((f"{paid:.2f} USD are spent already",) if paid else ())
     return replace(
         plan, root=run.root, jobs=tuple(left), hours=hours, usd_per_hour=rate, usd_total=total,
@@ -361,8 +360,37 @@ def of_run(folder: str, run_name: str) -> str:
     return f"{folder.rstrip('/')}/{run_name}"
 
 
+def _dearest(planned: Iterable[JobPlan]) -> Optional[float]:
+    """USD an hour of the dearest offer that a job may end up with; None: unknown, or no offer."""
+    rates: list[Optional[float]] = []
+    for job in planned:
+        rates += [offer.usd_per_hour for offer in job.offers] or [job.usd_per_hour]
+    return None if None in rates else max((r for r in rates if r is not None), default=0.0)
+
+
+def _uncapped(planned: Iterable[JobPlan], budget: Budget) -> list[str]:
+    """What a budget in USD does not hold for, as a note."""
+    caps = [f"budget.{name}" for name in ("usd", "usd_per_hour") if getattr(budget, name)]
+    where = [
+        f"{offer.capacity} in {offer.place}"
+        for job in planned
+        for offer in job.offers
+        if offer.usd_per_hour is None
+    ]
+    if not caps or not where:
+        return []
+    does = "nothing else does: set budget.hours"
+    if budget.hours is not None:
+        does = f"budget.hours ({budget.hours:g}) does"
+    verb = "does" if len(caps) == 1 else "do"
+    return [
+        f"the price is unknown: {', '.join(dict.fromkeys(where))}; {' and '.join(caps)} {verb} not "
+        f"cap what runs there, {does}"
+    ]
+
+
 def _total(rate: Optional[float], budget: Budget) -> Optional[float]:
-    """Hours at the dearest job's rate, and never more than the budget in USD."""
+    """Hours at the dearest rate, and never more than the budget in USD."""
     if rate == 0:
         return 0.0
     bounds = [] if rate is None or budget.hours is None else [rate * budget.hours]

@@ -228,6 +228,8 @@ class _Reader:
             return self._wrong(at, "a whole number beyond 64 bits")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             return self._wrong(at, "holds a character that is not text (NUL or half a surrogate)")
+        if isinstance(value, str) and _LOGIN.search(value):
+            return self._wrong(at, f"holds a password in a URL, {_KEPT}")
         return Node(value, at)
 
     def _wrong(self, at: Position, what: str) -> Node:
@@ -235,6 +237,12 @@ class _Reader:
         return Node(None, at)
 
 
+_LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
+_LOGIN = re.compile(r"://[^/\s:@]*:[^/\s]+@")
+_KEPT = (
+    "and a recipe is written down in many places; name it in `secrets`, and the job has it as a "
+    "variable"
+)
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(:-[^}]*)?\}|(stage:[^}]*\})|)")
 
 
@@ -246,8 +254,8 @@ def expand(
     defaults: dict[str, str],
 ) -> str:
     """`text` with `${VAR}` and `${VAR:-default}` filled from `environ`; `$${` is a literal `${`,
-    `${stage:ID}` stays. An undefined variable is a problem at `at`; a default that was taken is
-    added to `defaults`."""
+    `${stage:ID}` stays. A variable that is undefined or looks secret is a problem at `at`; a
+    default that was taken is added to `defaults`."""
 
     def fill(match: re.Match[str]) -> str:
         name, default, stage = match.groups()
@@ -260,6 +268,9 @@ def expand(
                 (at, "`${` without a name; write ${VAR}, ${VAR:-default}, ${stage:ID} or $${")
             )
             return match[0]
+        if looks_secret(name):
+            problems.append((at, f"${{{name}}} looks like a secret, {_KEPT}"))
+            return ""
         value = environ.get(name)
         if default is not None and not value:  # as in a shell, :- also stands in for an empty value
             value = defaults[name] = default[2:]
@@ -271,6 +282,11 @@ def expand(
         return value
 
     return _REFERENCE.sub(fill, text)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable of this name holds something that nobody else should read."""
+    return _LOOKS_SECRET.search(name.upper()) is not None
 
 
 def _resolve(text: str) -> str:

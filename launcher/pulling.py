@@ -24,7 +24,8 @@ def pull(run: Run, to: Path, artifacts: Artifacts) -> Path:
     """Copy the artifacts of `run` into the folder `to` and return it. Metrics parts become one
     `metrics.jsonl` per stage (of each step the highest attempt), log parts one file per worker.
     What is there already, unchanged, is not copied again; a checkpoint is copied whole or not.
-    Errors: `UsageError`, `Unwritable`, those of a store."""
+    Errors: `UsageError`, `Unwritable`, those of a store; `Damaged` when checkpoints in a store are
+    not what their manifests say: all else is there then."""
     root, to = artifacts.folder, to.expanduser().absolute()
     if not artifacts.remote and not root.is_dir():
         raise UsageError(f"{run.name} has no artifacts: {root} does not exist")

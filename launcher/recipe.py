@@ -20,7 +20,7 @@ from typing import Any, Optional
 from launcher import drafts, rules
 from launcher.drafts import NAME_RULE, Draft, absolute
 from launcher.errors import RecipeErrors
-from launcher.positions import Node, Position, Problems, locate, plain
+from launcher.positions import Node, Position, Problems, locate, looks_secret, plain
 from launcher.sources import Sources
 from launcher.spec import NAME, Budget, Recipe, Retry, Stage
 from trainer.config import STAGES, KeyPath, Problem, build, dotted, missing_blocks, to_dict
@@ -173,7 +173,7 @@ def _whole(
         if node is not None and node.value is not None:
             found: list[Problem] = []
             top[key] = build(kind, plain(node), (key,), found)
-            _report((p for p in found if not rules.looks_secret(str(p[0][-1]))), tree, sources)
+            _report((p for p in found if not looks_secret(str(p[0][-1]))), tree, sources)
     empty = Node({}, tree.at)
     secrets, env = tree.get("secrets") or empty, tree.get("env") or empty
     sources.problems += rules.secret_problems(secrets, env)

@@ -130,8 +130,8 @@ class Rehearsal:
         secrets = sorted({found[1] for found in named if found})
         buckets = sorted(set(_BUCKET.findall(text)))
         argv = [sys.executable, "-m", "launcher.rehearsal", "--while-open",
-                "--folder", str(self.folder / "cloud"), "--project", self.project,
-                "--preempt-on", PREEMPT_ON]  # fmt: skip
+                "--folder", str(self.folder / "cloud"), "--home", str(self.home),
+                "--project", self.project, "--preempt-on", PREEMPT_ON]  # fmt: skip
         for option, values in (("--bucket", buckets), ("--secret", secrets)):
             argv += [word for value in values for word in (option, value)]
         argv += [word for each in _PROXIES.items() for word in ("--env", "=".join(each))]

@@ -59,7 +59,7 @@ def _header(run: Run) -> str:
         ("recipe", run.recipe),
         ("started", _utc(run.created)),
         (word, console.duration(seconds)),
-        ("cost", console.usd(run.spent_usd)),
+        ("cost", console.spent(run)),
         ("attempts", str(sum(len(job.attempts) for job in run.jobs))),
         ("where", ", ".join(dict.fromkeys(_places(run))) or "-"),
         ("owner", run.owner),

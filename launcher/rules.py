@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from launcher import backends, hardware, wheels
-from launcher.positions import Node, Problems
+from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
 from trainer.config import KeyPath, Problem, nearest, to_dict
@@ -26,7 +26,6 @@ _DATA = (".jsonl", ".txt")  # what trainer.data reads
 _BUCKET = re.compile(rf"(gs|s3)://{BUCKET_NAME}(/.*)?")
 _STORE = re.compile(r"(gs|s3)://([^/]*)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LOOKS_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY)$")
 _SECRET_FORMS = "env://NAME or secret-manager://PROJECT/NAME"
 
 
@@ -132,11 +131,6 @@ def secret_problems(secrets: Node, env: Node) -> Problems:
             what = f"env.{name}: looks like a secret; move it to `secrets`, as {_SECRET_FORMS}"
             problems.append((node.key or node.at, what))
     return problems
-
-
-def looks_secret(name: str) -> bool:
-    """Whether a variable of this name holds something that nobody else should read."""
-    return _LOOKS_SECRET.search(name.upper()) is not None
 
 
 def _hardware(stage: Stage) -> Iterator[Problem]:

@@ -86,7 +86,8 @@ class Run:
     ended: Optional[float] = None
     exit_code: Optional[int] = None
     usd_per_hour: Optional[float] = None
-    spent_usd: Optional[float] = None
+    spent_usd: Optional[float] = None  # as far as prices are known; None: none is
+    unpriced: bool = False  # it has cost more than `spent_usd`: some prices are not known
     idle: float = 0.0  # seconds between its ends and its resumptions
     progress: dict[str, Any] = field(default_factory=dict)  # last metrics line, and eta_seconds
     warnings: list[str] = field(default_factory=list)

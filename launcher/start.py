@@ -16,7 +16,7 @@ from launcher import home
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Env, Phase
 from launcher.bundle import Bundle
-from launcher.claim import LEAST, budget_left, budget_text, recipe_of
+from launcher.claim import budget_left, budget_text, recipe_of, worth
 from launcher.errors import BudgetSpent, UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
@@ -211,9 +211,9 @@ def _refuse_spent(recipe: Recipe, run: Run, now: float) -> None:
     job = next(undone, None)
     if job is None:
         return
-    rate = job.attempts[-1].usd_per_hour if job.attempts else run.usd_per_hour
-    left = budget_left(run, recipe.budget, now, rate)
-    if left is not None and left <= LEAST:
+    newest = [attempt for one in run.jobs for attempt in one.attempts][-1:]
+    left = budget_left(run, recipe.budget, now, newest[0].usd_per_hour if newest else None)
+    if left is not None and left <= worth(left, newest[0] if newest else None, now):
         raise BudgetSpent(f"{run.name}: {budget_text(recipe.budget)}", more_budget(run.name))
 
 

@@ -14,7 +14,7 @@ from launcher import home, records
 from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
 from launcher.errors import LaunchError, Signal
-from launcher.fold import run_of, spent
+from launcher.fold import run_of, spent, unpriced
 from launcher.journal import Journal, fold, ours
 from launcher.run import Driver, JobState, Run
 
@@ -75,7 +75,8 @@ def look(env: Env, facts: dict[str, Any]) -> Run:
         return run
     run.driver = _driver(run, place, written)
     if run.ended is None:
-        run.spent_usd = spent(run, env.clock.now())
+        now = env.clock.now()
+        run.spent_usd, run.unpriced = spent(run, now), unpriced(run, now)
     run.progress = records.run_progress(run)
     note_restarts(run)
     run.warnings += _warnings(env, run, place, written[-1]["time"])
@@ -91,7 +92,7 @@ def write_summary(place: Path, run: Run, artifacts: Artifacts, share: bool = Tru
         artifacts.refresh(anew=share)
     run.progress = records.run_progress(run)
     note_restarts(run)
-    text = json.dumps(run.to_json(), indent=1) + "\n"
+    text = json.dumps(run.to_json()) + "\n"
     with suppress(Signal):
         if run.live:
             artifacts.remove("summary.json")

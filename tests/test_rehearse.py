@@ -148,6 +148,22 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [*(home / "rehearsals").iterdir()] == []
 
 
+@pytest.mark.slow
+def test_no_process_outlives_a_rehearsal_that_is_killed(tmp_path: Path) -> None:
+    home, said = tmp_path / "home", tmp_path / "said"
+    with said.open("w") as out:
+        process = subprocess.Popen(
+            command(str(KD_L4), "--yes"), stdout=out, stderr=out, env=environment(home)
+        )
+    try:
+        until(lambda: process.poll() is not None or "running" in said.read_text())
+        assert any("launcher.driver" in line for line in processes(home)), said.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    until(lambda: processes(home) == [], seconds=60)
+
+
 @pytest.mark.parametrize("path", VERTEX, ids=lambda path: path.stem)
 def test_every_recipe_for_vertex_can_be_rehearsed(path: Path, tmp_path: Path) -> None:
     loaded = recipe.load(path, environ={})

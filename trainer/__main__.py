@@ -71,7 +71,8 @@ def run(job: Job) -> int:
             if process.any(signalled())[0]:
                 say(f"stage {config.id}: not begun, the job was asked to leave")
                 return OK if stages.stop_asked(job) else AGAIN
-            if inputs.completed(Path(config.output)):
+            # On all nodes: one that was filled from the store may know less than one that stayed.
+            if not process.any(not inputs.completed(Path(config.output)))[0]:
                 say(f"stage {config.id}: completed before, skipped")
                 continue
             if job.dry_run:

@@ -1,21 +1,26 @@
 """Which start of a job this is: `attempts/<part>.json` in the artifact root, created once.
 
 A service may start a container again within one attempt of ours. The boot that then finds the
-attempt taken is its first restart, `attempts/<part>r1.json`, and so on.
+attempt taken is its first restart, `attempts/<part>r1.json`, and so on. One that finds it taken by
+another job of the service was created twice, and leaves: two would write the same checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.boot import Spec
+from trainer.boot import CONFIG, BootError, Spec
 from trainer.store import Store, StoreError
+
+#: Where a service tells its container which of its jobs it is; the same after a restart.
+_SERVICE_JOB = "CLOUD_ML_JOB_ID"
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,23 @@ class Start:
 
 
 def begin(store: Store, spec: Spec, started: float) -> Start:
-    """Take the next free record of this attempt. Errors: `StoreError`."""
+    """Take the next free record of this attempt. Errors: `StoreError`; `BootError` 64 when the
+    attempt is another job's."""
     if spec.node:
+        _refuse_another(store, spec)
         return _follow(store, spec, started)
     restart = 0
     while True:
         key = _key(spec, restart)
         at = {"job": spec.raw["job_index"], "attempt": spec.raw["attempt"]}
         record = {"v": 1, **at, "restart": restart, "started": started}
+        if ours := os.environ.get(_SERVICE_JOB):
+            record["service_job"] = ours
         if store.create_once(key, _encoded(record)):
             first = _first(store, spec, started) if restart else started
             before = _read(store, _key(spec, restart - 1)) if restart else {}
             return Start(restart, first, key, record, before)
+        _refuse_another(store, spec)
         restart += 1
 
 
@@ -56,6 +66,15 @@ def end(store: Store, start: Start, facts: Mapping[str, Any]) -> None:
     """Replace the record with one that says how this start ended. Errors: `StoreError`."""
     if start.key:
         store.put_bytes(start.key, _encoded({**start.record, "ended": time.time(), **facts}))
+
+
+def _refuse_another(store: Store, spec: Spec) -> None:
+    theirs, ours = _read(store, _key(spec, 0)).get("service_job"), os.environ.get(_SERVICE_JOB)
+    if theirs and ours and theirs != ours:
+        raise BootError(
+            CONFIG, f"attempt {spec.raw['attempt']} is job {theirs}, and this is job {ours}: it"
+            " was created twice; nothing was done here",
+        )  # fmt: skip
 
 
 def _follow(store: Store, spec: Spec, started: float) -> Start:

@@ -107,7 +107,7 @@ class Spec:
         self.boot = str(Path(__file__).resolve())
         grace, deadline = raw.get("grace_seconds"), raw.get("deadline_seconds")
         self.grace = 600.0 if grace is None else float(grace)
-        self.deadline = math.inf if deadline is None else float(deadline)
+        self.deadline = math.inf if deadline is None else deadline - reserve(deadline)
         join = raw.get("join_seconds")
         self.join = 900.0 if join is None else float(join)
 
@@ -120,6 +120,12 @@ class Spec:
     def trainer(self, *arguments: str) -> list[str]:
         """The command line of `python -m trainer ARGUMENTS`, from the bundle alone."""
         return [self.python, self.boot, "trainer", *arguments]
+
+
+def reserve(seconds: float) -> float:
+    """Of the seconds that a job may last, those that it keeps for saving and leaving: a tenth, ten
+    minutes at most. A service ends the job at that time, by a clock that began before boot did."""
+    return min(600.0, seconds / 10)
 
 
 def run(spec: Spec, bundle: Optional[str] = None) -> int:
@@ -258,6 +264,7 @@ def environment(
         "TOKENIZERS_PARALLELISM": "false",
         "LAUNCH_RUN": spec.raw["run"],
         "LAUNCH_ATTEMPT": str(spec.raw["attempt"]),
+        "LAUNCH_SECRETS": " ".join(spec.raw.get("secrets") or {}),  # names, for what is written
     }
     return {**environ, **given, **fixed}
 

@@ -217,6 +217,12 @@ class Checkpoints:
             self._tell(message)
 
 
+def newest(root: Path, warn: Warn | None = None, until: int | None = None) -> Path | None:
+    """The newest checkpoint of a folder `checkpoints/` that verifies, at most of step `until`; None
+    if there is none. `warn` hears of broken ones that are passed over."""
+    return _newest(root, _verify_once, warn, until)
+
+
 def load_state(path: str | Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint folder, tensors on the CPU. They are mapped, not read:
     copied to a GPU they never fill the memory of the host, and writing to one changes no file.
@@ -357,8 +363,12 @@ def _check_plain(value: Any, at: str) -> None:
         _check_plain(item, f"{at}[{index}]")
 
 
-def _newest(root: Path, check: Callable[[Path], list[str]], warn: Warn | None) -> Path | None:
+def _newest(
+    root: Path, check: Callable[[Path], list[str]], warn: Warn | None, until: int | None = None
+) -> Path | None:
     for step in _steps(root):
+        if until is not None and step > until:
+            continue
         folder = root / f"step-{step}"
         problems = check(folder)
         if not problems:

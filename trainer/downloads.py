@@ -33,6 +33,8 @@ from trainer.store_remote import Entry, RemoteStore
 
 #: Downloads at once. The network is shared out long before the stores mind.
 AT_ONCE = 8
+#: Seconds between two lines about files that are still on their way.
+EVERY = 30.0
 INDEX = ".index.jsonl"
 _URI = re.compile(r"(gs|s3)://([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(.*))?", re.DOTALL)
 
@@ -136,18 +138,29 @@ class Shelf:
             remove_unfinished(folder)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
-                return self._all(pool, missing)
+                return self._all(pool, missing, say)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _all(self, pool: ThreadPoolExecutor, missing: dict[Path, _Wanted]) -> set[str]:
+    def _all(
+        self, pool: ThreadPoolExecutor, missing: dict[Path, _Wanted], say: Callable[[str], None]
+    ) -> set[str]:
         # The largest first: the last one to end should not be the longest.
         order = sorted(missing.items(), key=lambda item: -item[1].entry.size)
         futures: dict[Future[bool], _Wanted] = {
             pool.submit(self._one, path, wanted): wanted for path, wanted in order
         }
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        return {futures[future].group for future in done if not future.result()}
+        while True:
+            done, pending = wait(futures, EVERY, return_when=FIRST_EXCEPTION)
+            broken = {futures[future].group for future in done if not future.result()}
+            if not pending:
+                return broken
+            here = sum(futures[future].entry.size for future in done)
+            rest = max((futures[future] for future in pending), key=lambda one: one.entry.size)
+            say(
+                f"inputs: {len(done):,} of {len(futures):,} files, {here / 1e6:,.1f} MB; on the way"
+                f" {rest.place} ({rest.entry.size / 1e6:,.1f} MB)"
+            )
 
     def _one(self, path: Path, wanted: _Wanted) -> bool:
         """Whether what came is what its manifest says."""

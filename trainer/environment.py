@@ -55,6 +55,13 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
 _PATIENCE = 1800.0  # seconds that one pip may take: a slow mirror, not a stuck one
 _WAITS = (2.0, 10.0)  # seconds between tries of a download
 _CHUNK = 1 << 20
+_RETRIES = "10"
+#: What pip says of the network, and not of what it was asked for.
+_OUTAGE = re.compile(
+    r"connection broken by|timed out|no end after|name resolution|connection (?:refused|reset)|"
+    r"HTTP error (?:429|5\d\d)|\b(?:429|5\d\d) (?:client|server) error",
+    re.I,
+)
 #: A bundle first on PYTHONPATH is not pip's business; the others contradict `--target`.
 _NOT_FOR_PIP = ("PYTHONPATH", "PIP_TARGET", "PIP_USER", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
 
@@ -63,6 +70,12 @@ class Unfit(Exception):
     """This environment cannot run the trainer, in one line. `code` is the exit code for it."""
 
     code = 78
+
+
+class Unreachable(Unfit):
+    """What is missing could not be fetched now; another time it may be."""
+
+    code = 75
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,8 @@ def _packages(pins: list[Pin], folder: Path) -> Path:
     if target.is_dir():  # a boot before this one: the rename below was its last word
         return target
     if failed := _install(pins, staging):
-        raise Unfit(f"cannot install what the trainer needs: {failed}")
+        kind = Unreachable if _OUTAGE.search(failed) else Unfit
+        raise kind(f"cannot install what the trainer needs: {failed}")
     staging.replace(target)
     return target
 
@@ -291,11 +305,17 @@ def _pip(target: Path, what: list[str]) -> str:
     """`pip install` into `target`, without dependencies: why it failed, or empty."""
     command = [
         sys.executable, "-m", "pip", "install", "--no-deps", "--no-input", "--quiet",
-        "--disable-pip-version-check", "--retries", "10", "--target", str(target), *what,
+        "--disable-pip-version-check", "--retries", _RETRIES, "--target", str(target), *what,
     ]  # fmt: skip
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_PIP}
     ended = _run(command, inherited)
-    return _last_line(ended.stdout, ended.returncode) if ended.returncode else ""
+    if not ended.returncode:
+        return ""
+    outages = [line for line in ended.stdout.splitlines() if _OUTAGE.search(line)]
+    # After an outage pip says that there is no such package; of a hash it says what is so.
+    if outages and "DO NOT MATCH THE HASHES" not in ended.stdout:
+        return _one_line(outages[-1].removeprefix("WARNING: ").removeprefix("ERROR: "))
+    return _last_line(ended.stdout, ended.returncode)
 
 
 def _run(command: list[str], given: dict[str, str]) -> subprocess.CompletedProcess[str]:

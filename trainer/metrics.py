@@ -73,6 +73,7 @@ class Metrics:
 
     def event(self, name: str, global_step: int, /, **facts: Any) -> None:
         """Something that happened: `nan_skipped`, `checkpoint`, `resumed`, ..."""
+        facts = without_secrets(facts, os.environ)  # one may be the text of an error
         self._line("event", global_step, {"event": name, **facts})
 
     def table(self, rows: list[dict[str, Any]], global_step: int = 0) -> None:

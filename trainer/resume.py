@@ -1,19 +1,22 @@
 """Where a stage goes on from: its own newest checkpoint, or one of another run (`train.resume`).
 
 The latter becomes the stage's own first one, and with it the best one of those before; from there
-everything is as after an interruption. What the state means is the loop's business.
+everything is as after an interruption. Nodes may have disks of their own: each looks at its own
+folder, and they agree on what all of them have. What the state means is the loop's business.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer import adapters, models
-from trainer.checkpoint import CheckpointError, Checkpoints, resolve
+from trainer.checkpoint import CheckpointError, Checkpoints, newest, resolve
 from trainer.config import ConfigError, Model, StageConfig
 from trainer.manifest import MANIFEST, verify
 from trainer.runtime import Runtime
@@ -26,25 +29,44 @@ _SHAPE = (
 )  # fmt: skip
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def begin(
     folder: Path, config: StageConfig, tokens: Any, runtime: Runtime, say: Say
 ) -> tuple[Checkpoints | None, Path | None]:
-    """The checkpoints of the stage's `folder` (None on ranks that do not write), and the one that
-    its state is read from, if there is one: rank 0 looks and verifies, for all.
-    Errors: `CheckpointError`; `ConfigError` for a checkpoint of another model."""
+    """The checkpoints of the stage's `folder` (None on ranks that do not write), and the one in it
+    that its state is read from, if there is one: the newest that every node has whole, and the
+    same. Errors, on all ranks alike: `CheckpointError`; `ConfigError` for a checkpoint of another
+    model."""
     assert config.train is not None and config.model is not None
-    checkpoints, found = None, None
-    if runtime.main:
-        checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, warn=say)
-        found = checkpoints.newest()
-        if found is None and config.train.resume is not None:
-            found = whole(config.train.resume, say)
-            check_model(found, config.model, tokens)  # before it is taken for the stage's own
+    root, reference, plan = folder / "checkpoints", config.train.resume, config.model
+    checkpoints = Checkpoints(root, config.train.keep, warn=say) if runtime.main else None
+    step = _agreed(root, runtime, say)
+    if step is not None:
+        ours = root / f"step-{step}"
+        _together(runtime, lambda: check_model(ours, plan, tokens, f"stage {config.id}"))
+    elif reference is not None:
+
+        def take() -> int | None:
+            if checkpoints is None:
+                return None
+            found = whole(reference, say)
+            # Before it is taken for the stage's own.
+            check_model(found, plan, tokens, "train.resume")
             adopt(found, checkpoints, say)
-    newest = runtime.gather(str(found or ""))[0]
-    return checkpoints, Path(newest) if newest else None
+            return _step_of(found)
+
+        taken = _together(runtime, take)[0]
+        assert taken is not None
+        _together(runtime, lambda: _follow(reference, taken, root))
+        step = _agreed(root, runtime, say)
+        if step != taken:
+            raise CheckpointError(
+                f"train.resume: the nodes read {reference} as different checkpoints; name one:"
+                " checkpoints/step-N"
+            )
+    return checkpoints, None if step is None else root / f"step-{step}"
 
 
 def adopt(found: Path, checkpoints: Checkpoints, say: Say) -> None:
@@ -63,14 +85,13 @@ def adopt(found: Path, checkpoints: Checkpoints, say: Say) -> None:
     say(f"train.resume: step {step} of {found.parent.parent}")
 
 
-def check_model(found: Path, plan: Model, tokens: Any) -> None:
-    """Errors: `ConfigError` where the checkpoint `found` is of another model than `plan` says."""
+def check_model(found: Path, plan: Model, tokens: Any, what: str) -> None:
+    """Errors: `ConfigError` where the checkpoint `found` is of another model than `plan` says;
+    `what` asked for it."""
     hint = "; resume with the model it was trained with, or start a new run"
     if adapters.is_adapter(found) != (plan.adapter is not None):
         held, asked = ("an adapter", "none") if plan.adapter is None else ("a model", "an adapter")
-        raise ConfigError(
-            f"train.resume: {found} holds {held}, model.adapter asks for {asked}{hint}"
-        )
+        raise ConfigError(f"{what}: {found} holds {held}, model.adapter asks for {asked}{hint}")
     if plan.adapter is not None:  # its shapes are compared when it is loaded
         return
     theirs = models.configuration(Model(name=str(found)), tokens)
@@ -79,8 +100,7 @@ def check_model(found: Path, plan: Model, tokens: Any) -> None:
         before, now = getattr(theirs, name, None), getattr(ours, name, None)
         if before != now:
             raise ConfigError(
-                f"train.resume: {found} is of another model: {name} is {before} there, {now}"
-                f" here{hint}"
+                f"{what}: {found} is of another model: {name} is {before} there, {now} here{hint}"
             )
 
 
@@ -102,6 +122,67 @@ def whole(reference: str, say: Say) -> Path:
     if problems := verify(folder):
         raise CheckpointError(f"train.resume: {folder}: {problems[0]}")
     return folder.absolute()
+
+
+def _agreed(root: Path, runtime: Runtime, say: Say) -> int | None:
+    """The newest step below `root` that is whole on every node, and the same there; None if there
+    is none. One rank of a node looks. What a node has besides is left alone: a machine that kept
+    its disk may be ahead of the store that the others were filled from."""
+    until: int | None = None
+    ahead: dict[int, int] = {}
+    while True:
+        mine = newest(root, say, until) if _first_of_node() else None
+        seal = "" if mine is None else hashlib.sha256((mine / MANIFEST).read_bytes()).hexdigest()
+        offer = (_first_of_node(), -1 if mine is None else _step_of(mine), seal)
+        offers = {at: o[1:] for at, o in enumerate(runtime.gather(offer)) if o[0]}
+        steps = [step for step, _ in offers.values()]
+        ahead = ahead or dict(zip(offers, steps))
+        if len(set(offers.values())) == 1 or min(steps) < 0:
+            break
+        until = min(steps) if len(set(steps)) > 1 else steps[0] - 1
+    step = min(steps)
+    if max(ahead.values()) > step:
+        has = ", ".join(f"rank {at} step {n}" if n >= 0 else f"rank {at} none"
+                        for at, n in ahead.items())  # fmt: skip
+        begins = f"going on from step {step}" if step >= 0 else "beginning anew"
+        say(f"WARNING: the nodes' newest checkpoints differ ({has}): {begins}, which all have")
+    return step if step >= 0 else None
+
+
+def _follow(reference: str, step: int, root: Path) -> None:
+    """Take, on a node with a disk of its own, what rank 0 took. Errors: `CheckpointError`."""
+    found = newest(root, until=step) if _first_of_node() else None
+    if not _first_of_node() or (found is not None and _step_of(found) == step):
+        return
+    folder = Path(reference.removeprefix("file://"))
+    if not (folder / MANIFEST).exists():
+        folder = folder / "checkpoints" / f"step-{step}"
+    if problems := verify(folder):
+        raise CheckpointError(f"train.resume: {folder}: {problems[0]}")
+    Checkpoints(root, keep=1).adopt(folder, step)
+
+
+def _together(runtime: Runtime, act: Callable[[], T]) -> list[T]:
+    """What `act` returns on each rank. Its error, if it fails on one, on all of them: else the
+    others would wait for a peer that is gone."""
+    value, error = None, None
+    try:
+        value = act()
+    except (CheckpointError, ConfigError) as raised:
+        error = raised
+    kind = "" if error is None else type(error).__name__
+    told = runtime.gather((value, kind, str(error)))
+    if error is not None:
+        raise error
+    for _, kind, text in told:
+        if kind:
+            raise (ConfigError if kind == ConfigError.__name__ else CheckpointError)(text)
+    return [value for value, _, _ in told]
+
+
+def _first_of_node() -> bool:
+    """Whether this rank speaks for the folders of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _step_of(folder: Path) -> int:

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
+from trainer.secret_words import NAMES, hide, words
+
 Numbers = Mapping[str, float]
 _WAITING = 1000  # steps that a tracker may be behind
 _PATIENCE = 60.0  # seconds it has to finish when training is over
@@ -201,9 +203,11 @@ def _begin(kind: Callable[[About], Tracker], about: About) -> Tracker:
 
 
 def without_secrets(value: Any, environ: Mapping[str, str]) -> Any:
-    """`value` with `***` for what stands in a variable whose name says that it is secret, and for
-    user and password in a URL."""
-    secrets = [v for name, v in environ.items() if _SECRET_NAME.search(name) and len(v) >= 8]
+    """`value` with `***` for what stands in a variable that the recipe calls a secret, or whose
+    name says so (at least 8 characters there), and for user and password in a URL."""
+    named = environ.get(NAMES, "").split()
+    long = (name for name, v in environ.items() if _SECRET_NAME.search(name) and len(v) >= 8)
+    secrets = words(environ, {*named, *long} - {NAMES})
 
     def clean(item: Any) -> Any:
         if isinstance(item, Mapping):
@@ -212,9 +216,7 @@ def without_secrets(value: Any, environ: Mapping[str, str]) -> Any:
             return [clean(child) for child in item]
         if not isinstance(item, str):
             return item
-        for secret in secrets:
-            item = item.replace(secret, "***")
-        return _USER.sub("***@", item)
+        return _USER.sub("***@", hide(item, secrets))
 
     return clean(value)
 

@@ -130,7 +130,8 @@ def tokenizer(context: Context) -> Outcome:
     if context.runtime.main:
         context.say(f"tokenizer: {len(documents)} documents")
         if skipped is not None and skipped.count:
-            context.say(f"tokenizer: {skipped.count} bad lines skipped: {skipped.examples[0]}")
+            lines = f"{skipped.count} bad line{'' if skipped.count == 1 else 's'}"
+            context.say(f"tokenizer: {lines} skipped: {skipped.examples[0]}")
         train_tokenizer(
             [document.text for document in documents],
             config.tokenizer.vocab_size,

@@ -33,6 +33,7 @@ from trainer.boot import (
     write_json,
 )
 from trainer.cluster import Node
+from trainer.secret_words import hide, words
 
 #: The worst first: what should not be retried tells more than the peers it took down with it.
 _WORST = (DATA, CONFIG, ENVIRONMENT)
@@ -57,8 +58,7 @@ class Pump:
         self.said, self._explained = "", False  # its last `error:` line, else its last line
         self._told: set[int] = set()
         self._mark = mark if spec.remote else None
-        values = "\n".join(given.get(key, "") for key in spec.raw.get("secrets") or {})
-        self._secrets = sorted(filter(str.strip, values.splitlines()), key=len, reverse=True)
+        self._secrets = words(given, spec.raw.get("secrets") or {})
         path = spec.log(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,10 +100,16 @@ class Pump:
         while chunk := os.read(descriptor, 1 << 16):
             *lines, rest = (rest + chunk).split(b"\n")
             if len(rest) > _LONGEST_LINE:
-                lines, rest = [*lines, rest], b""
+                rest = self._hidden(rest)  # whole: a cut may go through a secret
+                keep = len(self._secrets[0].encode()) if self._secrets else 0
+                lines, rest = [*lines, rest[: len(rest) - keep]], rest[len(rest) - keep :]
             self._write(lines)
         if rest:
             self._write([rest])
+
+    def _hidden(self, text: bytes) -> bytes:
+        known = text.decode("utf-8", "surrogateescape")
+        return hide(known, self._secrets).encode("utf-8", "surrogateescape")
 
     def _write(self, lines: list[bytes]) -> None:
         stamp = datetime.now(timezone.utc).strftime(STAMP)
@@ -111,8 +117,7 @@ class Pump:
         for line in lines:
             # A progress bar redraws its line: the last state is the line.
             text = line.decode("utf-8", "replace").rstrip("\r").rsplit("\r", 1)[-1]
-            for secret in self._secrets:
-                text = text.replace(secret, "***")
+            text = hide(text, self._secrets)
             out.append(text)
             if text.startswith("error: "):
                 self.said, self._explained = text[7:], True
@@ -167,7 +172,8 @@ def worker(spec: Spec) -> int:
     spec.logs, spec.part = Path(place["logs"]), place["part"]
     rank, command = int(os.environ.get("RANK", 0)), trainer_command(spec)
     write_json(spec.work / f"worker-{rank}.json", {"pid": os.getpid()})
-    process = Pump(spec, command, dict(os.environ), f"worker-{rank}", _PASS_ON)
+    mark = _PASS_ON + b"[worker %d] " % rank  # a service knows the node of a line, not the rank
+    process = Pump(spec, command, dict(os.environ), f"worker-{rank}", mark)
     while process.child.poll() is None:
         if asked:
             process.terminate()

@@ -192,6 +192,7 @@ class LogQuery:
     worker: Optional[int] = None
     cursor: Mapping[str, Any] = field(default_factory=dict)  # opaque; from the last Line
     since: Optional[float] = None  # UTC seconds
+    last: bool = False  # the run is over: what came late is looked for once more
 
 
 @dataclass(frozen=True)

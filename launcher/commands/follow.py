@@ -60,7 +60,7 @@ def ending(run: Run, written: Optional[Path]) -> list[str]:
     took = console.duration(run.lasted(run.ended or run.created))
     why = f": {run.why}" if run.why else ""
     phase = console.paint(run.phase.value, console.style(run.phase.value))
-    lines.append(f"{run.name} {phase} after {took}, {console.usd(run.spent_usd)}{why}")
+    lines.append(f"{run.name} {phase} after {took}, {console.spent(run)}{why}")
     lines.append(f"artifacts: {run.root}")
     if written is not None:
         lines.append(f"report:    {written}  (launch report {run.name} writes it again)")

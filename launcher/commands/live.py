@@ -56,7 +56,7 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: floa
         "  ",
         (run.phase.value, console.style(run.phase.value)),
         ("" if late else f"  {lasted}", "dim"),
-        (f"  spent {console.usd(run.spent_usd)}", "dim"),
+        (f"  spent {console.spent(run)}", "dim"),
     )
     rows = [_cells(run, stage) for stage in run.stages]
     used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,8 +52,12 @@ def main(arguments: list[str]) -> int:
         lines.append(f"{READY}; jobs, logs and secrets over gRPC at {rpc.address}")
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
-        while not stop.wait(_TICK):
-            server.vertex.advance()
+        try:
+            while not stop.wait(_TICK):
+                server.vertex.advance()
+        finally:
+            if options.home is not None:
+                _relieve(options.home)
     return 0
 
 
@@ -87,6 +92,15 @@ def _until_closed(stop: threading.Event) -> None:
     stop.set()
 
 
+def _relieve(folder: Path) -> None:
+    """Have the drivers of the runs there leave: whoever started them may be gone without a word."""
+    from launcher import api, driver, home
+
+    here = replace(api.env(), home=folder)
+    for run_id in home.ids(folder):
+        driver.relieve(run_id, here).close()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage."""
@@ -109,6 +123,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--preempt-on", metavar="REGEX", type=_pattern,
         help="take the first job's machine once such a gs:// URI is written")  # fmt: skip
     add("--restarts", type=int, default=0, help="start a failed worker again so often in a job")
+    add("--home", type=Path, help="at the end, drivers of runs in this $LAUNCH_HOME leave, too")
     add("--while-open", action="store_true", help="end, too, when standard input is closed")
     return parser.parse_args(arguments)
 

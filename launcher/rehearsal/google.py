@@ -64,7 +64,8 @@ class Google(Server):
         return {
             **names,
             "STORAGE_EMULATOR_HOST": self.url,
-            "GCE_METADATA_HOST": f"127.0.0.1:{self.port}",
+            # The one is asked for tokens, the other whether anybody is there.
+            **dict.fromkeys(("GCE_METADATA_HOST", "GCE_METADATA_IP"), f"127.0.0.1:{self.port}"),
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
             "GOOGLE_CLOUD_PROJECT": self.project,
         }

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
+from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Optional
@@ -23,6 +24,8 @@ from launcher.clock import Clock, SystemClock
 from launcher.rehearsal.faults import Fault, Schedule, Script
 
 _PIECE = 1 << 20
+#: Bytes of one header.
+_LONGEST = 1 << 16
 _BODILESS = (204, 304)
 #: What Google's services call an error; `status` of the error body.
 _NAMES = {
@@ -178,10 +181,31 @@ class _Connection(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Threads
+    raw_requestline: bytes
 
     def setup(self) -> None:
         super().setup()
         self.server.owner._open.add(self.connection)
+
+    def parse_request(self) -> bool:
+        """The request line and the headers. The standard library reads them as a mail, and compiles
+        the boundary of each multipart body: more work than most answers."""
+        self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
+        words = self.requestline.split()
+        self.request_version = self.protocol_version  # of the answer, if it is an error
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            self.send_error(HTTPStatus.BAD_REQUEST, f"Bad request ({self.requestline!r})")
+            return False
+        self.command, self.path, self.request_version = words
+        self.headers = Message()
+        while line := self.rfile.readline(_LONGEST).rstrip(b"\r\n"):
+            field, _, value = line.decode("latin-1").partition(":")
+            self.headers[field] = value.strip()
+        wish, old = self.headers.get("Connection", "").lower(), words[2] == "HTTP/1.0"
+        self.close_connection = wish == "close" or (old and wish != "keep-alive")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            return self.handle_expect_100()
+        return True
 
     def finish(self) -> None:
         self.server.owner._open.discard(self.connection)
@@ -252,7 +276,8 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _write(self, response: Response, fault: Fault | None) -> None:
         status, body = response.status, response.body
-        headers = {"Content-Length": str(len(body)), **response.headers}
+        date = formatdate(self.server.owner.clock.now(), usegmt=True)
+        headers = {"Date": date, "Content-Length": str(len(body)), **response.headers}
         if status in _BODILESS:
             headers.pop("Content-Length")
             body = b""

@@ -85,11 +85,10 @@ def laptop(it: Scene, home: Path, owner: str = "ann") -> Env:
 
 def journal(it: Scene, run_id: str) -> list[str]:
     """The kinds of the run's records, as the bucket has them; their numbers have no gap."""
-    root = f"gs://bkt/runs/thing-{run_id[-6:]}"
-    store = open_store(root)
-    names = store.list("journal/")
+    root, objects = f"runs/thing-{run_id[-6:]}", it.server.objects
+    names = open_store(f"gs://bkt/{root}").list("journal/")
     assert names == [f"journal/{n + 1:08d}.json" for n in range(len(names))]
-    return [json.loads(store.get_bytes(name))["kind"] for name in names]
+    return [json.loads(objects.content("bkt", f"{root}/{name}"))["kind"] for name in names]
 
 
 def lists(it: Scene, since: int = 0) -> int:

@@ -109,6 +109,38 @@ def test_two_ups_at_once_make_one_run(world: World, file: Path) -> None:
     assert len(world.lines("begun.log")) == 1
 
 
+class Hand:
+    """Time as `launcher.home` sees it: a second passes with every nap; after five, `then`."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.now, self.then = 0.0, then
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 1.0
+        if self.now == 5.0:
+            self.then()
+
+
+def test_a_driver_on_its_way_out_is_waited_for(
+    world: World, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last record is written, and it still holds its lock: a store takes a summary slowly."""
+    script(world, jobs=[{"end": "failed", "exit_code": 1}, {}])
+    run = api.wait(api.up(file), timeout=30)
+    assert run.phase is Phase.FAILED
+    place = home.folder(api.env().home, run.id)
+    until(lambda: home.holder(place) is None)
+    lock = home.DriverLock.acquire(place)
+    assert lock is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "time", Hand(lock.close))
+        assert api.resume(run).id == run.id
+    assert api.wait(run, timeout=30).phase is Phase.SUCCEEDED
+
+
 def test_stop_then_resume_goes_on_in_the_same_run(world: World, file: Path) -> None:
     script(world, jobs=[{"looks": None}])
     run = api.up(file)

@@ -18,7 +18,7 @@ from launcher.artifacts import EVENTS, LOGS, Artifacts, Bucket, here, journals, 
 from launcher.backends.base import Env, Held, Phase
 from launcher.claim import write_marker
 from launcher.clock import ManualClock
-from launcher.errors import Denied, Exit, HeldElsewhere, LaunchError, Transient, UsageError
+from launcher.errors import Damaged, Denied, Exit, HeldElsewhere, LaunchError, Transient, UsageError
 from launcher.journal import Journal
 from launcher.pulling import pull
 from launcher.run import Run
@@ -377,7 +377,7 @@ def test_pull_brings_whole_checkpoints_and_one_file_of_each_growing_one(
 def test_an_interrupted_pull_goes_on_where_it_was(it: Scene, tmp_path: Path) -> None:
     run, store = finished(it)
     store.put_bytes("checkpoints/step-10/state/__0_0.distcp", b"damaged")
-    with pytest.raises(Transient, match="is not what its manifest says"):
+    with pytest.raises(Damaged, match="is not what its manifest says"):
         pull(run, tmp_path / "to", opened(it, run.id))
     assert not (tmp_path / "to/checkpoints/step-10").exists()
     it.clock.sleep(60)
@@ -389,6 +389,30 @@ def test_an_interrupted_pull_goes_on_where_it_was(it: Scene, tmp_path: Path) -> 
     assert not any("model.safetensors" in target for target in got), "it was there already"
 
 
+def test_a_damaged_checkpoint_costs_a_pull_that_one_alone(it: Scene, tmp_path: Path) -> None:
+    run, store = finished(it)
+    sound = store.get_bytes("checkpoints/step-10/MANIFEST.json")
+    for name in ("model.safetensors", "state/__0_0.distcp"):
+        store.put_bytes(
+            f"checkpoints/step-30/{name}", store.get_bytes(f"checkpoints/step-10/{name}")
+        )
+    store.put_bytes("checkpoints/step-30/MANIFEST.json", sound)
+    store.put_bytes("checkpoints/step-20/model.safetensors", b"damaged")
+    store.put_bytes("checkpoints/step-20/MANIFEST.json", sound)
+    store.put_bytes("checkpoints/step-5/MANIFEST.json", b"{")
+    with pytest.raises(Damaged) as caught:
+        pull(run, to := tmp_path / "to", opened(it, run.id))
+    assert str(caught.value) == (
+        f"{run.root}/checkpoints/step-20 is damaged: model.safetensors is not what its manifest "
+        f"says; {run.root}/checkpoints/step-5 is damaged: MANIFEST.json cannot be read"
+    )
+    assert (caught.value.code, caught.value.hint) == (Exit.JOB, f"everything else is in {to}")
+    whole = sorted(place.name for place in (to / "checkpoints").glob("step-*"))
+    assert whole == ["step-10", "step-30"]
+    assert {"evaluation.json", "metrics.jsonl", "run_meta.json"} <= {f.name for f in to.iterdir()}
+    assert (to / "logs/worker-0.log").exists()
+
+
 def test_logs_come_from_the_service_and_from_the_store_where_it_has_none(it: Scene) -> None:
     run, _ = finished(it)
     assert [x.text for x in logs.read(run, it.env)] == ["one", "two", "three", "four"]
@@ -398,6 +422,17 @@ def test_logs_come_from_the_service_and_from_the_store_where_it_has_none(it: Sce
     run = drive(it, begin(it))
     it.clock.sleep(60)
     assert [x.text for x in logs.read(run, it.env)] == ["from the service"]
+
+
+def test_the_last_lines_are_waited_for_whatever_clock_noted_the_end(it: Scene) -> None:
+    """The driver is another machine, an hour behind; the end was seen from here."""
+    lines = (Said(1, "first"), Said(9, "the last line", late=20))
+    it.server.vertex.fates.append(Stub(1, 1, 10, lines=lines))
+    run = drive(it, begin(it))
+    assert run.ended is not None
+    seen = iter([replace(run, ended=None), replace(run, ended=run.ended - 3600)])
+    texts = [x.text for x in logs.follow(lambda: next(seen), it.env)]
+    assert texts == ["first", "the last line"]
 
 
 def test_logs_that_may_not_be_read_from_the_service_come_from_the_store(it: Scene) -> None:

@@ -66,6 +66,22 @@ def test_a_run_outlives_its_driver_and_the_next_one_ends_it(it: Scene) -> None:
     assert len(it.world.lines("begun.log")) == 1 and it.world.alive() == []
 
 
+def test_it_leaves_with_the_servers_of_a_rehearsal_whose_command_was_killed(it: Scene) -> None:
+    pytest.importorskip("google.cloud.aiplatform_v1", reason="needs the extra `rehearse`")
+    running(it)
+    command = [sys.executable, "-m", "launcher.rehearsal", "--while-open",
+               "--home", str(it.env.home)]  # fmt: skip
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as servers:
+        assert servers.stdin is not None and servers.stdout is not None
+        assert any(line.startswith("# serving") for line in iter(servers.stdout.readline, ""))
+        assert home.holder(it.place) is not None
+        servers.stdin.close()  # as the kernel does for whoever is killed
+        assert servers.wait(60) == 0
+    assert home.holder(it.place) is None
+    assert it.world.alive() != [], "a job is the servers' business"
+
+
 def test_a_second_driver_leaves_with_exit_code_8(it: Scene) -> None:
     first = pid_of(running(it))
     second = subprocess.run(

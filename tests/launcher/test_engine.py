@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from launcher import home
+from launcher import console, home
 from launcher.backends.base import Held, Phase
+from launcher.claim import claimed
 from launcher.clock import ManualClock
 from launcher.errors import Denied, Exit, HeldElsewhere, Leaked
 from launcher.spec import Budget, Gate, Retry
-from tests.launcher.runs import Scene, killed_at, recipe, scene
+from tests.launcher.runs import Scene, killed_at, load, recipe, scene
 
 LATER = 1_700_100_000.0
 
@@ -340,6 +341,39 @@ def test_the_budget_in_dollars_holds_at_the_price_of_the_offer(tmp_path: Path) -
     run = it.drive()
     assert run.exit_code == Exit.BUDGET
     assert run.spent_usd == pytest.approx(2.0, abs=0.05)
+
+
+def test_a_resumed_run_has_its_unfinished_stages_before_it(tmp_path: Path) -> None:
+    it = scene(tmp_path, recipe(stages=2), jobs=[{}, {"end": "failed", "exit_code": 1}, {}])
+    assert [stage.phase for stage in it.drive().stages] == [Phase.SUCCEEDED, Phase.FAILED]
+    it.resume()
+    run = it.run()
+    assert run.phase is Phase.PLANNED
+    assert [stage.phase for stage in run.stages] == [Phase.SUCCEEDED, Phase.PLANNED]
+    assert [stage.phase for stage in it.drive().stages] == [Phase.SUCCEEDED] * 2
+
+
+def test_an_unknown_price_does_not_switch_the_budget_in_dollars_off(tmp_path: Path) -> None:
+    offers = [
+        {"place": place, "capacity": "spot", "usd_per_hour": price}
+        for place, price in (("a", None), ("b", 4.0))
+    ]
+    jobs = [{"looks": 100, "end": "preempted"}, {"looks": None}]
+    it = scene(tmp_path, recipe(budget=Budget(usd=2.0)), offers=offers, jobs=jobs)
+    run = it.drive()
+    assert [a.usd_per_hour for a in run.jobs[0].attempts] == [None, 4.0]
+    assert (run.exit_code, run.unpriced) == (Exit.BUDGET, True)
+    assert run.spent_usd == pytest.approx(2.0, abs=0.05)
+    assert console.spent(run).startswith("at least $2.0")
+    with claimed(it.run_id, it.at(None), load, None, take_over=True) as claim:
+        assert (claim.budget_left(None) or 0) <= 0 and (claim.budget_left(4.0) or 0) <= 0
+        assert claim.budget_left(0.0) is None, "what is free goes on"
+
+
+def test_what_costs_an_unknown_price_alone_is_unknown(tmp_path: Path) -> None:
+    offers = [{"place": "a", "capacity": "spot", "usd_per_hour": None}]
+    run = scene(tmp_path, offers=offers, jobs=[{"looks": 9}]).drive()
+    assert (run.spent_usd, run.unpriced, console.spent(run)) == (None, True, "unknown")
 
 
 def test_offers_above_the_hourly_budget_are_not_taken(tmp_path: Path) -> None:

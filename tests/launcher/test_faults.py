@@ -291,7 +291,7 @@ def test_kill_9_of_the_process_leaves_the_job_to_the_next_one(
 
 
 def spending(**budget: Any) -> Recipe:
-    """On a machine in a place whose price is known; that of an L4 is not."""
+    """On a machine in a place whose price is known."""
     (stage,) = recipe().stages
     machine = replace(HARDWARE, accelerator="A100-40GB:1", places=("us-central1",))
     return recipe(stages=(replace(stage, hardware=machine),), budget=Budget(**budget))
@@ -326,6 +326,15 @@ def test_hours_are_counted_over_all_attempts(world: World) -> None:
     assert "budget.hours: 1" in run.why and nothing_is_left(world.it)
     bodies = [job["jobSpec"]["scheduling"]["timeout"] for job in world.vertex.created]
     assert bodies[0] == "3600s" and 590 <= int(bodies[1][:-1]) <= 600, "what is left, told to it"
+
+
+def test_what_a_job_kept_to_save_in_starts_no_other_one(world: World) -> None:
+    """It left by itself, a tenth of its time before the end (75, so that it would go on)."""
+    world.run_id = begin(world.it, spending(hours=1))
+    world.fate(Stub(1, 1, 3_300, PREEMPTED), Stub(1, 1, 600))
+    run = world.drive()
+    assert (run.phase, run.exit_code) == (Phase.CANCELLED, Exit.BUDGET)
+    assert len(world.vertex.created) == 1 and nothing_is_left(world.it)
 
 
 def test_dollars_are_counted_at_the_price_of_each_offer(world: World) -> None:

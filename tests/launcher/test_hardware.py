@@ -77,8 +77,10 @@ def test_prices_carry_their_source_and_date() -> None:
 
 
 def test_a_price_that_nobody_has_read_is_unknown() -> None:
-    (l4,) = hardware.prices(hardware.parse("L4:1"), "gcp")
-    assert l4.on_demand is None and l4.spot is None and "0.56004" in l4.note
+    l4 = {p.region: p for p in hardware.prices(hardware.parse("L4:1"), "gcp")}
+    assert sorted(l4) == ["us-central1", "us-west1"], "the places of recipes/kd_l4.yaml"
+    assert all((p.on_demand, p.spot) == (0.85362, 0.43623) for p in l4.values())
+    assert all(p.machine == "g2-standard-8" and "L4 0.56004" in p.note for p in l4.values())
     assert hardware.prices(hardware.parse("L4:8"), "gcp") == ()
     assert all(price.spot is None for price in hardware.prices(hardware.parse("H200:8"), "vast"))
 

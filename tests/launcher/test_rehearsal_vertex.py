@@ -323,11 +323,14 @@ def test_as_a_process_it_prints_the_variables_and_ends_when_asked(tmp_path: Path
     )
     try:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(10)]
+        lines = [process.stdout.readline() for _ in range(11)]
         assert lines.pop().startswith("# serving; jobs, logs and secrets over gRPC at 127.0.0.1:")
         given = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
         assert given["GOOGLE_CLOUD_PROJECT"] == "p"
         base = given["STORAGE_EMULATOR_HOST"]
+        assert (
+            given["GCE_METADATA_IP"] == given["GCE_METADATA_HOST"] == base.removeprefix("http://")
+        )
         assert given["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"] == f"{base}/"
         assert get(f"{base}/v1/projects/p/locations/x/customJobs") == (200, b"{}")
         assert get(f"{base}/storage/v1/b/b")[0] == 200

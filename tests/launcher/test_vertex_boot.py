@@ -68,7 +68,8 @@ def test_a_job_runs_from_its_bundle_to_its_artifacts(it: Booted, nodes: int) -> 
     assert (record["exit_code"], record["ranks"]) == (0, {"0": 0})
     tasks = ["workerpool0-0", "workerpool1-0"][:nodes]
     for rank, task in enumerate(tasks):
-        assert printed.count((task, f"rank {rank} with ***")) == 1
+        mark = f"[worker {rank}] " if nodes > 1 else ""  # among several, the line names its rank
+        assert printed.count((task, f"{mark}rank {rank} with ***")) == 1
     assert not [text for _, text in printed if SECRET in text]
     written = [
         name for name in objects.names("bkt") if SECRET.encode() in objects.content("bkt", name)

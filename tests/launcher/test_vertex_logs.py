@@ -75,6 +75,24 @@ def test_lines_of_all_workers_come_once_in_the_order_of_time(it: Scene) -> None:
     assert alone.texts == ["second 1"]
 
 
+def test_a_worker_is_its_global_rank_however_many_a_node_has(it: Scene) -> None:
+    said = (Said(1, "boot 0"), Said(2, "[worker 1] from 1"), Said(3, "boot 1", "workerpool1-0"),
+            Said(4, "[worker 2] from 2", "workerpool1-0"),
+            Said(5, "[worker 3] from 3", "workerpool1-0"))  # fmt: skip
+    more = ("hardware.accelerator=A100-40GB:2", "hardware.vertex.machine=null", "hardware.nodes=2",
+            "hardware.places=[us-central1]")  # fmt: skip
+    it.server.vertex.fates.append(Stub(queued=0, pending=0, running=None, lines=said))
+    job = it.attempt(*more)
+    every, third = Follower(it, job), Follower(it, job, worker=3)
+    it.clock.sleep(20)
+    every.look()
+    it.clock.sleep(20)
+    third.look()
+    told = [(line.worker, line.text) for line in every.lines]
+    assert told == [(0, "boot 0"), (1, "from 1"), (2, "boot 1"), (2, "from 2"), (3, "from 3")]
+    assert third.texts == ["from 3"]
+
+
 def test_late_and_repeated_entries_show_once_and_in_order_per_worker(it: Scene) -> None:
     """As late as the newest seconds are held back: nothing is out of order."""
     chance = random.Random(4)
@@ -98,6 +116,111 @@ def test_an_entry_that_is_later_than_that_is_shown_late_but_not_lost(it: Scene) 
         follower.look()
         it.clock.sleep(1.3)
     assert follower.texts == ["first", "second", "late", "third"]
+
+
+@pytest.mark.parametrize("late", [60.0, 200.0, 500.0])
+def test_an_entry_that_is_minutes_late_is_found_while_the_job_runs(it: Scene, late: float) -> None:
+    steps = [Said(n * 5.0, f"step {n}") for n in range(1, 140)]
+    follower = Follower(it, started(it, Said(2, "late", late=late), *steps))
+    for _ in range(int(late + 2 * logs.WIDE_EVERY) // 4):
+        follower.look()
+        it.clock.sleep(4.0)
+    assert follower.texts.count("late") == 1
+    assert len(set(follower.texts)) == len(follower.texts)
+    assert len(it.server.logging.lists) < 15 * (late + 2 * logs.WIDE_EVERY) / 60 + 15
+
+
+def test_a_wide_look_that_gives_nothing_is_not_made_again_at_once(it: Scene) -> None:
+    """Also where one worker is followed, and others of its node say more."""
+    said = (Said(1, "[worker 1] mine"), Said(2, "[worker 0] other"))
+    it.server.vertex.fates.append(Stub(queued=0, pending=0, running=None, lines=said))
+    two = ("hardware.accelerator=A100-40GB:2", "hardware.vertex.machine=null",
+           "hardware.places=[us-central1]")  # fmt: skip
+    follower = Follower(it, it.attempt(*two), worker=1)
+    it.clock.sleep(20)
+    follower.look()
+    it.clock.sleep(logs.WIDE_EVERY)
+    before = len(it.server.logging.lists)
+    for _ in range(10):
+        follower.look()
+        it.clock.sleep(1.0)
+    assert follower.texts == ["mine"]
+    assert len(it.server.logging.lists) - before == 11
+
+
+def test_the_last_looks_go_far_back_and_read_what_is_new_too(
+    it: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much lies in between: a wide look is bounded, what is new is not."""
+    monkeypatch.setattr(logs, "_PAGE", 5)
+    between = [Said(10 + n, f"{n:03d}") for n in range(100)]
+    last = Said(120, "the last", late=25)
+    follower = Follower(it, started(it, Said(1, "late", late=130), *between, last))
+    it.clock.sleep(115)
+    follower.look()
+    assert follower.texts == [f"{n:03d}" for n in range(100)]
+    it.clock.sleep(40)  # less than a minute later: no wide look is due
+    follower.look()
+    assert follower.texts[100:] == ["the last"]
+    query = LogQuery(None, follower.cursor, None, last=True)
+    lines = [line.text for line in it.backend.logs(follower.job, query, it.env)]
+    assert lines == ["late"]
+
+
+@pytest.mark.parametrize("wrong", [-7200.0, -120.0, 120.0, 7200.0])
+def test_this_machines_clock_may_be_wrong(it: Scene, wrong: float) -> None:
+    class Wrong:
+        def now(self) -> float:
+            return it.clock.now() + wrong
+
+        def sleep(self, seconds: float) -> None:
+            it.clock.sleep(seconds)
+
+    lines = [Said(n * 2.0, f"{n:02d}", late=n % 3) for n in range(30)]
+    follower = Follower(it, started(it, *lines))
+    follower.it = replace_clock(it, Wrong())
+    for _ in range(50):
+        follower.look()
+        it.clock.sleep(1.5)
+    assert follower.texts == [f"{n:02d}" for n in range(30)]
+
+
+def replace_clock(it: Scene, clock: Any) -> Scene:
+    other = Scene(it.server, it.home, clock)
+    other.backend = it.backend
+    return other
+
+
+def test_a_worker_whose_clock_runs_ahead_hides_nobody(it: Scene) -> None:
+    """Its entries have times that are still to come; the service says when it received them."""
+    follower = Follower(it, job := started(it))
+    it.see(job)
+    number, begun = job.refs[-1].data["job_id"], it.clock.now()
+    for n in range(20):
+        it.clock.sleep(2.0)
+        for task, ahead in (("workerpool1-0", 300.0), ("workerpool0-0", 0.0)):
+            it.server.logging.write(
+                "proj", number, task, f"{task} {n}", begun + 2 * n + ahead, late=2.0 - ahead
+            )
+        follower.look()
+    it.clock.sleep(logs.SETTLE + 2)
+    follower.look()
+    for worker, task in enumerate(("workerpool0-0", "workerpool1-0")):
+        texts = [line.text for line in follower.lines if line.worker == worker]
+        assert texts == [f"{task} {n}" for n in range(20)]
+
+
+def test_a_cursor_without_memory_never_repeats_what_lies_before_it(it: Scene) -> None:
+    follower = Follower(it, started(it, *(Said(n * 4.0, f"{n:02d}") for n in range(30))))
+    it.clock.sleep(60)
+    follower.look()
+    at = follower.lines[9].cursor
+    other = Follower(it, follower.job)
+    other.cursor = {"time": at["time"], "id": at["id"]}
+    for _ in range(40):
+        other.look()
+        it.clock.sleep(4)
+    assert other.texts == [f"{n:02d}" for n in range(10, 30)]
 
 
 def test_a_cursor_goes_on_exactly_after_its_line(it: Scene) -> None:
@@ -207,8 +330,8 @@ def test_a_clock_that_was_set_back_locks_nobody_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "worker"),
+    ("task", "node"),
     [("workerpool0-0", 0), ("workerpool1-0", 1), ("workerpool1-12", 13), ("service", 0), ("", 0)],
 )
-def test_a_task_is_a_worker(task: str, worker: int) -> None:
-    assert logs.worker_of(task) == worker
+def test_a_task_is_a_node(task: str, node: int) -> None:
+    assert logs.node_of(task) == node

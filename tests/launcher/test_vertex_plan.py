@@ -127,7 +127,7 @@ def test_capacity_chooses_the_strategy_and_the_budget_the_timeout() -> None:
     no_hours = ("budget.hours=null", "budget.usd=null")
     assert "timeout" not in body(*no_hours)["jobSpec"]["scheduling"]
     with pytest.raises(BadRequest, match="ends after 168 hours"):
-        planned("budget.hours=200")
+        planned("budget.hours=200", "budget.usd=null")
     with pytest.raises(BadRequest, match="vertex has no 'reserved' capacity"):
         list(VertexBackend().offers(Hardware("vertex", "L4:1", capacity=("reserved",)), ENV))
 
@@ -164,6 +164,36 @@ def test_dollars_bound_the_timeout_where_the_price_is_known() -> None:
     assert job["jobSpec"]["scheduling"]["timeout"] == "3600s"
 
 
+def test_the_plan_of_kd_l4_has_a_price_and_its_budget_in_dollars_binds() -> None:
+    def made(*overrides: str) -> planning.RunPlan:
+        loaded = recipe.load(KD_L4, overrides, environ={}).recipe
+        return planning.make(loaded, ENV, BUNDLE)  # type: ignore[arg-type]
+
+    plan = made()
+    assert (plan.usd_per_hour, plan.usd_total) == (0.43623, pytest.approx(12 * 0.85362))
+    assert "cost: 0.44 USD/h, at most 10.24 USD (12 h)" in plan.lines()
+    assert not any("price is unknown" in note for note in plan.notes)
+    assert made("budget.usd=5").usd_total == 5
+    assert body("budget.usd=4.3623")["jobSpec"]["scheduling"]["timeout"] == "36000s"
+
+
+def test_a_plan_says_where_dollars_are_not_capped_and_what_is() -> None:
+    def notes(*overrides: str) -> list[str]:
+        loaded = recipe.load(KD_L4, ["hardware.places=[us-west1, us-east1]", *overrides],
+                             environ={}).recipe  # fmt: skip
+        plan = planning.make(loaded, ENV, BUNDLE)  # type: ignore[arg-type]
+        assert plan.usd_total is None and plan.usd_per_hour == 0.43623
+        return [note for note in plan.notes if "price is unknown" in note]
+
+    where = "the price is unknown: spot in us-east1, standard in us-east1; "
+    both = "budget.usd and budget.usd_per_hour do not cap what runs there, "
+    assert notes() == [f"{where}{both}budget.hours (12) does"]
+    usd = ("budget.usd_per_hour=null", "budget.hours=null")
+    alone = "budget.usd does not cap what runs there, nothing else does: set budget.hours"
+    assert notes(*usd) == [where + alone]
+    assert notes("budget.usd=null", "budget.usd_per_hour=null") == []
+
+
 def test_prices_are_those_of_the_table_for_that_place_and_machine_or_unknown() -> None:
     def prices(spec: Hardware) -> list[float | None]:
         return [offer.usd_per_hour for offer in VertexBackend().offers(spec, ENV)]
@@ -172,7 +202,8 @@ def test_prices_are_those_of_the_table_for_that_place_and_machine_or_unknown() -
     assert prices(h100) == [2 * 87.8325, 2 * 34.16, None]
     assert prices(replace(h100, places=("us-west1",))) == [None, None, None]
     assert prices(replace(h100, vertex=Vertex(machine="a3-edgegpu-8g"))) == [None, None, None]
-    assert prices(Hardware("vertex", "L4:1")) == [None]
+    assert prices(Hardware("vertex", "L4:1", places=("us-west1",))) == [0.85362]
+    assert prices(Hardware("vertex", "L4:1", places=("us-east1",))) == [None]
     offer = next(iter(VertexBackend().offers(h100, ENV)))
     assert (
         "2026-11-21" in offer.price_source and "without what Vertex AI adds" in offer.price_source

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -191,12 +192,60 @@ def left_evaluation(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     return {"results": workers(2, act), "losses": losses(out / "left")}
 
 
+def own_disks(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
+    """Two nodes, each with a folder of its own, go on from what a job of two has saved."""
+    base = out / "base"
+    workers(2, lambda rank: run(stage(base, tokenizer, texts, 2, save_every=2, until=4)))
+    step = Path("checkpoints") / "step-4"
+
+    def nothing(folders: list[Path]) -> None:
+        pass
+
+    def lacks(folders: list[Path]) -> None:
+        shutil.rmtree(folders[1] / step)
+
+    def damaged(folders: list[Path]) -> None:
+        (folders[0] / step / "model.safetensors").write_bytes(b"")
+
+    def another(folders: list[Path]) -> None:
+        manifest = folders[1] / step / "MANIFEST.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text())))
+
+    def empty(folders: list[Path]) -> None:
+        shutil.rmtree(folders[1] / "checkpoints")
+
+    ways = {"same": (nothing, False), "lacks": (lacks, False), "damaged": (damaged, False),
+            "another": (another, False), "empty": (empty, False), "adopted": (nothing, True),
+            "not adopted": (lacks, True)}  # fmt: skip
+    found: dict[str, Any] = {}
+    for name, (breaks, adopts) in ways.items():
+        folders = [out / f"{name}-{rank}" for rank in range(2)]
+        for folder in folders:
+            shutil.copytree(base, folder)
+        breaks(folders)
+
+        def act(rank: int, folders: list[Path] = folders, adopts: bool = adopts) -> Any:
+            signal.alarm(LIMIT)
+            os.environ["LOCAL_RANK"] = "0"  # the only one of its node
+            ours = folders[rank]
+            given = {"resume": str(ours)} if adopts else {}
+            ours = ours.with_name(f"{ours.name}-new") if adopts else ours
+            return run(stage(ours, tokenizer, texts, 2, save_every=2, until=5, **given))
+
+        results = workers(2, act)
+        ours = [f.with_name(f"{f.name}-new") if adopts else f for f in folders]
+        has = [(f / step).is_dir() for f in ours]
+        found[name] = {"results": results, "losses": losses(ours[0]), "has": has}
+    return found
+
+
 def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     scenarios: dict[str, Callable[[], Any]] = {
         "gradients": without_a_gradient,
         "room": without_room,
         "saves": lambda: failed_saves(out, tokenizer, texts),
         "left": lambda: left_evaluation(out, tokenizer, texts),
+        "disks": lambda: own_disks(out, tokenizer, texts),
         "loop room": lambda: loop_without_room(out, tokenizer, texts),
     }
     return {name: scenario() for name, scenario in scenarios.items()}

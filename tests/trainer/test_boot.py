@@ -109,6 +109,36 @@ def test_boot_writes_no_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("secret", "said", "shown"),
+    [
+        (" s3c\n", "say(value, [value])", "*** [' ***\\n']"),
+        ("a/b+c d", "say(quote(value, safe=''), quote(value), quote_plus(value))", "*** *** ***"),
+        ("it's\\", "say([value], [value + '\"'], json.dumps(value))", '["***"] [\'***"\'] "***"'),
+        ('{\n "k": "x\\ny"\n}\n', "say(value.split()); say(json.dumps(value))", None),
+        ("-----BEGIN-----\nMIIE\n-----END-----\n", "say(value); say({'K': value})", None),
+        ("caf\udce9", "say('x'); os.write(1, os.environb[b'T'] + bytes([10]))", "x ***"),
+    ],
+)  # fmt: skip
+def test_a_secret_is_hidden_however_it_is_written(
+    tmp_path: Path, secret: str, said: str, shown: str | None
+) -> None:
+    source = f"from urllib.parse import quote, quote_plus; value = os.environ['T']\n{said}"
+    spec = specification(tmp_path, source, secrets={"T": "env://MY_TOKEN"})
+    assert run(tmp_path, spec, MY_TOKEN=secret) == (0, "")
+    text = " ".join(line.strip() for line in log(tmp_path))
+    assert "***" in text and not [part for part in ("MIIE", "BEGIN", "s3c") if part in text]
+    assert shown is None or text == shown
+
+
+def test_a_line_that_is_cut_is_not_cut_through_a_secret(tmp_path: Path) -> None:
+    source = "say(os.environ['T'] * 100_000)"
+    spec = specification(tmp_path, source, secrets={"T": "env://MY_TOKEN"})
+    assert run(tmp_path, spec, MY_TOKEN=SECRET) == (0, "")
+    lines = log(tmp_path)
+    assert len(lines) > 1 and set("".join(lines)) == {"*"}
+
+
+@pytest.mark.parametrize(
     ("secrets", "line"),
     [
         ({"T": "env://NOT_SET_ANYWHERE"}, "secret T: the variable NOT_SET_ANYWHERE is not set"),
@@ -239,6 +269,16 @@ def test_the_deadline_ends_the_job_to_be_continued(tmp_path: Path) -> None:
     assert read(tmp_path / "work" / "result.json")["why"] == "deadline"
 
 
+@pytest.mark.parametrize(("given", "asked"), [(40, 36), (6000, 5400), (43200, 42600)])
+def test_the_job_leaves_before_its_service_ends_it(
+    tmp_path: Path, given: int, asked: float
+) -> None:
+    """A service that was told the same number started counting before boot did."""
+    file = tmp_path / "boot.json"
+    file.write_text(json.dumps(specification(tmp_path, deadline_seconds=given)))
+    assert boot.Spec(str(file)).deadline == asked
+
+
 def test_a_trainer_asked_before_it_could_listen_was_stopped(tmp_path: Path) -> None:
     source = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n" + LEAVES
     process = start(tmp_path, specification(tmp_path, source))
@@ -298,7 +338,7 @@ def test_a_second_boot_leaves_at_once_and_the_job_runs_once(tmp_path: Path) -> N
 def test_a_boot_after_one_that_was_killed_is_a_restart_of_the_attempt(tmp_path: Path) -> None:
     """It keeps the first's log, says so to the trainer, and has what is left of the deadline."""
     source = "say('restart', job.get('restart', 0)); wait_until_asked(); sys.exit(75)"
-    spec = specification(tmp_path, source, deadline_seconds=100)
+    spec = specification(tmp_path, source, deadline_seconds=112)  # 100.8 to work in
     first = start(tmp_path, spec)
     eventually(lambda: log(tmp_path) == ["restart 0", "ready"], "the trainer")
     first.kill()

@@ -52,8 +52,8 @@ def test_two_nodes_meet_and_each_sends_the_logs_of_its_own_ranks(it: Cloud) -> N
     assert (code, other) == (0, 0), said + heard
     lines = [[f"rank {rank} of 2 local 0"] for rank in (0, 1)]
     assert [it.log(rank) for rank in (0, 1)] == lines
-    assert said.splitlines().count(lines[0][0]) == 1 and lines[1][0] not in said
-    assert heard.splitlines().count(lines[1][0]) == 1 and lines[0][0] not in heard
+    assert said.splitlines().count(f"[worker 0] {lines[0][0]}") == 1 and lines[1][0] not in said
+    assert heard.splitlines().count(f"[worker 1] {lines[1][0]}") == 1 and lines[0][0] not in heard
     assert it.names("attempts/") == ["attempts/00-0001.json"]
     assert it.json("attempts/00-0001.json")["ranks"] == {"0": 0}
     assert it.json("s/run_meta.json") == {"completed": True}
@@ -97,6 +97,15 @@ def test_a_node_that_starts_again_gives_its_logs_another_name(it: Cloud) -> None
     assert code == 75, said
     assert "logs/boot-1/00-0001r1-00000.log" in it.names("logs/")
     assert it.names("attempts/") == []
+
+
+def test_a_node_of_a_job_that_was_created_twice_leaves(it: Cloud) -> None:
+    record = {"v": 1, "job": 0, "attempt": 1, "restart": 0, "started": 1.0, "service_job": "111"}
+    it.put("attempts/00-0001.json", json.dumps(record).encode())
+    (_, given) = cluster()
+    code, said = ended(it.start(it.spec(nodes=2), CLUSTER_SPEC=given, CLOUD_ML_JOB_ID="222"), 60)
+    assert (code, said.count("\n")) == (64, 1), said
+    assert "attempt 1 is job 111" in said and it.names("logs/") == []
 
 
 @pytest.mark.parametrize(

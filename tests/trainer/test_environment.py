@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from launcher.spec import Environment
 from tests.tiny_wheels import build, sha256
 from trainer import environment
-from trainer.environment import DIRECT, Unfit, ensure, lock
+from trainer.environment import DIRECT, Unfit, Unreachable, ensure, lock
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,6 +115,22 @@ def test_a_package_with_another_hash_is_refused_and_leaves_nothing(
         ensure(tmp_path / "made", [], lambda _: None)
     assert refused.value.code == 78 and "\n" not in str(refused.value)
     assert not (tmp_path / "made" / "packages").exists()
+
+
+def test_an_index_that_does_not_answer_is_asked_another_time(
+    tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned(tmp_path, monkeypatch, build(tmp_path, "needed-one", "1.2"))
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody is there
+    monkeypatch.setattr(environment, "_RETRIES", "1")
+    with pytest.raises(Unreachable, match="connection broken by") as refused:
+        ensure(tmp_path / "made", [], lambda _: None)
+    assert refused.value.code == 75 and "\n" not in str(refused.value)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # an index that has no such package is another matter
+    with pytest.raises(Unfit) as lacking:
+        ensure(tmp_path / "made", [], lambda _: None)
+    assert lacking.value.code == 78
 
 
 def test_a_wheel_comes_first_with_what_it_needs_from_the_lock(

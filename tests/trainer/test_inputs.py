@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -511,6 +512,28 @@ def test_what_goes_away_meanwhile_is_an_outage_and_not_an_error_of_the_recipe(
     world.server.faults = Removes()
     with pytest.raises(Transient, match=r"^data\.train\[0\]\.path: .* was removed while"):
         world.fetch(reading(Source(path=uri)))
+
+
+def test_what_takes_long_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    big, small = world.put("big.txt", b"x" * 3000), world.put("small.txt", b"y")
+    told = threading.Event()
+
+    class Lines(list[str]):
+        def append(self, line: str) -> None:
+            super().append(line)
+            if "1 of 2 files" in line:
+                told.set()
+
+    class Slow:
+        def next(self, request: str) -> None:
+            if "alt=media" in request and "big.txt" in request:
+                assert told.wait(60)
+
+    world.said, world.server.faults = Lines(), Slow()
+    monkeypatch.setattr(downloads, "EVERY", 0.01)
+    world.fetch(reading(Source(path=big), Source(path=small)))
+    assert f"inputs: 1 of 2 files, 0.0 MB; on the way {big} (0.0 MB)" in world.said
+    assert world.copies() == {"big.txt", "small.txt"}
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_byte(

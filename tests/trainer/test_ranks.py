@@ -89,3 +89,56 @@ def test_a_signal_in_an_evaluation_ends_it_on_all_ranks(runs: dict[str, Any]) ->
     assert "step 2: the evaluation was left, the job was asked to leave" in said
     assert len(found["losses"]) == 2
     assert not any("val_loss" in line for line in said)
+
+
+def resumed(said: list[str]) -> list[str]:
+    return [line.split(" from ")[0] for line in said if line.startswith("resumed at step")]
+
+
+def test_nodes_with_disks_of_their_own_go_on_from_their_own_copies(runs: dict[str, Any]) -> None:
+    found = runs["disks"]["same"]
+    said = found["results"][0]
+    assert resumed(said) == ["resumed at step 4"], said
+    assert not any("WARNING: the nodes" in line for line in said)
+    assert len(found["losses"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("way", "newest"),
+    [
+        ("lacks", "rank 0 step 4, rank 1 step 2"),
+        ("damaged", "rank 0 step 2, rank 1 step 4"),
+        ("another", "rank 0 step 4, rank 1 step 4"),
+    ],
+)
+def test_nodes_agree_on_the_newest_checkpoint_that_all_have_whole(
+    runs: dict[str, Any], way: str, newest: str
+) -> None:
+    found, calm = runs["disks"][way], runs["disks"]["same"]["losses"]
+    said = found["results"][0]
+    assert any(
+        f"newest checkpoints differ ({newest}): going on from step 2, which all have" in line
+        for line in said
+    ), said
+    assert resumed(said) == ["resumed at step 2"]
+    assert found["losses"] == [*calm[:4], *calm[2:]], "steps 3 and 4 again, as before"
+
+
+def test_nodes_of_which_one_has_nothing_begin_anew(runs: dict[str, Any]) -> None:
+    found, calm = runs["disks"]["empty"], runs["disks"]["same"]["losses"]
+    assert any("rank 1 none): beginning anew" in line for line in found["results"][0])
+    assert found["losses"] == [*calm[:4], *calm]
+
+
+def test_a_checkpoint_of_another_run_is_adopted_on_every_node(runs: dict[str, Any]) -> None:
+    found, calm = runs["disks"]["adopted"], runs["disks"]["same"]["losses"]
+    assert resumed(found["results"][0]) == ["resumed at step 4"], found["results"]
+    assert found["has"] == [True, True]
+    assert found["losses"] == calm[4:]
+
+
+def test_a_node_that_cannot_adopt_ends_all_with_its_line(runs: dict[str, Any]) -> None:
+    first, second = runs["disks"]["not adopted"]["results"]
+    assert first == second
+    assert first.startswith("error: CheckpointError: train.resume: ")
+    assert first.endswith("not adopted-1/checkpoints/step-4: MANIFEST.json is missing")

@@ -16,7 +16,7 @@ import torch
 from tests.trainer import gradients
 from tests.trainer.chats import talk
 from tests.trainer.test_dry_run import trainer
-from trainer.config import Data, Evaluate, Hub, Job, Source, StageConfig
+from trainer.config import Data, Evaluate, Hub, Job, Source, StageConfig, Tokenizer
 from trainer.data.chat import CHATML, view_of
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.models import load_tokenizer
@@ -189,3 +189,19 @@ def test_a_dry_run_replaces_what_is_not_here_by_questions_with_answers(
     assert config.data.train[2].path == str(here)
     assert config.data.chat_template == "chatml"
     assert any("hf:org/chats:train: not on this machine" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"), [(1, "1 bad line skipped: "), (2, "2 bad lines skipped: ")]
+)
+def test_a_tokenizer_counts_bad_lines_in_words_that_fit(
+    bad: int, said: str, tmp_path: Path, run_stage: Callable[..., Any]
+) -> None:
+    path = tmp_path / "some-bad.jsonl"
+    path.write_text('{"text": "some words to learn from"}\n' * 3 + "{\n" * bad)
+    words = StageConfig(
+        id="words", stage="tokenizer", output=str(tmp_path / "words"),
+        data=Data(train=(Source(path=str(path)),), skip_bad=True),
+        tokenizer=Tokenizer(vocab_size=260),
+    )  # fmt: skip
+    assert any(f"tokenizer: {said}" in line for line in run_stage(words).lines)

@@ -146,6 +146,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(
     for attempt in (1, 2):  # nothing of it has become the stage's own
         with pytest.raises(ConfigError, match=r"model: num_hidden_layers is 2 there, 3 here"):
             run_stage(replace(resumed, model=deeper), attempt=attempt)
+    with pytest.raises(ConfigError, match=r"^stage \w+: .*num_hidden_layers is 2 there, 3 here"):
+        run_stage(replace(in_folder(config, first), model=deeper), attempt=2)  # nor of its own
     lora = replace(
         config.model, name=str(first), init="pretrained", architecture=None, adapter=Adapter()
     )

@@ -38,7 +38,7 @@ def upload(intent: Intent, env: Env) -> Ref:
             blob = google.storage(env.environ).bucket(bucket_name).blob(name)
             given = {"if_generation_match": 0, "retry": None, "timeout": google.TIMEOUT}
             if "json" in request:
-                data = json.dumps(request["json"], indent=1, ensure_ascii=False)
+                data = json.dumps(request["json"], ensure_ascii=False)
                 blob.upload_from_string(data, content_type="application/json", **given)
             elif not blob.exists(retry=None, timeout=google.TIMEOUT):
                 blob.upload_from_filename(_file(request["file"]), **given)
@@ -231,7 +231,11 @@ def _ref(job: Any, project: str, place: str) -> Ref:
     number = job.name.rpartition("/")[2]
     command = f"gcloud ai custom-jobs cancel {number} --project={project} --region={place}"
     phase, _ = states.STATES.get(states.name_of(job.state), states.UNKNOWN)
-    data = {"resource": job.name, "project": project, "job_id": number, "delete_command": command}
+    pools = job.job_spec.worker_pool_specs
+    data = {
+        "resource": job.name, "project": project, "job_id": number, "delete_command": command,
+        "workers": max(1, pools[0].machine_spec.accelerator_count) if pools else 1,  # of a node
+    }  # fmt: skip
     return Ref(NAME, JOB, job.display_name, place, job.labels["launch-run"], not phase.over, data)
 
 

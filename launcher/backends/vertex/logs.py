@@ -1,17 +1,21 @@
 """Log lines of a job from Cloud Logging: each once, in time order, however late or often they come.
 
-An entry may become readable seconds after its time. So the newest seconds are held back, each look
-reads again what lies shortly before the last line given, and what was given is known by its
-insert id. A page of a list request costs one turn of `quota`.
+An entry may become readable seconds after its time, and minutes if a machine was cut off. So the
+newest seconds are held back, each look reads again what lies shortly before the last line given, a
+look now and then and the last ones what lies minutes before it, and what was given is known by its
+insert id. All times are the service's: neither this machine's clock nor that of a worker need be
+right. A page of a list request costs one turn of `quota`.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Optional
 
 from launcher import google
 from launcher.backends.base import Env, JobHandle, Line, LogQuery, Ref
@@ -23,9 +27,14 @@ from launcher.errors import Transient
 SETTLE = 5.0
 #: Seconds before the last line that are read again.
 OVERLAP = 30.0
+#: Seconds before those that a wide look reads too, seconds from one such look to the next, and the
+#: pages that it may cost: of what is written faster only the older part is looked through.
+LOOK_BACK, WIDE_EVERY, _WIDE_PAGES = 600.0, 60.0, 10
 #: Seconds after the end of a job until its last entries are there.
 DRAIN = 30.0
 _PAGE = 1000
+#: What boot puts before a worker's line where a job has several: its global rank.
+_RANK = re.compile(r"\[worker (\d+)\] ")
 
 
 @dataclass(repr=False)
@@ -34,9 +43,15 @@ class _Given:
 
     numbers: dict[str, tuple[int, float]] = field(default_factory=dict)
     count: int = 0
+    wide_at: float = 0.0  # by this machine's clock: when the next wide look is due
+    #: The cursor of another process, which has no memory: what sorts up to it was given there.
+    floor: tuple[float, str] = (0.0, "")
 
     def __repr__(self) -> str:
         return "given"  # cursors are compared by their repr
+
+    def has(self, entry: _Entry) -> bool:
+        return entry.insert_id in self.numbers or (entry.at, entry.insert_id) <= self.floor
 
     def add(self, insert_id: str, time: float) -> int:
         self.count += 1
@@ -48,7 +63,7 @@ class _Given:
         if number == self.count:
             return self
         kept = {name: entry for name, entry in self.numbers.items() if entry[0] <= number}
-        return _Given(kept, number)
+        return _Given(kept, number, self.wide_at, self.floor)
 
     def forget(self, before: float) -> None:
         kept = {name: entry for name, entry in self.numbers.items() if entry[1] >= before}
@@ -57,7 +72,10 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Entry:
+    """`at`: its time, or when the service received it if that was before: a clock runs ahead."""
+
     time: float
+    at: float
     insert_id: str
     worker: int
     text: str
@@ -71,63 +89,69 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
         return
     cursor = query.cursor
     known = cursor.get("given")
+    now = env.clock.now()
     given = known.until(int(cursor["number"])) if isinstance(known, _Given) else _Given()
-    until = env.clock.now() - SETTLE
-    for page in _pages(ref, query, env, until):
-        for entry in sorted(page, key=lambda entry: (entry.time, entry.insert_id)):
-            if _was_given(entry, cursor, given):
+    if cursor and not isinstance(known, _Given):
+        given.floor = float(cursor["time"]), str(cursor["id"])
+    given.wide_at = given.wide_at or now + WIDE_EVERY
+    wide = bool(cursor) and (query.last or now >= given.wide_at)
+    if wide:  # before it is done: one that is cut must not keep the next lines waiting
+        given.wide_at = now + WIDE_EVERY
+    if isinstance(known, _Given):  # a look that gives nothing leaves the cursor as it was
+        known.wide_at = given.wide_at
+    for page, answered in _pages(ref, query, env, wide):
+        until = (now if answered is None else answered) - SETTLE
+        for entry in sorted(page, key=lambda entry: (entry.at, entry.insert_id)):
+            if entry.at > until or given.has(entry):
                 continue
-            number = given.add(entry.insert_id, entry.time)
-            newest = max(entry.time, float(cursor.get("time", 0.0)))
+            number = given.add(entry.insert_id, entry.at)
+            newest = max(entry.at, float(cursor.get("time", 0.0)))
             cursor = {"time": newest, "id": entry.insert_id, "number": number, "given": given}
             if query.worker in (None, entry.worker):
                 yield Line(entry.worker, entry.time, entry.text, cursor)
     if cursor:
-        given.forget(float(cursor["time"]) - 2 * OVERLAP)
+        given.forget(float(cursor["time"]) - LOOK_BACK - OVERLAP)
 
 
-def _was_given(entry: _Entry, cursor: Mapping[str, Any], given: _Given) -> bool:
-    if entry.insert_id in given.numbers:
-        return True
-    if given.count or not cursor:
-        return False
-    # A cursor from another process has no memory: what sorts after it is new.
-    return (entry.time, entry.insert_id) <= (float(cursor["time"]), str(cursor["id"]))
-
-
-def _pages(ref: Ref, query: LogQuery, env: Env, until: float) -> Iterator[list[_Entry]]:
+def _pages(
+    ref: Ref, query: LogQuery, env: Env, wide: bool
+) -> Iterator[tuple[list[_Entry], Optional[float]]]:
+    """The entries page by page, each with the service's time of its answer."""
     project = str(ref.data["project"])
     who = f"{os.getpid()} {ref.data['job_id']} {query.worker}"
     base = google.endpoint(env.environ, "logging", "https://logging.googleapis.com")
     session = google.session(env.environ)
-    body: dict[str, Any] = {
-        "resourceNames": [f"projects/{project}"], "filter": _filter(ref, query, until),
-        "orderBy": "timestamp asc", "pageSize": _PAGE,
-    }  # fmt: skip
-    while True:
-        quota.take(env.home, project, who, env.clock.now())
-        what = f"reading the logs of {ref.name}"
-        url = f"{base}/v2/entries:list"
-        answer = google.call(session, "POST", url, what, ref.place, json=body)
-        yield [_entry(raw) for raw in answer.get("entries", ())]
-        if not answer.get("nextPageToken"):
-            return
-        body = {**body, "pageToken": answer["nextPageToken"]}
+    what, url = f"reading the logs of {ref.name}", f"{base}/v2/entries:list"
+    for back in (False, True) if wide else (False,):
+        body: dict[str, Any] = {
+            "resourceNames": [f"projects/{project}"], "filter": _filter(ref, query, back),
+            "orderBy": "timestamp asc", "pageSize": _PAGE,
+        }  # fmt: skip
+        for count in itertools.count(1):
+            quota.take(env.home, project, who, env.clock.now())
+            answer, answered = google.dated(session, "POST", url, what, ref.place, json=body)
+            entries = answer.get("entries", ())
+            yield [_entry(raw, _workers(ref)) for raw in entries], answered
+            if not answer.get("nextPageToken") or (back and count == _WIDE_PAGES):
+                break
+            body = {**body, "pageToken": answer["nextPageToken"]}
 
 
-def _filter(ref: Ref, query: LogQuery, until: float) -> str:
+def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
+    """What lies after the cursor and shortly before it; `back`: what lies minutes before that."""
     lines = ['resource.type="ml_job"', f'resource.labels.job_id="{ref.data["job_id"]}"']
-    starts = [float(query.cursor["time"]) - OVERLAP] if query.cursor else []
-    if query.since is not None:
-        starts.append(query.since)
-    if starts:
-        lines.append(f'timestamp>="{_stamp(max(starts))}"')
-    else:  # without a bound the service looks at the last day only
-        lines.append('timestamp>="1970-01-01T00:00:00Z"')
-    lines.append(f'timestamp<="{_stamp(until)}"')
+    starts = [] if query.since is None else [query.since]
+    if query.cursor:
+        overlap = float(query.cursor["time"]) - OVERLAP
+        starts.append(overlap - LOOK_BACK if back else overlap)
+        if back:
+            lines.append(f'timestamp<="{_stamp(overlap)}"')
+    # Without a bound the service looks at the last day only.
+    lines.append(f'timestamp>="{_stamp(max(starts, default=0.0))}"')
     if query.worker is not None:
-        pool = "workerpool0-0" if query.worker == 0 else f"workerpool1-{query.worker - 1}"
-        tasks = [pool, "service"] if query.worker == 0 else [pool]
+        node = query.worker // _workers(ref)
+        pool = "workerpool0-0" if node == 0 else f"workerpool1-{node - 1}"
+        tasks = [pool, "service"] if node == 0 else [pool]
         lines.append(f"({' OR '.join(f'resource.labels.task_name={_quoted(t)}' for t in tasks)})")
     return " AND ".join(lines)
 
@@ -136,17 +160,27 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
-def _entry(raw: Mapping[str, Any]) -> _Entry:
+def _workers(ref: Ref) -> int:
+    """How many workers a node of the job has."""
+    return int(ref.data.get("workers", 1))
+
+
+def _entry(raw: Mapping[str, Any], workers: int) -> _Entry:
     task = str(raw.get("resource", {}).get("labels", {}).get("task_name", ""))
     payload = raw.get("jsonPayload", {})
-    text = raw.get("textPayload", payload.get("message"))
+    text = str(raw.get("textPayload", payload.get("message")) or "").rstrip("\n")
     time = _seconds(str(raw.get("timestamp", "")))
-    return _Entry(time, str(raw.get("insertId", "")), worker_of(task), str(text or "").rstrip("\n"))
+    received = raw.get("receiveTimestamp")
+    at = time if received is None else min(time, _seconds(str(received)))
+    worker = node_of(task) * workers
+    if told := _RANK.match(text):
+        worker, text = int(told[1]), text[told.end() :]
+    return _Entry(time, at, str(raw.get("insertId", "")), worker, text)
 
 
-def worker_of(task: str) -> int:
-    """`workerpool0-0` is worker 0, `workerpool1-2` worker 3; what the service itself says about the
-    job goes with worker 0."""
+def node_of(task: str) -> int:
+    """`workerpool0-0` is node 0, `workerpool1-2` node 3; what the service itself says about the job
+    goes with node 0. What boot says, and does not mark, goes with the first worker of its node."""
     pool, _, index = task.removeprefix("workerpool").partition("-")
     if not (pool.isdigit() and index.isdigit()):
         return 0

@@ -59,20 +59,22 @@ IMAGES = (
 
 #: Runs in the container before anything of ours is there: takes the bundle from the bucket with
 #: the job's identity, and starts the boot.py inside it, which reads the file left beside it.
-#: `sha256` is of the tar inside the gzip.
+#: `sha256` is of the tar inside the gzip. Exit code 75: the network did not serve; again.
 #: The two variables are those of Google's own libraries.
 FETCH = """\
-import gzip, hashlib, io, json, os, sys, tarfile, tempfile, time, urllib.error, urllib.parse
-import urllib.request
+import gzip, hashlib, http.client, io, json, os, sys, tarfile, tempfile, time
+import urllib.parse, urllib.request
 def get(url, **headers):
     for wait in (1, 2, 4, 8, None):  # the network of a fresh machine may need a moment
         try:
             request = urllib.request.Request(url, headers=headers)
             return urllib.request.urlopen(request, timeout=300).read()
-        except urllib.error.URLError as error:
-            code = getattr(error, "code", None)
-            if wait is None or (code is not None and code < 500 and code != 429):
-                sys.exit("cannot read " + url.partition("?")[0] + ": " + str(error))
+        except (OSError, http.client.HTTPException) as error:  # also in the middle of the body
+            code = getattr(error, "code", 500)
+            final = code < 500 and code not in (408, 429)
+            if final or wait is None:
+                print("cannot read " + url.partition("?")[0] + ": " + str(error), file=sys.stderr)
+                sys.exit(1 if final else 75)
         time.sleep(wait)
 metadata = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
 identity = get("http://" + metadata + "/computeMetadata/v1/instance/service-accounts/default/token",
