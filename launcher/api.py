@@ -288,7 +288,10 @@ def teardown_all() -> list[Run]:
             run.warnings.append(str(error))
             done.append(run)
     for name in sorted(names):
-        leaks += clear_backend(here, name)
+        try:
+            leaks += clear_backend(here, name)
+        except Leaked as leak:  # it cannot be asked
+            leaks.append(leak)
     if leaks:
         commands = [command for leak in leaks for command in leak.commands]
         raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
@@ -339,14 +342,20 @@ def _artifacts(run: Run) -> Artifacts:
 
 
 def _clear_without_journal(run: Run, here: Env) -> None:
-    """Delete what the run's backends find under its label. Errors: `Leaked`."""
+    """Delete what the run's backends find under its label. Errors: `Leaked`, also where a backend
+    cannot be asked although the journal, as far as it is known, says that the run holds something.
+    """
     from launcher import backends
-    from launcher.clear import remove
+    from launcher.clear import remove, unanswered
 
     theirs = replace(here, owner=run.owner)
     for name in dict.fromkeys(job.backend for job in run.jobs):
         backend = backends.load(name)
-        for ref in list(backend.sweep(theirs)):
+        try:
+            found = list(backend.sweep(theirs))
+        except (Signal, OSError) as error:
+            raise unanswered([run], error) or error from error
+        for ref in found:
             if ref.run == run.id:
                 remove(backend, ref, theirs)
 

@@ -27,7 +27,8 @@ from launcher.fold import Fold, Record, duration, spent
 from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
-from launcher.spec import Hardware, Recipe, Stage, seconds
+from launcher.spec import Budget, Hardware, Recipe, Stage, seconds
+from trainer.boot import reserve
 from trainer.config import Problem, build, dotted
 
 Load = Callable[[str], Backend]
@@ -35,6 +36,8 @@ Load = Callable[[str], Backend]
 NAP = 2.0
 #: Seconds between two looks for the marker in a store.
 POLL = 5.0
+#: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
+LEAST = 60.0
 #: A whole checkpoint: its manifest is written last.
 _MANIFEST = re.compile(r"checkpoints/step-(\d+)/MANIFEST\.json$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -212,6 +215,16 @@ class Claim:
         """`evaluation.json` of a stage; None: it has none."""
         return self._read(stage, "evaluation.json") or None
 
+    def boots_word(self, job: JobState, attempt: Attempt, exit_code: Optional[int]) -> str:
+        """Why the last boot of an attempt ended with that code, as it noted in a store. Empty: it
+        did not come to that, or the service saw another end."""
+        if exit_code is None or not self.artifacts.remote:
+            return ""
+        names = self.artifacts.names(f"attempts/{job.index:02d}-{attempt.number:04d}")
+        newest = max(names, key=lambda name: (len(name), name), default=None)
+        noted = parsed(self.artifacts.read(newest)) if newest is not None else {}
+        return str(noted.get("why") or "") if noted.get("exit_code") == exit_code else ""
+
     def beginning(self, job: JobState, number: int) -> dict[str, Any]:
         """What the first intent of a further attempt says: `{"from": {"stage", "step"}}`, the first
         stage that is not done and the step of its newest whole checkpoint, 0: it has none."""
@@ -288,25 +301,11 @@ class Claim:
         return max(0.0, seconds(wait) - (self.clock.now() - streak[0].started))
 
     def budget_left(self, usd_per_hour: Optional[float]) -> Optional[float]:
-        """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit. At a
-        price that is unknown `budget.usd` leaves nothing once the known part has used it up."""
-        budget, now = self.recipe.budget, self.clock.now()
-        limits = []
-        if budget.hours is not None:
-            attempts = (attempt for job in self.run.jobs for attempt in job.attempts)
-            limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
-        paid = spent(self.run, now) or 0.0
-        if budget.usd is not None and usd_per_hour:
-            limits.append((budget.usd - paid) / usd_per_hour * 3600)
-        elif budget.usd is not None and usd_per_hour is None and paid >= budget.usd:
-            limits.append(0.0)
-        return min(limits, default=None)
+        """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit."""
+        return budget_left(self.run, self.recipe.budget, self.clock.now(), usd_per_hour)
 
     def budget_text(self) -> str:
-        budget = self.recipe.budget
-        parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
-                 f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
-        return f"the budget is spent ({', '.join(filter(None, parts))})"
+        return budget_text(self.recipe.budget)
 
     def _look_for_marker(self) -> Optional[dict[str, Any]]:
         name = "control/stop.json"
@@ -338,6 +337,37 @@ def _say(clock: Clock, text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.now()))
     sys.stderr.write(f"{stamp} {text}\n")
     sys.stderr.flush()
+
+
+def budget_left(
+    run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]
+) -> Optional[float]:
+    """Seconds that the budget leaves a run at this price; None: no limit. At a price that is
+    unknown `budget.usd` leaves nothing once the known part has used it up."""
+    limits = []
+    if budget.hours is not None:
+        attempts = (attempt for job in run.jobs for attempt in job.attempts)
+        limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
+    paid = spent(run, now) or 0.0
+    if budget.usd is not None and usd_per_hour:
+        limits.append((budget.usd - paid) / usd_per_hour * 3600)
+    elif budget.usd is not None and usd_per_hour is None and paid >= budget.usd:
+        limits.append(0.0)
+    return min(limits, default=None)
+
+
+def worth(left: Optional[float], before: Optional[Attempt], now: float) -> float:
+    """Seconds of budget that another attempt has to have. After `before`: more than what that one
+    kept to save in, for which alone it may have ended."""
+    if before is None:
+        return 0.0
+    return max(LEAST, reserve((left or 0.0) + duration(before, now)))
+
+
+def budget_text(budget: Budget) -> str:
+    parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
+             f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
+    return f"the budget is spent ({', '.join(filter(None, parts))})"
 
 
 def recipe_of(raw: Mapping[str, Any], where: str) -> Recipe:

@@ -13,7 +13,7 @@ from launcher.backends.base import Backend, CanFind, Env, Held, Phase, Ref
 from launcher.claim import NAP, Claim
 from launcher.clock import Clock
 from launcher.errors import Leaked, Signal, Transient
-from launcher.run import Attempt, JobState
+from launcher.run import Attempt, JobState, Run
 
 #: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked. Waits are
 #: added up: a machine that sleeps meanwhile has not waited.
@@ -93,6 +93,25 @@ def remove(backend: Backend, ref: Ref, env: Env) -> None:
     except (Signal, OSError) as signal:
         commands = signal.commands if isinstance(signal, Leaked) else []
         raise Leaked([ref], [*commands, "launch teardown --all"]) from signal
+
+
+def unanswered(runs: Iterable[Run], error: Exception) -> Optional[Leaked]:
+    """The `Leaked` of runs whose backend cannot be asked: what their journals say that they hold,
+    with the commands that end it by hand. None when they say of nothing that it may bill."""
+    held: list[Ref | str] = []
+    commands: list[str] = []
+    for run in runs:
+        if run.held in (Held.NONE, Held.GONE):
+            continue
+        attempts = [attempt for job in run.jobs for attempt in job.attempts]
+        refs = [ref for attempt in attempts for ref in attempt.holding if ref.billable]
+        held += refs or [run.name]
+        commands += [*_by_hand(refs), f"launch teardown {run.name}"]
+    if not held:
+        return None
+    leak = Leaked(held, [*dict.fromkeys(commands)])
+    leak.args = (f"{leak} ({error})",)
+    return leak
 
 
 def insist(claim: Claim, ask: Callable[[], Answer], about: list[Ref] | list[str]) -> Answer:
@@ -212,6 +231,9 @@ def _leaked(
     claim: Claim, about: list[Ref] | list[str], commands: Optional[list[str]] = None
 ) -> Leaked:
     """The backend's own commands where a ref carries some, and ours."""
-    own = [str(item.data["delete_command"]) for item in about
-           if isinstance(item, Ref) and "delete_command" in item.data]  # fmt: skip
+    own = _by_hand(item for item in about if isinstance(item, Ref))
     return Leaked([*about], [*(commands or own), f"launch teardown {claim.run.name}"])
+
+
+def _by_hand(refs: Iterable[Ref]) -> list[str]:
+    return [str(ref.data["delete_command"]) for ref in refs if "delete_command" in ref.data]

@@ -103,7 +103,7 @@ RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run's name, id, the start of one, or the URI of its artifacts.",
+        help="A run's name, id, the start of one, or the gs:// URI (or folder) of its artifacts.",
         autocompletion=_run_names,
     ),
 ]
@@ -112,7 +112,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value: train.lr=1e-4. Repeatable."),
 ]
 OnOption = Annotated[
-    Optional[str], typer.Option("--on", metavar="BACKEND", help="Run on another backend.")
+    Optional[str], typer.Option("--on", metavar="BACKEND", help="Another backend: local, vertex.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -176,7 +176,9 @@ def status(
     run: Annotated[
         Optional[str],
         typer.Argument(
-            metavar="RUN", help="One run in full; without it, a list.", autocompletion=_run_names
+            metavar="RUN",
+            help="A run (name, id, or gs:// URI) in full; else a list.",
+            autocompletion=_run_names,
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again, until Ctrl-C.")] = False,
@@ -262,7 +264,11 @@ def attach(
 def teardown(
     run: Annotated[
         Optional[str],
-        typer.Argument(metavar="RUN", help="The run, or --all.", autocompletion=_run_names),
+        typer.Argument(
+            metavar="RUN",
+            help="The run (name, id, or gs:// URI), or --all.",
+            autocompletion=_run_names,
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="All your runs, and whatever else carries your label.")

@@ -175,8 +175,7 @@ def run_lines(run: Run, now: float) -> list[str]:
     lines = [
         f"{paint(plain(run.name), 'bold')}  {phase}" + (f"  {plain(run.why)}" if run.why else "")
     ]
-    ended = run.ended if run.ended is not None else now
-    facts = [f"ran {duration(ended - run.created)}", f"spent {spent(run)}"]
+    facts = [f"ran {duration(run.lasted(now))}", f"spent {spent(run)}"]
     if run.usd_per_hour:
         facts.append(f"{usd(run.usd_per_hour)} per hour")
     facts.append(f"holds {run.held.value}" if run.live else "holds nothing")
@@ -329,7 +328,7 @@ def figure(value: Any, digits: int = 4) -> str:
 
 def usd(amount: Optional[float]) -> str:
     if amount is None:
-        return "unknown"
+        return "price unknown"
     return "$0" if amount == 0 else f"${amount:,.2f}"
 
 

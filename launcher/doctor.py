@@ -1,14 +1,14 @@
 """What stands between this machine and a run: rows of pass, warn, fail, skip, each with its fix.
 
-Reads only; imports none of the packages it looks for.
+Reads only (and tries whether $LAUNCH_HOME takes a file); imports none of the packages it looks for.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
@@ -80,9 +80,14 @@ def _home(home: Path) -> Check:
     place = home
     while not place.exists() and place != place.parent:
         place = place.parent
-    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
-        return Check("launch home", "pass", f"{home} is writable")
-    what = "is not a folder" if not place.is_dir() else "cannot be written"
+    what = "is not a folder"
+    if place.is_dir():
+        try:  # rights alone do not tell of a read-only or a full disk
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"launch")
+            return Check("launch home", "pass", f"{home} is writable")
+        except OSError as error:
+            what = f"cannot be written ({error.strerror or error})"
     fix = "set LAUNCH_HOME to a folder that you can write to"
     return Check("launch home", "fail", f"{home}: {place} {what}", fix)
 
@@ -122,7 +127,10 @@ def _recipe(path: Path) -> tuple[set[str], list[Check]]:
         return {"local"}, [Check("recipe", "fail", lines[0] + more, fix)]
     stages = loaded.recipe.stages
     names = ", ".join(stage.id for stage in stages)
-    return {s.hardware.backend for s in stages}, [Check("recipe", "pass", f"{path}: {names}")]
+    rows = [Check("recipe", "pass", f"{path}: {names}")]
+    fix = "set it in the environment, or the key with --set, unless that is what you mean"
+    rows += [Check("recipe", "warn", note, fix) for note in loaded.notes()]
+    return {s.hardware.backend for s in stages}, rows
 
 
 def _backend(name: str, env: Env) -> Iterator[Check]:

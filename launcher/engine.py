@@ -15,23 +15,19 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import Claim, Load, claimed
+from launcher.claim import LEAST, Claim, Load, claimed, worth
 from launcher.clear import clear, insist, made, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
-from launcher.fold import NOT_STARTED, duration, worst
+from launcher.fold import NOT_STARTED, worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.view import write_summary
-from trainer.boot import reserve
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
 #: How long a teardown waits for a store that does not answer.
 DEAF = 60.0
-#: Seconds of budget that another attempt is worth: less would pay for a machine and no step. (More
-#: where the attempt before it kept more to save in: it may have ended for that alone.)
-LEAST = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 #: None, or 128 + SIGINT, SIGKILL, SIGTERM: how a job that was asked to stop may die.
@@ -170,11 +166,9 @@ class Engine:
 
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
         """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
-        left = self.claim.budget_left(last.usd_per_hour if last is not None else None)
-        least = 0.0
-        if last is not None:  # what was left to it when it began, and what it kept to save in
-            given = (left or 0.0) + duration(last, self.clock.now())
-            least = max(LEAST, reserve(given))
+        newest = [attempt for job in self.claim.run.jobs for attempt in job.attempts][-1:]
+        left = self.claim.budget_left(newest[0].usd_per_hour if newest else None)
+        least = worth(left, last, self.clock.now()) if last else LEAST if newest else 0.0
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
         if left is None or left > least or own_fault:
             return None
@@ -334,6 +328,8 @@ class Engine:
         if seen.phase.over:
             self.claim.look_anew()
         phase, why = self._judged(job, seen)
+        if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
+            why = self.claim.boots_word(job, attempt, seen.exit_code) or why
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
             held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref
@@ -467,4 +463,5 @@ class Engine:
             "phase", job=job.index, attempt=attempt.number, phase=phase, held=held, why=why,
             exit_code=exit_code, cause=cause or retry.cause_of_phase(phase), **told,
         )  # fmt: skip
-        self.claim.say(f"{job.name} attempt {attempt.number}: {phase.value} {why}".rstrip())
+        said = f"{phase.value}: {why}" if why else phase.value
+        self.claim.say(f"{job.name} attempt {attempt.number}: {said}")

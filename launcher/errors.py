@@ -127,10 +127,10 @@ class BadRequest(Signal):
 
 
 class Transient(Signal):
-    """Try again here, not before `after` seconds. `refused`: the request was not applied, for sure;
-    otherwise it may have been, or may still be."""
+    """A service that does not answer, or not now: try again here, not before `after` seconds.
+    `refused`: the request was surely not applied; otherwise it may have been, or may still be."""
 
-    code = Exit.CAPACITY
+    code = Exit.ACCESS
     again = Again.HERE
 
     def __init__(self, message: str, after: float = 1.0, refused: bool = False) -> None:

@@ -166,6 +166,8 @@ class Fold:
 
     def _on_resumed(self, record: Record) -> None:
         run = self.run
+        if run.ended is not None:
+            run.idle += max(0.0, record["time"] - run.ended)
         run.ended, run.exit_code, run.why, run.phase = None, None, "", Phase.PLANNED
         self.recipe = record.get("recipe", self.recipe)
         self.chosen.append(record)

@@ -15,9 +15,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, Optional
 
 from launcher.errors import BadRequest, Denied, NoCapacity, QuotaFull, Signal, Transient
+from trainer.store import no_answer
 
 #: Seconds that one request may take.
 TIMEOUT = 60.0
@@ -125,9 +127,12 @@ def signal_of(error: Exception, what: str, place: str) -> Optional[Signal]:
         return error
     auth = library("google.auth.exceptions")
     if isinstance(error, auth.DefaultCredentialsError):
+        if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            wrong = "does not exist" if not Path(named).exists() else "is no credentials file"
+            return Denied(f"{what}: GOOGLE_APPLICATION_CREDENTIALS: {named} {wrong}", LOGIN)
         return Denied(f"{what}: there are no Google credentials on this machine", LOGIN)
     if isinstance(error, auth.TransportError):
-        return Transient(f"{what}: cannot be reached: {one_line(error)}", _RETRY_SOON)
+        return Transient(f"{what}: {_away(error)}", _RETRY_SOON)
     if isinstance(error, auth.GoogleAuthError):
         _forget()
         if getattr(error, "retryable", False):
@@ -138,7 +143,7 @@ def signal_of(error: Exception, what: str, place: str) -> Optional[Signal]:
         return _of_answer(error, what, place)
     retry_error = library("google.api_core.exceptions").RetryError
     if isinstance(error, (library("requests").RequestException, retry_error, ConnectionError)):
-        return Transient(f"{what}: cannot be reached: {one_line(error)}", _RETRY_SOON)
+        return Transient(f"{what}: {_away(error)}", _RETRY_SOON)
     return None
 
 
@@ -157,6 +162,10 @@ def one_line(error: object) -> str:
     """The words of an error in one line of at most 300 characters."""
     words = " ".join(str(error).split())
     return words if len(words) <= 300 else f"{words[:297]}..."
+
+
+def _away(error: Exception) -> str:
+    return no_answer(error) or f"cannot be reached: {one_line(error)}"
 
 
 def _of_answer(error: Any, what: str, place: str) -> Signal:

@@ -153,12 +153,26 @@ def looks(
             )
         clock.sleep(every)
     # Once more, some seconds after the end: the last lines may arrive late.
-    drain = max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
     # Another machine may have noted that end, by another clock: what was seen from here counts.
-    late = drain if watched else run.ended + drain - clock.now()
-    if late > 0:
-        clock.sleep(min(late, drain))
+    drain = _drain(run)
+    until = (clock.now() if watched else run.ended) + drain
+    if until > clock.now():
+        while (late := min(drain, until - clock.now())) > 0:
+            clock.sleep(min(late, every))
+            yield run, iter(())
         yield run, _patiently(reader, run)
+
+
+def awaited(run: Run, now: float) -> float:
+    """Seconds for which the last lines of a run that is over may still arrive."""
+    if run.ended is None:
+        return 0.0
+    drain = _drain(run)
+    return max(0.0, min(drain, run.ended + drain - now))
+
+
+def _drain(run: Run) -> float:
+    return max((backends.load(job.backend).can.drain for job in run.jobs), default=0.0)
 
 
 class NoDriver(LaunchError):

@@ -424,8 +424,8 @@ def _price(offer: Offer) -> str:
 def _cost_line(plan: RunPlan) -> str:
     if plan.usd_total == 0:
         return "cost: nothing"
-    rate = "unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
-    total = "unknown" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
+    rate = "price unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
+    total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
     hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
     return f"cost: {rate}, at most {total} ({hours})"
 

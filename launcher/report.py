@@ -54,11 +54,11 @@ def page(run: Run, root: Path) -> str:
 
 
 def _header(run: Run) -> str:
-    ended = run.ended if run.ended is not None else time.time()
+    word, seconds = "lasted" if run.ended is not None else "so far", run.lasted(time.time())
     facts = [
         ("recipe", run.recipe),
         ("started", _utc(run.created)),
-        ("lasted" if run.ended is not None else "so far", console.duration(ended - run.created)),
+        (word, console.duration(seconds)),
         ("cost", console.spent(run)),
         ("attempts", str(sum(len(job.attempts) for job in run.jobs))),
         ("where", ", ".join(dict.fromkeys(_places(run))) or "-"),

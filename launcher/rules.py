@@ -12,6 +12,7 @@ from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
 from trainer.config import KeyPath, Problem, nearest, to_dict
+from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
 #: What each backend can be asked for; backends that are not listed judge for themselves.
@@ -22,7 +23,8 @@ _SECRET = re.compile(
     r"(?:/[A-Za-z0-9_-]+)?"
 )
 _DATA = (".jsonl", ".txt")  # what trainer.data reads
-_BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?")
+_BUCKET = re.compile(rf"(gs|s3)://{BUCKET_NAME}(/.*)?")
+_STORE = re.compile(r"(gs|s3)://([^/]*)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_FORMS = "env://NAME or secret-manager://PROJECT/NAME"
 
@@ -70,11 +72,13 @@ def recipe_problems(
     """Problems between the backends `used` and what the recipe says once, at its top."""
     artifacts = top.get("artifacts")
     text, board = artifacts or "", top.get("tensorboard")
+    if (wrong_name := misspelt(text)) is not None:
+        yield ("artifacts",), wrong_name
     for key, value in (("artifacts", text), ("tensorboard", board or "")):
         if wrong := set(re.findall(r"\{[^}]*\}?", value)) - {"{run}"}:
             yield (key,), f"{min(wrong)} is not known; only {{run}} is filled in"
     if board is not None and not _BUCKET.fullmatch(board):
-        yield ("tensorboard",), "write gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
+        yield ("tensorboard",), misspelt(board) or "write gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"
     elif board is not None and not _BUCKET.fullmatch(text):
         yield (
             ("tensorboard",),
@@ -100,6 +104,14 @@ def recipe_problems(
     for name in top.get("env") or ():
         if not _VARIABLE.fullmatch(name):
             yield ("env", name), "is not the name of a variable"
+
+
+def misspelt(uri: str) -> Optional[str]:
+    """What is wrong with the name of the bucket in a URI; None: nothing, or it is no bucket."""
+    found = _STORE.match(uri)
+    if found is None or _BUCKET.fullmatch(uri):
+        return None
+    return f"'{found[2]}' cannot be the name of a bucket: {BUCKET_SPELLING}"
 
 
 def secret_problems(secrets: Node, env: Node) -> Problems:
@@ -292,7 +304,8 @@ def _schemes(stage: Stage) -> Iterator[Problem]:
     of_train = [(("train", "seconds_of"), seconds)] if seconds is not None else []
     for path, text in (*_data_files(stage), *references(stage), *of_train):
         if "://" in text and not text.startswith("file://") and not _BUCKET.fullmatch(text):
-            yield path, f"cannot read {text}: write gs://BUCKET/NAME, s3://BUCKET/NAME or a path"
+            forms = "write gs://BUCKET/NAME, s3://BUCKET/NAME or a path"
+            yield path, f"cannot read {text}: {misspelt(text) or forms}"
 
 
 def _cloud_data(stage: Stage) -> Iterator[Problem]:

@@ -88,6 +88,7 @@ class Run:
     usd_per_hour: Optional[float] = None
     spent_usd: Optional[float] = None  # as far as prices are known; None: none is
     unpriced: bool = False  # it has cost more than `spent_usd`: some prices are not known
+    idle: float = 0.0  # seconds between its ends and its resumptions
     progress: dict[str, Any] = field(default_factory=dict)  # last metrics line, and eta_seconds
     warnings: list[str] = field(default_factory=list)
     #: Where its artifacts can be read on this machine, empty: at the root. Of no use to others.
@@ -97,6 +98,10 @@ class Run:
     def live(self) -> bool:
         """Not over, or over while something may still bill."""
         return self.ended is None or self.held not in (Held.NONE, Held.GONE)
+
+    def lasted(self, now: float) -> float:
+        """Seconds from its creation to its end (or `now`), without those in which it was over."""
+        return max(0.0, (self.ended if self.ended is not None else now) - self.created - self.idle)
 
     def to_json(self) -> dict[str, Any]:
         facts = asdict(self)

@@ -14,10 +14,10 @@ import yaml
 
 from launcher import home
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
-from launcher.backends.base import Env
+from launcher.backends.base import Env, Phase
 from launcher.bundle import Bundle
-from launcher.claim import recipe_of
-from launcher.errors import UsageError
+from launcher.claim import budget_left, budget_text, recipe_of, worth
+from launcher.errors import BudgetSpent, UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
 from launcher.plan import (
@@ -99,9 +99,10 @@ def commit_of(path: Path) -> Optional[str]:
 
 def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], env: Env) -> None:
     """Open a run that is over: its recipe with `overrides`, no request to stop, a `resumed`
-    record. Errors: `RecipeErrors` and `UsageError`; the run is then as it was."""
+    record. Errors: `RecipeErrors`, `UsageError`, `BudgetSpent`; the run is then as it was."""
     given = tuple(overrides)
     recipe = _revised(fold, place, given, env)
+    _refuse_spent(recipe, fold.run, env.clock.now())
     artifacts = journal.artifacts
     taken = len(artifacts.names("control/stop-"))
     artifacts.move("control/stop.json", f"control/stop-{taken + 1}.json")
@@ -114,6 +115,7 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
 def what_resuming_creates(fold: Fold, place: Path, overrides: Iterable[str], env: Env) -> RunPlan:
     """The plan of a run that is over, should it go on with `overrides`. Errors: as `reopen`."""
     recipe = _revised(fold, place, tuple(overrides), env)
+    _refuse_spent(recipe, fold.run, env.clock.now())
     raw, run = fold.bundle, fold.run
     bundle = Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
     planned = make(recipe, env, bundle, run.id, fold.created.get("commit"))
@@ -201,6 +203,23 @@ def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> R
             )
     _refuse_idle(before, after, fold, metas)
     return after
+
+
+def _refuse_spent(recipe: Recipe, run: Run, now: float) -> None:
+    """Raise `BudgetSpent` where a job is left to do and its next attempt would not be worth it."""
+    undone = (j for j in run.jobs if not j.attempts or j.attempts[-1].phase is not Phase.SUCCEEDED)
+    job = next(undone, None)
+    if job is None:
+        return
+    newest = [attempt for one in run.jobs for attempt in one.attempts][-1:]
+    left = budget_left(run, recipe.budget, now, newest[0].usd_per_hour if newest else None)
+    if left is not None and left <= worth(left, newest[0] if newest else None, now):
+        raise BudgetSpent(f"{run.name}: {budget_text(recipe.budget)}", more_budget(run.name))
+
+
+def more_budget(name: str) -> str:
+    """What to do about a run whose budget is spent."""
+    return f"`launch resume {name} --set budget.hours=MORE` (or budget.usd), all attempts together"
 
 
 def _refuse_idle(before: Recipe, after: Recipe, fold: Fold, metas: Metas) -> None:

@@ -8,17 +8,19 @@ says that its run is still going.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Optional, TypeVar
 
 from launcher import backends, home, view
 from launcher.backends.base import Backend, CanTell, Env, Labelled
-from launcher.clear import remove
-from launcher.errors import LaunchError, Leaked
+from launcher.clear import remove, unanswered
+from launcher.errors import LaunchError, Leaked, Signal
 from launcher.run import Run
 from trainer.store import Store, StoreError, open_store
 
+Found = TypeVar("Found")
 #: Records that say nothing about whether their run is over.
 _SILENT = ("driver", "ref", "gone")
 
@@ -46,14 +48,15 @@ class Stray:
 
 def find(env: Env, everyone: bool = False) -> list[Stray]:
     """All strays on the backends that this machine used or the environment names, oldest first.
-    `everyone`: also what carries the label of another owner. Errors: signals of the backends."""
+    `everyone`: also what carries the label of another owner. Errors: signals of the backends;
+    `Leaked` where one cannot be asked while a run of this home holds something there."""
     strays = []
     runs: dict[str, tuple[bool, str]] = {}
     for name in backends.names():
         backend = backends.load(name)
         if not backend.can.create:
             continue
-        for found in _labelled(backend, env, everyone):
+        for found in _answered(env, name, partial(_labelled, backend, env, everyone)):
             if found.ref.run not in runs:
                 runs[found.ref.run] = _goes_on(env, found)
             live, doubt = runs[found.ref.run]
@@ -91,7 +94,7 @@ def clear_backend(env: Env, name: str) -> list[Leaked]:
     that goes on elsewhere: equal user names of two machines are one label. What could not be
     deleted, and what is in doubt."""
     backend, leaks = backends.load(name), []
-    for found in list(_labelled(backend, env, everyone=False)):
+    for found in _answered(env, name, lambda: _labelled(backend, env, everyone=False)):
         live, doubt = (False, "") if _of_this_home(env, found) else _goes_on(env, found)
         try:
             if doubt:
@@ -101,6 +104,17 @@ def clear_backend(env: Env, name: str) -> list[Leaked]:
         except Leaked as leak:
             leaks.append(leak)
     return leaks
+
+
+def _answered(env: Env, name: str, ask: Callable[[], Iterable[Found]]) -> list[Found]:
+    """What a backend answers. Errors: `Leaked` where it cannot be asked, and a run of this home
+    holds something there; its own signals where none does."""
+    try:
+        return list(ask())
+    except (Signal, OSError) as error:
+        runs = view.listed(env, 0)
+        theirs = (run for run in runs if any(job.backend == name for job in run.jobs))
+        raise unanswered(theirs, error) or error from error
 
 
 def _labelled(backend: Backend, env: Env, everyone: bool) -> Iterator[Labelled]:

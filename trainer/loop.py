@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from trainer import probe
+from trainer import copies, probe
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
 from trainer.config import ConfigError, Train
@@ -435,7 +435,7 @@ class Loop:
             if self.metrics is not None:
                 self.metrics.event("checkpoint", saved.step, path=saved.path.name, best=saved.best)
             best = " (best)" if saved.best else ""
-            self.say(f"step {saved.step}  saved {saved.path}{best}")
+            self.say(f"step {saved.step}  saved {copies.origin(str(saved.path))}{best}")
 
     def _end_saving(self) -> None:
         """Nothing is being written when `run` is left, whatever the reason."""

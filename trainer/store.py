@@ -26,6 +26,9 @@ _FULL = {
     errno.EDQUOT: "disk full (quota)",
     errno.EFBIG: "disk full (file size limit)",
 }
+#: How a bucket may be named. (The services are stricter still, and say so.)
+BUCKET_NAME = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
+BUCKET_SPELLING = "lower-case letters, digits, '-', '_', '.'; a letter or digit at both ends"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _Keys = list[str]  # inside a class that has a method `list`
 
@@ -49,6 +52,38 @@ class Denied(StoreError):
 class Transient(StoreError):
     """A service that was asked for a while and did not answer. Whether a write was applied is not
     known; the same call may be made again later."""
+
+
+#: What the texts of the clients' connection errors have in common -> in our words.
+_AWAY = (
+    (re.compile(r"refused", re.I), "connection refused"),
+    (re.compile(r"name or service not known|name resolution|NameResolution|getaddrinfo|nodename"),
+     "its name is not known here"),
+    (re.compile(r"timed? ?out", re.I), "no answer in time"),
+    (re.compile(r"certificate|SSL"), "its certificate is not accepted"),
+    (re.compile(r"unreachable|no route", re.I), "the network does not reach it"),
+    (re.compile(r"reset|aborted|closed|disconnected|broken|incomplete", re.I), "connection cut"),
+)  # fmt: skip
+_HOST = re.compile(r"host='([^']+)', port=(\d+)|https?://([^/\s\"'?]+)")
+
+
+def no_answer(error: BaseException) -> str:
+    """`HOST does not answer (connection refused)`, for what a client raised about a connection;
+    empty when its text tells of none."""
+    text, seen = str(error), error.__cause__ or error.__context__
+    if seen is not None:
+        text += f" {seen}"
+    why = next((words for pattern, words in _AWAY if pattern.search(text)), "")
+    found = _HOST.search(text)
+    request = getattr(error, "request", None)
+    if found is None and request is not None:
+        found = _HOST.search(str(getattr(request, "url", "")))
+    if not why:
+        return ""
+    host = "the service"
+    if found is not None:
+        host = found[3] or found[1] + ("" if found[2] in ("80", "443") else f":{found[2]}")
+    return f"{host} does not answer ({why})"
 
 
 class Store(Protocol):

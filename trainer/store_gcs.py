@@ -13,9 +13,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.store import Denied, NotFound, StoreError, Transient
+from trainer.store import Denied, NotFound, StoreError, Transient, no_answer
 from trainer.store_remote import (
     ONCE,
     SHA256,
@@ -71,6 +72,11 @@ class GcsStore(RemoteStore):
         try:
             credentials, project = auth.default(scopes=[_SCOPE])
         except auth.exceptions.DefaultCredentialsError as error:
+            named = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+            if named:
+                wrong = "is no credentials file" if Path(named).exists() else "does not exist"
+                text = f"{self.uri}: GOOGLE_APPLICATION_CREDENTIALS: {named} {wrong}; {_LOGIN}"
+                raise Denied(text) from error
             raise Denied(f"{self.uri}: no Google credentials on this machine; {_LOGIN}") from error
         return storage.Client(project=project, credentials=credentials)
 
@@ -181,6 +187,9 @@ class GcsStore(RemoteStore):
             return Denied(f"{failed}: access denied ({_said(error)}); {self._grant(writing)}")
         away = (requests.RequestException, ConnectionError, TimeoutError)
         if code in (408, 429) or code >= 500 or isinstance(error, away):
+            silent = no_answer(error) if isinstance(error, away) and not code else ""
+            if silent:
+                return Transient(f"{failed}: {silent}{self.patience.told()}; try again later")
             return Transient(
                 f"{failed}: the service does not answer as it should{self.patience.told()} "
                 f"({_said(error)}); try again later"

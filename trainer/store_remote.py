@@ -11,6 +11,7 @@ import abc
 import contextlib
 import hashlib
 import io
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainer.store import NotFound, StoreError, Transient, check_key, replacing
+from trainer.store import (
+    BUCKET_NAME,
+    BUCKET_SPELLING,
+    NotFound,
+    StoreError,
+    Transient,
+    check_key,
+    replacing,
+)
 
 #: Names of an object's metadata. They are part of what we leave behind.
 SHA256 = "launch-sha256"
@@ -89,6 +98,8 @@ class RemoteStore(abc.ABC):
         if not self.bucket or uri.partition("://")[2].startswith("/"):
             wanted = f"{self.scheme}://BUCKET/FOLDER"
             raise StoreError(f"{uri}: names no bucket; write {wanted}")
+        if not re.fullmatch(BUCKET_NAME, self.bucket):
+            raise StoreError(f"{uri}: '{self.bucket}' cannot name a bucket: {BUCKET_SPELLING}")
         if self.prefix:
             check_key(self.prefix)
             self.prefix += "/"

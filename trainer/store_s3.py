@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from trainer.store import Denied, NotFound, StoreError, Transient
+from trainer.store import Denied, NotFound, StoreError, Transient, no_answer
 from trainer.store_remote import (
     ONCE,
     SHA256,
@@ -197,6 +197,9 @@ class S3Store(RemoteStore):
                 f"the bucket {self.bucket} to this identity"
             )
         away = isinstance(error, (errors.HTTPClientError, errors.ConnectionError))
+        if away and (silent := no_answer(error)):
+            text = f"{failed}: {silent}, asked {self._attempts()} times; try again later"
+            return Transient(text)
         if away or code in _BUSY or status == 429 or status >= 500:
             return Transient(
                 f"{failed}: the service does not answer as it should, asked {self._attempts()} "

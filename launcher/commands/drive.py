@@ -57,10 +57,12 @@ def dry_run(
 
 def attach(run: str, *, take_over: bool, as_json: bool) -> int:
     now = api.env().clock.now()
+    before = api.status(run).driver if take_over else None
     attached = api.attach(run, take_over=take_over)
-    if attached.driver is not None and attached.driver.alive is None:  # followed, not driven
-        for warning in attached.warnings:
-            console.notice(f"{attached.name}: {warning}")
+    if take_over and attached.ended is None:
+        whom = f" from {before.host}, process {before.pid}" if before is not None else ""
+        console.notice(f"{attached.name}: taken over{whom}; it is driven from here now")
+    _say_who_drives(attached)
     return _go_on(attached, now, detach=False, as_json=as_json)
 
 
@@ -74,7 +76,16 @@ def resume(run: str, overrides: Sequence[str], *, detach: bool, yes: bool, as_js
         refuse(planned)
         if not _agreed(planned, "Go on with it?", yes=yes, as_json=as_json):
             return Exit.OK
-    return _go_on(api.resume(run, overrides), now, detach=detach, as_json=as_json)
+    resumed = api.resume(run, overrides)
+    _say_who_drives(resumed)
+    return _go_on(resumed, now, detach=detach, as_json=as_json)
+
+
+def _say_who_drives(run: Run) -> None:
+    """Of a run that another machine drives: it is followed from here, not driven."""
+    if run.driver is not None and run.driver.alive is None:
+        for warning in run.warnings:
+            console.notice(f"{run.name}: {warning}")
 
 
 def drive(run: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from launcher import api, console, records, report, retry
 from launcher.artifacts import here, journals
 from launcher.backends.base import Env, Line, Phase
 from launcher.errors import Exit, LaunchError
-from launcher.logs import Reader, looks
+from launcher.logs import Reader, awaited, looks
 from launcher.run import Run
 
 #: Log lines shown of what was there before, or was hidden by the view when the run failed.
@@ -56,7 +57,7 @@ def ending(run: Run, written: Optional[Path]) -> list[str]:
         word = console.paint("passed" if passed else "failed", "green" if passed else "red")
         lines.append(f"gate of {stage}: {word}")
         lines += [f"  {sentence}" for sentence in sentences]
-    took = console.duration((run.ended or run.created) - run.created)
+    took = console.duration(run.lasted(run.ended or run.created))
     why = f": {run.why}" if run.why else ""
     phase = console.paint(run.phase.value, console.style(run.phase.value))
     lines.append(f"{run.name} {phase} after {took}, {console.spent(run)}{why}")
@@ -72,6 +73,10 @@ def _next(run: Run) -> list[str]:
     """What to do about a run that did not succeed. A resumed run reads its own recipe, as it was
     recorded, and the files that it names, as they are by then."""
     resume, code = f"`launch resume {run.name}", _fault(run)
+    if run.exit_code == Exit.BUDGET:
+        keys = re.findall(r"budget\.\w+", run.why) or ["budget.hours"]
+        more = " ".join(f"--set {key}=MORE" for key in dict.fromkeys(keys))
+        return [f"{resume} {more}` {_resumption(run)}; a budget counts all attempts together"]
     if code == 64:
         return [
             "the recipe is at fault, or a file that it names: fix it, then `launch up` the recipe",
@@ -105,7 +110,7 @@ def _resumption(run: Run) -> str:
 def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Run:
     """Worker 0's lines through `write`, and changes of phase on stderr."""
     known: dict[str, str] = {}
-    last, first = run, True
+    last, first, waiting = run, True, False
     for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
         old = first and run.created < since - 1
         if old:
@@ -118,6 +123,9 @@ def _plain(run: Run, env: Env, since: float, write: Callable[[str], None]) -> Ru
                 console.notice(f"{name}: {phase}")
                 known[name] = phase
         first = False
+        if not waiting and (late := awaited(last, env.clock.now())) > 0:
+            waiting = True
+            console.notice(f"{last.name} is over; waiting for the last log lines ({late:.0f} s)")
     return last
 
 
@@ -142,7 +150,7 @@ def _live(run: Run, env: Env, since: float, hint: str) -> Run:
     with View(hint or DETACHES) as view:
         for last, lines in looks(lambda: api.status(run.id), Reader(env, worker=0)):
             recent.extend(lines)
-            view.run(last, env.clock.now())
+            view.run(last, env.clock.now(), awaited(last, env.clock.now()))
     if last.phase in (Phase.FAILED, Phase.LOST):
         _told(recent, since, console.notice)
     return last

@@ -39,22 +39,24 @@ class View:
     ) -> None:
         self._live.stop()
 
-    def run(self, run: Run, now: float) -> None:
-        self._live.update(draw(run, now, self._live.console.width, self._hint))
+    def run(self, run: Run, now: float, late: float = 0.0) -> None:
+        self._live.update(draw(run, now, self._live.console.width, self._hint, late))
 
     def lines(self, lines: Sequence[str]) -> None:
         self._live.update(Text.from_ansi("\n".join(lines), no_wrap=True))
 
 
-def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
+def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: float = 0.0) -> Group:
     """One run: its phase, its stages, the newest numbers of the one that trains, and its warnings;
-    a bar where `width` columns leave room for one."""
-    ended = run.ended if run.ended is not None else now
+    a bar where `width` columns leave room for one. `late`: seconds for which the last lines of a
+    run that is over are awaited; they are what the clock shows meanwhile."""
+    lasted = console.duration(run.lasted(now))
     head = Text.assemble(
         (console.plain(run.name), "bold"),
         "  ",
         (run.phase.value, console.style(run.phase.value)),
-        (f"  {console.duration(ended - run.created)}  spent {console.spent(run)}", "dim"),
+        ("" if late else f"  {lasted}", "dim"),
+        (f"  spent {console.spent(run)}", "dim"),
     )
     rows = [_cells(run, stage) for stage in run.stages]
     used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))
@@ -64,6 +66,8 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES) -> Group:
     for stage, cells in zip(run.stages, rows):
         table.add_row(*cells, _bar(run, stage, min(24, width - used - 2)))
     notes = [Text(console.plain(text), style="yellow") for text in run.warnings]
+    if late:
+        notes.append(Text(f"waiting for the last log lines: {late:.0f} s", style="dim"))
     if run.ended is None:
         notes.append(Text(hint, style="dim"))
     return Group(head, table, *notes)

@@ -24,13 +24,17 @@ def plan(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: b
 def validate(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
     path = shipped.find(recipe)
     loaded = api.validate(path, overrides, on)
+    notes = loaded.notes()
     if as_json:
         console.document(
-            {"path": str(path), "fingerprint": loaded.fingerprint, "recipe": loaded.canonical}
-        )
+            {"path": str(path), "fingerprint": loaded.fingerprint, "recipe": loaded.canonical,
+             "notes": notes}
+        )  # fmt: skip
         return Exit.OK
     names = ", ".join(stage.id for stage in loaded.recipe.stages)
     console.say(f"{path}: valid; stages: {names}")
+    for note in notes:
+        console.say(f"note: {note}")
     return Exit.OK
 
 

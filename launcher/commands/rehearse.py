@@ -48,7 +48,8 @@ def rehearse(
         raise UsageError(_REFUSAL, "add --yes to go on without being asked")
     began = time.monotonic()
     console.notice(f"a rehearsal of {loaded.recipe.name}: no account, no cloud, nothing is billed")
-    with _interruptible(), Rehearsal(loaded, api.env().home, keep) as world:
+    console.notice("starting the servers and making stand-ins for models and data")
+    with _interruptible(), _told_when_left(), Rehearsal(loaded, api.env().home, keep) as world:
         console.notice(f"servers on this machine, instead of Google's: {world.url}")
         for note in world.notes:
             console.notice(f"rehearsal: {note}")
@@ -62,6 +63,17 @@ def rehearse(
                 _relieve()
         _keep(world, code != Exit.OK)
     return code
+
+
+@contextmanager
+def _told_when_left() -> Iterator[None]:
+    """Outside of the rehearsal's own context: what is said is true by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.notice("\ninterrupted: servers, jobs and drivers of the rehearsal have been ended; "
+                       "its folder is gone, but for what was said to be kept")  # fmt: skip
+        raise
 
 
 def _keep(world: Rehearsal, failed: bool) -> None:

@@ -19,11 +19,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from launcher.rehearsal.google import Google
 from launcher.rehearsal.http import HttpError
 from launcher.rehearsal.rpc import Rpc
 from launcher.rehearsal.vertex import Real, Stub
+from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 #: What the last line before serving begins with.
 READY = "# serving"
@@ -37,7 +39,13 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda *_: stop.set())
     if options.while_open:
         threading.Thread(target=_until_closed, args=(stop,), daemon=True).start()
-    google = Google(folder=options.folder, port=options.port, project=options.project)
+    try:
+        google = Google(folder=options.folder, port=options.port, project=options.project)
+    except OSError as error:
+        where = error.filename or f"127.0.0.1:{options.port}"
+        said = f"cannot serve: {where}: {error.strerror or error}; name another --port or --folder"
+        sys.stderr.write(f"python -m launcher.rehearsal: {said}\n")
+        return 2
     with google as server, Rpc(server) as rpc:
         _prepare(server, options)
         lines = [f"export {name}={shlex.quote(value)}" for name, value in server.environ().items()]
@@ -93,13 +101,19 @@ def _relieve(folder: Path) -> None:
         driver.relieve(run_id, here).close()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m launcher.rehearsal")
+    parser = _Parser(prog="python -m launcher.rehearsal")
     add = parser.add_argument
     add("--folder", type=Path, help="keep the state here")
-    add("--port", type=int, default=0, help="default: a free one")
-    add("--project", default="rehearsal")
-    add("--bucket", action="append", default=[], help="create it; may be repeated")
+    add("--port", type=_port, default=0, help="default: a free one")
+    add("--project", default="rehearsal", type=_project)
+    add("--bucket", action="append", default=[], type=_bucket, help="create it; may be repeated")
     add("--secret", action="append", default=[], metavar="PROJECT/NAME", type=_secret,
         help="a secret with a random value; may be repeated")  # fmt: skip
     add("--env", action="append", default=[], metavar="NAME=VALUE", type=_variable,
@@ -112,6 +126,25 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--home", type=Path, help="at the end, drivers of runs in this $LAUNCH_HOME leave, too")
     add("--while-open", action="store_true", help="end, too, when standard input is closed")
     return parser.parse_args(arguments)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number from 0 (a free one) to 65535")
+    return int(text)
+
+
+def _project(text: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9:.-]*[a-z0-9]", text):
+        allowed = "lower-case letters, digits and '-', a letter first"
+        raise argparse.ArgumentTypeError(f"{text!r} cannot name a project: {allowed}")
+    return text
+
+
+def _bucket(text: str) -> str:
+    if not re.fullmatch(BUCKET_NAME, text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot name a bucket: {BUCKET_SPELLING}")
+    return text
 
 
 def _secret(text: str) -> str:

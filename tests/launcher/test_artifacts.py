@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher import api, console, engine, home, logs, records, view
+from launcher import api, cli, console, engine, home, logs, records, view
 from launcher.adopt import adopt
 from launcher.artifacts import EVENTS, LOGS, Artifacts, Bucket, here, journals, open_artifacts
-from launcher.backends.base import Env, Phase
+from launcher.backends.base import Env, Held, Phase
 from launcher.claim import write_marker
 from launcher.clock import ManualClock
 from launcher.errors import Damaged, Denied, Exit, HeldElsewhere, LaunchError, Transient, UsageError
@@ -30,7 +30,7 @@ from tests.launcher.test_vertex_engine import SharedClock
 from trainer.store import open_store
 
 from launcher.rehearsal.faults import Fault, Script, Seeded  # isort: skip
-from launcher.rehearsal.vertex import PREEMPTED, Said, Stub  # isort: skip
+from launcher.rehearsal.vertex import PREEMPTED, Said, Stub, exited  # isort: skip
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_a_command_does_not_wait_for_a_bucket_for_ever(it: Scene) -> None:
 @pytest.mark.parametrize(
     ("bad", "kind", "code"),
     [("absent", UsageError, Exit.USAGE), ("denied", Denied, Exit.ACCESS),
-     ("away", Transient, Exit.CAPACITY)],
+     ("away", Transient, Exit.ACCESS)],
 )  # fmt: skip
 def test_a_bucket_that_takes_nothing_stops_a_run_before_anything_is_made(
     it: Scene, bad: str, kind: type[LaunchError], code: Exit
@@ -561,3 +561,51 @@ def test_stop_and_status_through_the_api_write_to_the_bucket(
     run = engine.drive(run_id, it.env, load)
     assert (run.phase, run.why) == (Phase.CANCELLED, "stopped: lunch")
     assert it.server.vertex.created == []
+
+
+@pytest.mark.parametrize(
+    ("code", "noted", "phase"),
+    [(78, "secret HF_TOKEN: cannot read projects/p/secrets/t", Phase.FAILED),
+     (75, "the bucket did not answer for 600 s", Phase.PREEMPTED)],
+)  # fmt: skip
+def test_why_a_job_failed_is_what_boot_noted_where_the_service_has_only_a_code(
+    it: Scene, code: int, noted: str, phase: Phase
+) -> None:
+    it.server.vertex.fates.append(Stub(2, 2, 20, exited(code)))
+    run_id = begin(it)
+    store = open_store(root(run_id))
+    for name, why in (("00-0001", "before"), ("00-0001r2", "before"), ("00-0001r10", noted)):
+        record = {"v": 1, "exit_code": code, "why": why}
+        store.put_bytes(f"attempts/{name}.json", json.dumps(record).encode())
+    run = drive(it, run_id)
+    attempt = run.jobs[0].attempts[0]
+    assert (attempt.phase, attempt.exit_code, attempt.why) == (phase, code, noted)
+    if phase is Phase.FAILED:
+        assert run.why.startswith(noted) and len(run.jobs[0].attempts) == 1
+
+
+def away(it: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nothing answers, as on a laptop without a network."""
+    for name in ("STORAGE_EMULATOR_HOST", "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+def test_what_cannot_be_asked_about_may_still_bill(
+    it: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(it.home))
+    monkeypatch.setattr("launcher.api.SystemClock", lambda: it.clock)
+    it.server.vertex.fates.append(Stub(2, 2, None))
+    run_id = begin(it)
+    well = [("/b/bkt/o", Fault("slow"))] * 30
+    it.server.faults = Script([*well, ("/b/bkt/o", Fault("status", 403))])
+    with pytest.raises(Denied):
+        drive(it, run_id)
+    it.server.faults = Script()
+    assert look(it, run_id).held is Held.LIVE
+    away(it, monkeypatch)
+    for command in (["teardown", run_id, "--yes"], ["sweep", "--yes"]):
+        assert cli.run(command) == Exit.LEAKED
+        said = capsys.readouterr().err
+        assert "may still bill: " in said and "gcloud ai custom-jobs cancel" in said
+        assert "127.0.0.1:9 does not answer (connection refused)" in said and "Pool(" not in said

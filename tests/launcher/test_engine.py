@@ -373,7 +373,7 @@ def test_an_unknown_price_does_not_switch_the_budget_in_dollars_off(tmp_path: Pa
 def test_what_costs_an_unknown_price_alone_is_unknown(tmp_path: Path) -> None:
     offers = [{"place": "a", "capacity": "spot", "usd_per_hour": None}]
     run = scene(tmp_path, offers=offers, jobs=[{"looks": 9}]).drive()
-    assert (run.spent_usd, run.unpriced, console.spent(run)) == (None, True, "unknown")
+    assert (run.spent_usd, run.unpriced, console.spent(run)) == (None, True, "price unknown")
 
 
 def test_offers_above_the_hourly_budget_are_not_taken(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from launcher import api, cli, console
 from launcher.backends.base import Phase
+from launcher.errors import BudgetSpent
+from launcher.fold import Fold
 from launcher.spec import Budget
 from tests.launcher.runs import Scene, killed_at, plugged_in, recipe, scene
 
@@ -77,3 +79,27 @@ def test_a_run_that_only_lost_its_driver_is_not_asked_about_again(
     plugged_in(monkeypatch, tmp_path, it.world)
     killed_at(8, it.drive)
     assert api.resume_plan(it.run_id) is None
+
+
+def test_a_spent_budget_opens_nothing_until_it_is_raised(
+    it: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, name = it.kinds(), it.run().name
+    little = ["--set", "budget.hours=0.01", "--set", "budget.usd=3"]
+    assert cli.run(["resume", name, "--yes", "--detach", *little]) == 5
+    said = capsys.readouterr().err
+    assert "the budget is spent (budget.hours: 0.01, budget.usd: 3)" in said
+    assert f"launch resume {name} --set budget.hours=MORE" in said
+    with pytest.raises(BudgetSpent):
+        api.resume(name, ["budget.hours=0.01"])
+    assert it.kinds() == before and it.run().ended is not None
+    assert api.resume_plan(name, ["budget.hours=5"]) is not None
+
+
+def test_the_time_in_which_a_run_was_over_is_not_its_own(it: Scene) -> None:
+    run = it.run()
+    assert run.ended is not None
+    lasted = run.lasted(run.ended)
+    again = Fold(it.records())
+    again.apply({"kind": "resumed", "time": run.ended + 500})
+    assert again.run.lasted(run.ended + 510) == pytest.approx(lasted + 10)

@@ -238,11 +238,16 @@ def at(year: int) -> Env:
     return replace(ENV, clock=ManualClock(moment))
 
 
-def test_warnings_tell_of_a_dated_image_and_of_the_project() -> None:
+def test_without_a_project_there_is_no_plan() -> None:
+    with pytest.raises(BadRequest, match=r"hardware\.vertex\.project: is unset") as caught:
+        planned("hardware.vertex.project=null")
+    assert "GOOGLE_CLOUD_PROJECT" in caught.value.hint
+
+
+def test_warnings_tell_of_a_dated_image() -> None:
     backend, spec = VertexBackend(), Hardware("vertex", "L4:1")
     dated = replace(spec, vertex=Vertex(image=IMAGES[-1].uri))
     late, early = list(backend.warnings(dated, at(2027))), list(backend.warnings(dated, at(2026)))
-    assert any("no project" in line for line in late)
     assert any("has torch 2.4" in line and "2026-07-24, is past;" in line for line in late)
     assert any("2026-07-24, is not past yet" in line for line in early)
     own = replace(spec, vertex=Vertex(project="p", image="own:1"))

@@ -121,6 +121,9 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
     if spec.hours is not None and spec.hours > _LONGEST_HOURS:
         raise BadRequest("budget.hours", f"a Vertex AI job ends after {_LONGEST_HOURS} hours",
                          "set fewer; the run goes on from its last checkpoint")  # fmt: skip
+    if not (spec.hardware.vertex and spec.hardware.vertex.project):
+        raise BadRequest("hardware.vertex.project", "is unset, and so is it in the environment",
+                         "name it there, or set GOOGLE_CLOUD_PROJECT")  # fmt: skip
     image = _image(spec.hardware)
     root, bundle = str(spec.boot["root"]).rstrip("/"), spec.boot["bundle"]
     bucket = root.removeprefix("gs://").partition("/")[0]
@@ -148,8 +151,6 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
 def warnings(spec: Hardware, today: datetime.date) -> Iterator[str]:
     """What a plan for `spec` should say today."""
     vertex = spec.vertex or Vertex()
-    if not vertex.project:
-        yield "no project: set hardware.vertex.project or GOOGLE_CLOUD_PROJECT"
     for image in IMAGES:
         if vertex.image == image.uri:
             ends = "is past" if today > image.available_until else "is not past yet"
@@ -161,8 +162,8 @@ def warnings(spec: Hardware, today: datetime.date) -> Iterator[str]:
 
 
 def project_of(spec: Hardware) -> str:
-    """The project, or a hole where none is known yet."""
-    return (spec.vertex and spec.vertex.project) or "${project}"
+    """The project; `plan` refuses where there is none."""
+    return (spec.vertex and spec.vertex.project) or ""
 
 
 def labels(spec: JobSpec) -> dict[str, str]:
