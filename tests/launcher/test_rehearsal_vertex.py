@@ -317,7 +317,7 @@ def test_the_state_in_a_folder_outlives_the_server(it: Scene, tmp_path: Path) ->
 
 
 def test_as_a_process_it_prints_the_variables_and_ends_when_asked(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "launcher.rehearsal", "--bucket", "b", "--project", "p"]
+    argv = [sys.executable, "-m", "launcher.rehearsal", "--bucket", "bkt", "--project", "proj"]
     process = subprocess.Popen(
         [*argv, "--folder", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -326,14 +326,14 @@ def test_as_a_process_it_prints_the_variables_and_ends_when_asked(tmp_path: Path
         lines = [process.stdout.readline() for _ in range(11)]
         assert lines.pop().startswith("# serving; jobs, logs and secrets over gRPC at 127.0.0.1:")
         given = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
-        assert given["GOOGLE_CLOUD_PROJECT"] == "p"
+        assert given["GOOGLE_CLOUD_PROJECT"] == "proj"
         base = given["STORAGE_EMULATOR_HOST"]
         assert (
             given["GCE_METADATA_IP"] == given["GCE_METADATA_HOST"] == base.removeprefix("http://")
         )
         assert given["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"] == f"{base}/"
-        assert get(f"{base}/v1/projects/p/locations/x/customJobs") == (200, b"{}")
-        assert get(f"{base}/storage/v1/b/b")[0] == 200
+        assert get(f"{base}/v1/projects/proj/locations/x/customJobs") == (200, b"{}")
+        assert get(f"{base}/storage/v1/b/bkt")[0] == 200
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0

@@ -56,8 +56,21 @@ def test_every_input_may_be_in_a_bucket(at: Path, uri: str, where: str) -> None:
             assert config.kd.targets == f"{uri}/t"
 
 
-@pytest.mark.parametrize("uri", ["http://host/x", "gs:///x", "gs:bucket://x", "abfs://b"])
-def test_a_uri_that_no_job_reads_is_told_where_it_is_written(at: Path, uri: str) -> None:
+FORMS = "write gs://BUCKET/NAME, s3://BUCKET/NAME or a path"
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [
+        ("http://host/x", FORMS),
+        ("gs:///x", "'' cannot be the name of a bucket"),
+        ("gs:bucket://x", FORMS),
+        ("abfs://b", FORMS),
+    ],
+)
+def test_a_uri_that_no_job_reads_is_told_where_it_is_written(
+    at: Path, uri: str, advice: str
+) -> None:
     found = problems(KD.replace("URI", uri))
     told = [re.split(r":\d+:\d+: ", line)[1].split(": ")[0] for line in found]
     assert told == [
@@ -65,7 +78,7 @@ def test_a_uri_that_no_job_reads_is_told_where_it_is_written(at: Path, uri: str)
         "data.train[2].hf.name", "data.validation[0].path", "data.chat_template",
         "train.seconds_of", "train.resume", "kd.targets",
     ]  # fmt: skip
-    assert all("write gs://BUCKET/NAME, s3://BUCKET/NAME or a path" in line for line in found)
+    assert all(advice in line for line in found)
 
 
 def test_a_folder_to_resume_from_is_there_or_in_a_bucket(at: Path) -> None:

@@ -101,5 +101,6 @@ def test_the_time_in_which_a_run_was_over_is_not_its_own(it: Scene) -> None:
     assert run.ended is not None
     lasted = run.lasted(run.ended)
     again = Fold(it.records())
-    again.apply({"kind": "resumed", "time": run.ended + 500})
+    who = {"host": "here", "pid": 1}
+    again.apply({"kind": "resumed", "time": run.ended + 500, "driver": who})
     assert again.run.lasted(run.ended + 510) == pytest.approx(lasted + 10)

@@ -11,7 +11,7 @@ import pytest
 
 import launcher.plan as planning
 from launcher import backends, recipe, start
-from launcher.backends.base import Env, Intent
+from launcher.backends.base import Env, Held, Intent, Phase
 from launcher.backends.vertex import VertexBackend, request
 from launcher.backends.vertex.request import FETCH, IMAGES
 from launcher.bundle import Bundle
@@ -146,6 +146,8 @@ def test_a_preview_equals_what_is_recorded_whatever_is_left_of_the_budget(tmp_pa
     with claimed(run_id, env, backends.load, None, False) as claim:
         state, offer = claim.run.jobs[0], job.offers[0]
         claim.record("intent", job=0, attempt=1, intent=asdict(job.intents[0]), offer=asdict(offer))
+        seen = {"held": Held.LIVE, "why": "", "exit_code": None, "cause": ""}
+        claim.record("phase", job=0, attempt=1, phase=Phase.RUNNING, **seen)
         claim.clock.sleep(3000.0)  # an attempt that has used some of the budget
         sent = list(Engine(claim)._intents(state, 2, offer))
     left = 12 * 3600 - 3000

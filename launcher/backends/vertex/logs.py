@@ -30,6 +30,8 @@ OVERLAP = 30.0
 #: Seconds before those that a wide look reads too, seconds from one such look to the next, and the
 #: pages that it may cost: of what is written faster only the older part is looked through.
 LOOK_BACK, WIDE_EVERY, _WIDE_PAGES = 600.0, 60.0, 10
+#: The same when the job is over: there are only `DRAIN` seconds left.
+WIDE_AT_THE_END = 10.0
 #: Seconds after the end of a job until its last entries are there.
 DRAIN = 30.0
 _PAGE = 1000
@@ -94,7 +96,8 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
     if cursor and not isinstance(known, _Given):
         given.floor = float(cursor["time"]), str(cursor["id"])
     given.wide_at = given.wide_at or now + WIDE_EVERY
-    wide = bool(cursor) and (query.last or now >= given.wide_at)
+    every = WIDE_AT_THE_END if query.last else WIDE_EVERY
+    wide = bool(cursor) and now >= given.wide_at - WIDE_EVERY + every
     if wide:  # before it is done: one that is cut must not keep the next lines waiting
         given.wide_at = now + WIDE_EVERY
     if isinstance(known, _Given):  # a look that gives nothing leaves the cursor as it was
@@ -128,7 +131,10 @@ def _pages(
             "orderBy": "timestamp asc", "pageSize": _PAGE,
         }  # fmt: skip
         for count in itertools.count(1):
-            quota.take(env.home, project, who, env.clock.now())
+            if not back:
+                quota.take(env.home, project, who, env.clock.now())
+            elif not quota.spare(env.home, project, env.clock.now()):
+                return  # the turns are for new lines
             answer, answered = google.dated(session, "POST", url, what, ref.place, json=body)
             entries = answer.get("entries", ())
             yield [_entry(raw, _workers(ref)) for raw in entries], answered

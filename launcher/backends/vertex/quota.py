@@ -11,6 +11,8 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +26,24 @@ _WINDOW = 60.0
 def take(home: Path, project: str, who: str, now: float) -> None:
     """Take one read at `now` (UTC seconds). `who` names the reader, so that it finds the turn that
     it was given. Errors: `Transient` with the seconds until its turn."""
+    with _turns(home, project, now) as turns:
+        at, turns[:] = _turn(turns, who, now)
+    if at > now:
+        raise Transient(f"{A_MINUTE} reads of logs a minute are used up in {project}", at - now)
+
+
+def spare(home: Path, project: str, now: float) -> bool:
+    """Take one read at `now` if nobody waits for it: for what may as well be read later."""
+    with _turns(home, project, now) as turns:
+        free = len(turns) < A_MINUTE
+        if free:
+            turns[:] = sorted([*turns, (now, "")])
+    return free
+
+
+@contextmanager
+def _turns(home: Path, project: str, now: float) -> Iterator[list[tuple[float, str]]]:
+    """The turns of the last minute and those given, to be changed in place."""
     folder = home / "google"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"logging-{re.sub('[^a-z0-9-]', '-', project)}.json"
@@ -31,12 +51,10 @@ def take(home: Path, project: str, who: str, now: float) -> None:
         fcntl.flock(turns_file, fcntl.LOCK_EX)
         # A clock that was set back leaves turns in a far future: they are nobody's.
         turns = [t for t in _read(turns_file) if now - _WINDOW < t[0] < now + 100 * _WINDOW]
-        at, turns = _turn(turns, who, now)
+        yield turns
         turns_file.seek(0)
         turns_file.truncate()
         json.dump(turns, turns_file)
-    if at > now:
-        raise Transient(f"{A_MINUTE} reads of logs a minute are used up in {project}", at - now)
 
 
 def _turn(
