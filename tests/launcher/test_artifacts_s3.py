@@ -45,8 +45,8 @@ def journal(env: Env) -> Journal:
 def test_a_run_on_s3_is_written_fenced_refreshed_and_adopted(env: Env, tmp_path: Path) -> None:
     one, other = journal(env), journal(env)
     assert one.read() == [] and other.read() == []
-    facts = {"id": RUN, "name": "thing-0000ff", "fingerprint": "f" * 64, "owner": "me", "root": ROOT,
-             "created": 1.0}  # fmt: skip
+    facts = {"id": RUN, "name": "thing-0000ff", "fingerprint": "f" * 64, "owner": "me",
+             "root": ROOT, "created": 1.0}  # fmt: skip
     one.append("created", **facts, recipe={"name": "thing"}, stages=[], jobs=[],
                bundle={"path": "", "sha256": "", "bytes": 0})  # fmt: skip
     with pytest.raises(HeldElsewhere):
