@@ -58,10 +58,6 @@ class JobFailed(LaunchError):
     code = Exit.JOB
 
 
-class GateFailed(JobFailed):
-    """A gate said no, or could not be answered: it fails closed."""
-
-
 class Damaged(JobFailed):
     """Some of what a job left is not what it says of itself; the rest was brought."""
 

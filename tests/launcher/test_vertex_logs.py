@@ -326,7 +326,16 @@ def test_readers_in_other_processes_share_one_allowance(tmp_path: Path) -> None:
 def test_a_clock_that_was_set_back_locks_nobody_out(tmp_path: Path) -> None:
     for number in range(quota.A_MINUTE):
         quota.take(tmp_path, "proj", f"reader {number}", 2_000_000_000.0)
+    assert quota.spare(tmp_path, "proj", 1_795_000_000.0)
     quota.take(tmp_path, "proj", "later", 1_795_000_000.0)
+
+
+def test_a_read_that_may_wait_takes_no_turn_of_those_who_wait(tmp_path: Path) -> None:
+    for number in range(quota.A_MINUTE):
+        assert quota.spare(tmp_path, "proj", 1_795_000_000.0 + number / 10)
+    assert not quota.spare(tmp_path, "proj", 1_795_000_010.0)
+    assert quota.spare(tmp_path, "other", 1_795_000_010.0)
+    assert quota.spare(tmp_path, "proj", 1_795_000_060.0)
 
 
 @pytest.mark.parametrize(

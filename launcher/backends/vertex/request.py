@@ -17,7 +17,7 @@ from launcher import hardware
 from launcher.backends.base import Intent, JobSpec, Offer, Plan
 from launcher.errors import BadRequest, NoCapacity
 from launcher.spec import Hardware, Vertex
-from launcher.wheels import is_remote
+from launcher.wheels import TORCH, is_remote
 
 NAME = "vertex"
 JOB, OBJECT = "custom_job", "gcs_object"
@@ -34,10 +34,6 @@ _ACCELERATOR_TYPES = {
 }
 _STRATEGIES = {"standard": "STANDARD", "spot": "SPOT", "flex": "FLEX_START"}
 _LONGEST_HOURS = 7 * 24  # the service's own limit, and its default
-
-
-#: The oldest torch that the trainer runs on.
-_TORCH = (2, 9)
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ def _image(spec: Hardware) -> str:
     if spec.vertex and spec.vertex.image:
         return spec.vertex.image
     newest = IMAGES[-1]
-    if tuple(int(part) for part in newest.torch.split(".")) >= _TORCH:
+    if tuple(int(part) for part in newest.torch.split(".")) >= TORCH[0]:
         return newest.uri
     raise BadRequest(
         "hardware.vertex.image",
@@ -195,7 +191,7 @@ def _image(spec: Hardware) -> str:
 
 
 def _torch() -> str:
-    return ".".join(map(str, _TORCH))
+    return ".".join(map(str, TORCH[0]))
 
 
 def _machine(spec: Hardware) -> str:
