@@ -131,11 +131,9 @@ def backoff(times: int) -> float:
 
 
 def settling(seconds: float) -> Iterator[float]:
-    """The waits, together `seconds`, before each further look for what may not show yet: 1, 4, 16,
-    and the rest."""
-    wait = 1.0
-    while seconds > 0:
-        # A last look soon after the one before it would show nothing new.
-        wait = seconds if seconds < 2 * wait else wait
-        yield wait
-        seconds, wait = seconds - wait, 4 * wait
+    """The waits, together `seconds`, before each further look for what may not show yet: one soon,
+    for what is only a little late, and the one that decides."""
+    soon = seconds / 12
+    if seconds > 0:
+        yield soon
+        yield seconds - soon

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,27 @@ def laboratory() -> Iterator[Laboratory]:
     there is such a file system: what is shown here has nothing to do with a disk."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     folder = Path(tempfile.mkdtemp(dir=memory))
-    proxies, os.environ["NO_PROXY"] = os.environ.get("NO_PROXY"), "127.0.0.1"
-    made = Laboratory(folder)
-    yield made
-    made.close()
+    with pytest.MonkeyPatch.context() as patch, _one_core():
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("NETRC", str(folder / "netrc"))  # which is looked for at every request
+        made = Laboratory(folder)
+        yield made
+        made.close()
     shutil.rmtree(folder)
-    del os.environ["NO_PROXY"]
-    if proxies is not None:
-        os.environ["NO_PROXY"] = proxies
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """The client and the server of a worker of xdist on one core: their threads hand each other one
+    lock, and between two cores that is a sixth slower."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(cores)[worker % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.mark.parametrize("part", range(TESTS))
