@@ -12,6 +12,17 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
+from launcher import cli_recipes
+from launcher.arguments import (
+    DetachOption,
+    JsonOption,
+    OnOption,
+    RecipeArgument,
+    RunArgument,
+    SetOption,
+    YesOption,
+    run_names,
+)
 from launcher.errors import Exit, LaunchError, UsageError
 
 
@@ -71,52 +82,12 @@ app = typer.Typer(
 )
 
 
-def _run_names(incomplete: str) -> list[str]:
-    from launcher.commands import completion
-
-    return completion.runs(incomplete)
-
-
-def _recipe_names(incomplete: str) -> list[str]:
-    from launcher.commands import completion
-
-    return completion.recipes(incomplete)
-
-
 def _version(asked: bool) -> None:
     if asked:
         from launcher import __version__, console
 
         console.say(f"launch {__version__}")
         raise typer.Exit
-
-
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A recipe file, or the name of a shipped one (launch recipes).",
-        autocompletion=_recipe_names,
-    ),
-]
-RunArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help="A run's name, id, the start of one, or the gs:// URI (or folder) of its artifacts.",
-        autocompletion=_run_names,
-    ),
-]
-SetOption = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value: train.lr=1e-4. Repeatable."),
-]
-OnOption = Annotated[
-    Optional[str], typer.Option("--on", metavar="BACKEND", help="Another backend: local, vertex.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DetachOption = Annotated[bool, typer.Option("--detach", "-d", help="Start it and return at once.")]
 
 
 @app.callback()
@@ -178,7 +149,7 @@ def status(
         typer.Argument(
             metavar="RUN",
             help="A run (name, id, or gs:// URI) in full; else a list.",
-            autocompletion=_run_names,
+            autocompletion=run_names,
         ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again, until Ctrl-C.")] = False,
@@ -267,7 +238,7 @@ def teardown(
         typer.Argument(
             metavar="RUN",
             help="The run (name, id, or gs:// URI), or --all.",
-            autocompletion=_run_names,
+            autocompletion=run_names,
         ),
     ] = None,
     everything: Annotated[
@@ -351,74 +322,7 @@ def drive(run: RunArgument) -> int:
     return commands.drive(run)
 
 
-@app.command()
-def plan(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    on: OnOption = None,
-    as_json: JsonOption = False,
-) -> int:
-    """Say what `up` would create, where, and what it would cost."""
-    from launcher.commands import recipes
-
-    return recipes.plan(recipe, overrides or (), on, as_json=as_json)
-
-
-@app.command()
-def validate(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    on: OnOption = None,
-    as_json: JsonOption = False,
-) -> int:
-    """Check a recipe; every problem is named with its place in the file."""
-    from launcher.commands import recipes
-
-    return recipes.validate(recipe, overrides or (), on, as_json=as_json)
-
-
-@app.command()
-def init(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A shipped recipe.", autocompletion=_recipe_names)
-    ],
-    path: Annotated[Optional[str], typer.Argument(metavar="PATH", help="Where to.")] = None,
-    as_json: JsonOption = False,
-) -> int:
-    """Copy a shipped recipe, to change it."""
-    from launcher.commands import recipes
-
-    return recipes.init(name, path, as_json=as_json)
-
-
-@app.command("recipes")
-def list_recipes(as_json: JsonOption = False) -> int:
-    """List the recipes that come with launch."""
-    from launcher.commands import recipes
-
-    return recipes.listing(as_json=as_json)
-
-
-@app.command()
-def schema() -> int:
-    """Print the JSON Schema of recipes, for editors."""
-    from launcher.commands import recipes
-
-    return recipes.schema()
-
-
-@app.command()
-def doctor(
-    recipe: Annotated[
-        Optional[str],
-        typer.Argument(metavar="RECIPE", help="Check for it too.", autocompletion=_recipe_names),
-    ] = None,
-    as_json: JsonOption = False,
-) -> int:
-    """Check this machine, and a recipe; each problem comes with its fix."""
-    from launcher.commands import recipes
-
-    return recipes.doctor(recipe, as_json=as_json)
+cli_recipes.add(app)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -481,9 +385,14 @@ def _fail(error: LaunchError, code: int, arguments: Sequence[str]) -> int:
 
 
 def _command(arguments: Sequence[str]) -> Any:
-    """The command that the arguments begin with, None when there is none of that name."""
-    group: Any = typer.main.get_command(app)
-    return group.commands.get(next((word for word in arguments if word[:1] != "-"), ""))
+    """The command that the arguments begin with (of a group, the one within it that they name),
+    None when there is none of that name."""
+    found: Any = typer.main.get_command(app)
+    for word in (word for word in arguments if word[:1] != "-"):
+        if not hasattr(found, "commands"):
+            break
+        found = found.commands.get(word)
+    return found
 
 
 def _meant(word: str) -> str:
