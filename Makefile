@@ -75,5 +75,5 @@ $(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "installing launch, torch, the clouds' clients and the test tools into $(VENV): two minutes, or as long as two gigabytes take to arrive"
-	@$(PIP) install -qq -c constraints.txt -e ".[train,google,rehearse,s3,dev]"
+	@$(PIP) install -qq -c constraints.txt -e ".[train,google,rehearse,s3,infra,dev]"
 	@touch $@ $(VENV)/.train
