@@ -77,7 +77,7 @@ class Reader:
                 if position.cursor or not is_remote(run.root):
                     raise
                 refused = True
-            nothing = attempt.phase.over and not position.cursor
+            nothing = attempt.phase.over and not position.cursor and not self._late(job, attempt)
             position.from_store = is_remote(run.root) and (refused or nothing)
         if position.from_store:
             place = home.folder(self.env.home, run.id)
@@ -85,6 +85,12 @@ class Reader:
             artifacts.refresh(LOGS)
             query = LogQuery(self.worker, position.cursor, self.since)
             yield from read_parts(artifacts.folder / "logs", handle, query)
+
+    def _late(self, job: JobState, attempt: Attempt) -> bool:
+        """Whether the first lines of an attempt that is over may still arrive. (The service noted
+        its end, by its own clock.)"""
+        since = self.env.clock.now() - (attempt.ended or 0.0)
+        return 0 <= since < backends.load(job.backend).can.drain
 
 
 def read(
