@@ -68,16 +68,17 @@ class Reader:
         """The backend's lines; of an attempt that is over and of which it has none, or that it may
         not show, those that boot has left in the store."""
         handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
+        refused = False
         if not position.from_store:
             over = run.ended is not None
-            query, refused = LogQuery(self.worker, position.cursor, self.since, over), False
+            query = LogQuery(self.worker, position.cursor, self.since, over)
             try:
                 yield from backends.load(job.backend).logs(handle, query, self.env)
             except Denied:
                 if position.cursor or not is_remote(run.root):
                     raise
                 refused = True
-            nothing = attempt.phase.over and not position.cursor and not self._late(job, attempt)
+            nothing = attempt.phase.over and not position.cursor
             position.from_store = is_remote(run.root) and (refused or nothing)
         if position.from_store:
             place = home.folder(self.env.home, run.id)
@@ -85,6 +86,8 @@ class Reader:
             artifacts.refresh(LOGS)
             query = LogQuery(self.worker, position.cursor, self.since)
             yield from read_parts(artifacts.folder / "logs", handle, query)
+            if not position.cursor and not refused and self._late(job, attempt):
+                position.from_store = False  # nothing there either: the service's may still come
 
     def _late(self, job: JobState, attempt: Attempt) -> bool:
         """Whether the first lines of an attempt that is over may still arrive. (The service noted
