@@ -15,7 +15,7 @@ import pytest
 from launcher import api, console, engine, home, start, sweeping, view
 from launcher.adopt import adopt
 from launcher.artifacts import open_artifacts
-from launcher.backends.base import Env, Intent, Offer, Phase
+from launcher.backends.base import Env, Held, Intent, Offer, Phase
 from launcher.errors import Exit, HeldElsewhere, JournalDamaged, LaunchError, UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
@@ -381,3 +381,27 @@ def test_the_step_that_the_trainer_went_on_from_is_shown(it: Scene) -> None:
     open_artifacts(run.root, home.folder(it.home, run_id), {}, it.clock).refresh(anew=True)
     shown = "\n".join(console.run_lines(run, run.created))
     assert "step 40 (newest: 120)" in shown
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_strangers_journal_deletes_no_job_of_another_run(
+    it: Scene, tmp_path: Path, known: bool
+) -> None:
+    """It names one by its number, as its own or (`known`) as the other run's."""
+    it.home.mkdir(parents=True)
+    it.server.vertex.fates.append(Stub(1, 1, None))
+    (ours,) = [ref for ref in it.attempt().refs if ref.billable]
+    run_id = begin(it)
+    where, name = root(run_id), f"thing-{run_id[-6:]}-j0-a1"
+    ref = {**vars(ours), "name": name, "run": ours.run if known else run_id}
+    intent = {"kind": ref["kind"], "name": name, "place": ref["place"], "request": {}}
+    offer = {"backend": "vertex", "place": ref["place"], "accelerator": "L4:1",
+             "capacity": "spot", "usd_per_hour": 1.0}  # fmt: skip
+    at = {"job": 0, "attempt": 1}
+    forge(where, 2, "driver")
+    forge(where, 3, "intent", **at, intent={**intent, "billable": True}, offer=offer)
+    forge(where, 4, "ref", **at, ref=ref)
+    other = laptop(it, tmp_path / "other", "bob")
+    adopt(where, other)
+    assert engine.teardown(run_id, other, load).held is Held.GONE
+    assert list(it.server.vertex.states().values()) == ["RUNNING"]

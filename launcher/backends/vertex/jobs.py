@@ -212,14 +212,16 @@ def _list_page(env: Env, parent: str, wanted: str, size: int) -> Any:
 
 
 def _get(env: Env, ref: Ref) -> Any:
-    """The job of a ref, or None when it is not there."""
+    """The job of a ref, or None when it is not there. One without the run's label is not the one
+    that was meant: a stranger's journal may name any job."""
     with google.signals(f"reading {ref.name}", ref.place):
         try:
-            return _client(env, ref.place).get_custom_job(
+            found = _client(env, ref.place).get_custom_job(
                 name=ref.data["resource"], retry=None, timeout=google.TIMEOUT
             )
         except google.library("google.api_core.exceptions").NotFound:
             return None
+    return found if found.labels.get("launch-run") == ref.run else None
 
 
 def _cancel(env: Env, ref: Ref) -> None:
