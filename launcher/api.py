@@ -342,17 +342,22 @@ def _artifacts(run: Run) -> Artifacts:
 
 
 def _clear_without_journal(run: Run, here: Env) -> None:
-    """Delete what the run's backends find under its label. Errors: `Leaked`, also where a backend
-    cannot be asked although the journal, as far as it is known, says that the run holds something.
-    """
+    """Delete what the run's backends find under its label, where this machine has created jobs and
+    where the run is known to have some. Errors: `Leaked`, also where a backend cannot be asked
+    although the journal, as far as it is known, says that the run holds something."""
     from launcher import backends
+    from launcher.backends.base import CanFind
     from launcher.clear import remove, unanswered
 
     theirs = replace(here, owner=run.owner)
     for name in dict.fromkeys(job.backend for job in run.jobs):
         backend = backends.load(name)
+        attempts = (attempt for job in run.jobs if job.backend == name for attempt in job.attempts)
+        known = [ref for attempt in attempts for ref in attempt.refs]
         try:
             found = list(backend.sweep(theirs))
+            if known and isinstance(backend, CanFind):
+                found += [r for r in backend.of_run(run.id, known, theirs) if r not in found]
         except (Signal, OSError) as error:
             raise unanswered([run], error) or error from error
         for ref in found:

@@ -314,7 +314,8 @@ class Engine:
             self._see(job, attempt, seen)
             if not attempt.phase.over:
                 self._stop_when_asked(job, attempt)
-            if attempt.phase in NOT_STARTED and self.claim.patience(job) == 0:
+            waits = attempt.phase in NOT_STARTED and attempt.began is None
+            if waits and self.claim.patience(job) == 0:
                 why = f"not started within budget.wait ({self.recipe.budget.wait})"
                 self._phase(job, attempt, Phase.FAILED, attempt.held, why, cause=retry.CAPACITY)
             if not attempt.phase.over:
@@ -350,6 +351,8 @@ class Engine:
             step = f" at step {meta['global_step']}" if "global_step" in meta else ""
             if meta.get("stopped") in ("until", "stop"):
                 return Phase.CANCELLED, f"stage '{stage_id}' paused{step}"
+            if self.claim.marker() is not None:  # asked before the trainer could say anything
+                return Phase.CANCELLED, f"stage '{stage_id}' stopped{step}"
             return Phase.FAILED, f"exit code 0, but stage '{stage_id}' is not complete{step}"
         ended_by_us = seen.phase in (Phase.PREEMPTED, Phase.LOST) or (
             seen.phase is Phase.FAILED and seen.exit_code in _SIGNALS

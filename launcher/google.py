@@ -72,7 +72,11 @@ def credentials(environ: Mapping[str, str]) -> Any:
     if environ.get("CLOUDSDK_AUTH_DISABLE_CREDENTIALS", "").lower() in ("1", "true", "yes"):
         return _anonymous()
     with signals("Google credentials", ""):
-        return _default_credentials()
+        try:
+            return _default_credentials()
+        except (PermissionError, IsADirectoryError) as error:  # what names them
+            why = f"{error.filename}: {error.strerror}"
+            raise Denied(f"Google credentials: {why}", LOGIN) from error
 
 
 def session(environ: Mapping[str, str]) -> Any:

@@ -258,3 +258,11 @@ class CanTell(Protocol):
     """Optional: `sweep` with what is known of each resource; with `everyone`, of every owner."""
 
     def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]: ...
+
+
+@runtime_checkable
+class CanSayHow(Protocol):
+    """Optional: the command that ends a resource by hand; None for a ref that makes no sense. It is
+    made of checked parts: refs come from journals, and those may be a stranger's."""
+
+    def by_hand(self, ref: Ref) -> Optional[str]: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Iterator
+from typing import Optional
 
 from launcher.backends.base import (
     Capabilities,
@@ -78,3 +79,6 @@ class VertexBackend:
 
     def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]:
         return jobs.labelled(env, everyone)
+
+    def by_hand(self, ref: Ref) -> Optional[str]:
+        return jobs.by_hand(ref)
