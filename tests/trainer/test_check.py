@@ -46,7 +46,7 @@ def machine(**other: Any) -> Facts:
     good = Facts(
         python=(3, 11), executable="/usr/bin/python3", torch=torch,
         driver=Driver("570.86.10", "12.8"), gpus=check_facts.read_gpus(H100), versions=VERSIONS,
-        flash=Flash("2.8.3", "cu12torch2.9cxx11abiTRUE"), disk_folder="/work", disk_free=500.0 * GIB,
+        flash=Flash("2.8.3", "cu12torch2.9cxx11abiTRUE"), disk_folder="/w", disk_free=500.0 * GIB,
         shared_memory=8.0 * GIB, memory=200.0 * GIB, open_files=65536, hub_token=True, now=2e9,
         code_time=1.9e9, synchronised=True,
     )  # fmt: skip

@@ -141,11 +141,6 @@ def of_run(run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
             yield _ref(job, project, place)
 
 
-def reach(env: Env, project: str, place: str) -> None:
-    """One cheap request. Errors: the signals of whatever stands in the way."""
-    _list_page(env, f"projects/{project}/locations/{place}", 'display_name="launch"', 1)
-
-
 def project_of(environ: Mapping[str, str]) -> Optional[str]:
     """The project that the environment names."""
     return next((environ[name] for name in _PROJECT_VARIABLES if environ.get(name)), None)
