@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from trainer import check, check_facts
+from trainer import check, check_facts, check_row
 from trainer.check_facts import Driver, Facts, Flash, Gpu, Torch
 from trainer.config import Job, build
 
@@ -53,7 +53,7 @@ def machine(**other: Any) -> Facts:
     return replace(good, **other)
 
 
-def row(name: str, facts: Facts, job: Job | None = None) -> check.Row:
+def row(name: str, facts: Facts, job: Job | None = None) -> check_row.Row:
     return next(row for row in check.rows(facts, job) if row.name == name)
 
 
@@ -64,8 +64,8 @@ def test_a_machine_without_fault_scores_100_and_loses_nothing() -> None:
 
 
 def test_the_weights_are_a_hundred_points_and_every_row_has_one() -> None:
-    assert sum(check.WEIGHTS.values()) == 100
-    assert {one.name for one in check.rows(machine())} == set(check.WEIGHTS)
+    assert sum(check_row.WEIGHTS.values()) == 100
+    assert {one.name for one in check.rows(machine())} == set(check_row.WEIGHTS)
 
 
 def test_an_empty_machine_fails_and_every_lost_point_has_its_reason() -> None:
