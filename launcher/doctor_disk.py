@@ -64,7 +64,7 @@ def _job(name: str, stages: Sequence[Stage], recipe: Recipe, base: Path, env: En
     if unknown:
         at_least = f"; at least {_size(total)} for the rest" if total else ""
         return Check(name, "skip", f"how large a checkpoint of {', '.join(unknown)} is, is not "
-                     f"known: the model's shape is neither here nor in the table{at_least}")  # fmt: skip
+                     f"known: the model is not here, nor in the table{at_least}")  # fmt: skip
     detail = f"{_size(total)} ({', '.join(parts)}) of {_size(room)} {where}"
     if total > room:
         return Check(name, "fail", f"{detail}: too little", fix)

@@ -93,7 +93,7 @@ def lifetime(found: Any, hours: Optional[float], now: float) -> Check:
         return Check("credentials", "pass" if enough else "fail",
                      f"{detail}a driver needs it for {term}", _SERVICE_ACCOUNT)  # fmt: skip
     if kind in (_USER, _WORKFORCE):
-        what = "a login of a workforce pool" if kind == _WORKFORCE else "a user's login"
+        what = "a user's login through a workforce pool" if kind == _WORKFORCE else "a user's login"
         if hours is not None and hours <= _SHORT:
             return Check("credentials", "pass", f"{what}{who and f' ({who})'}")
         return Check("credentials", "warn", f"{what}{who and f' ({who})'}, which policy may end "

@@ -28,8 +28,8 @@ _IMAGE = re.compile(
 def accounts(caller: Caller, asked: Wanted) -> Iterator[Check]:
     """The job's service account: there, enabled, and the caller may let a job act as it."""
     if asked.default_account:
-        result, more = ("warn", ": it cannot read secrets") if asked.secrets else ("skip", "")
-        yield Check("service account", "warn" if result == "warn" else "skip",
+        more = ": it cannot read secrets" if asked.secrets else ""
+        yield Check("service account", "warn" if asked.secrets else "skip",
                     f"none is named: jobs run as Vertex AI's own service agent{more}",
                     "set hardware.vertex.service_account")  # fmt: skip
     for email in asked.accounts:
