@@ -5,11 +5,12 @@ Reads only (and tries whether $LAUNCH_HOME takes a file); imports none of the pa
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -53,14 +54,14 @@ _EXTRAS = {
 }
 #: The extra that a backend cannot do without on this machine.
 _EXTRA_OF = {"local": "train", "vertex": "google"}
-#: Seconds for the wheels of a recipe to be looked up in their mirrors.
-_WHEELS = 10.0
+#: Seconds for the wheels of a recipe to be looked up in their mirrors; for all that asks others.
+_WHEELS, _SECONDS = 8.0, 12.0
 
 
 def examine(env: Env, recipe: Optional[Path] = None) -> Iterator[Check]:
     """Rows about Python, $LAUNCH_HOME, disk, extras, tools, then the recipe (when given), what it
     will write, its secrets and wheels, and the backends it uses (without a recipe: `local`)."""
-    from launcher import doctor_tools
+    from launcher import abreast, doctor_tools
 
     yield _python()
     yield _home(env.home)
@@ -70,12 +71,21 @@ def examine(env: Env, recipe: Optional[Path] = None) -> Iterator[Check]:
     needed = {_EXTRA_OF[name] for name in used if name in _EXTRA_OF}
     for extra, packages in _EXTRAS.items():
         yield _extra(extra, packages, needed=extra in needed)
-    yield from doctor_tools.rows(used, env.environ)
-    yield from rows
-    if loaded is not None:
-        yield from _of_recipe(loaded, env)
+    ask: dict[str, Callable[[], list[Check]]] = {
+        "tools": lambda: list(doctor_tools.rows(used, env.environ)),
+        "recipe": lambda: list(_of_recipe(loaded, env)) if loaded else [],
+    }
     for name in sorted(used):
-        yield from _backend(name, env, loaded)
+        ask[name] = functools.partial(_backend, name, env, loaded)
+    for name, found in abreast.ask(ask, _SECONDS).items():
+        if name == "recipe":
+            yield from rows
+        if isinstance(found, abreast.Late):
+            yield Check(name, "warn", str(found), "try again in a while")
+        elif isinstance(found, Exception):
+            raise found
+        else:
+            yield from found
 
 
 def _python() -> Check:
@@ -178,18 +188,20 @@ def _wheels(loaded: Loaded) -> Check:
     return Check("wheels", "pass", ", ".join(told))
 
 
-def _backend(name: str, env: Env, loaded: Optional[Loaded]) -> Iterator[Check]:
+def _backend(name: str, env: Env, loaded: Optional[Loaded]) -> list[Check]:
+    found = []
     try:
         backend = backends.load(name)
         rows = backend.check(env)
         if loaded is not None and isinstance(backend, CanExamine):
             rows = backend.examine(loaded.recipe, env)
         for row in rows:
-            yield Check(f"{name}: {row.name}", row.result, row.detail, row.fix)
+            found.append(Check(f"{name}: {row.name}", row.result, row.detail, row.fix))
     except LaunchError as problem:
-        yield Check(name, "fail", str(problem), problem.hint)
+        found.append(Check(name, "fail", str(problem), problem.hint))
     except ImportError as problem:
-        yield Check(name, "fail", str(problem), f"pip install 'launch-llm[{name}]'")
+        found.append(Check(name, "fail", str(problem), f"pip install 'launch-llm[{name}]'"))
+    return found
 
 
 def _present(module: str) -> bool:

@@ -106,4 +106,4 @@ def _downloaded(stage: Stage, of_stage: shapes.Shapes) -> float:
 
 
 def _size(size: float) -> str:
-    return f"{size / _GB:.1f} GB"
+    return f"{size / _GB:.1f} GB" if size >= 0.1 * _GB else f"{size / 1e6:.0f} MB"

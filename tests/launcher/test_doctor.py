@@ -22,7 +22,7 @@ pytest.importorskip("google.cloud.storage", reason="needs the extra `google`")
 
 from launcher import abreast, cli, doctor, doctor_disk, doctor_tools, google, recipe, shapes
 from launcher.backends.base import Check, Env
-from launcher.backends.vertex import VertexBackend, checks, checks_project
+from launcher.backends.vertex import VertexBackend, asking, checks, checks_project
 from launcher.clock import ManualClock
 from launcher.rehearsal.access import NUMBER
 from launcher.rehearsal.faults import Fault, Script
@@ -266,6 +266,20 @@ def test_a_service_that_does_not_answer_is_one_row(cloud: Cloud) -> None:
         ("credentials", "warn"), ("serviceusage", "warn"),
     ]  # fmt: skip
     assert not [row for row in rows if row.name in ("apis", "quota")]
+
+
+def test_a_service_that_is_silent_is_left_after_its_seconds(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begun = time.monotonic()
+        rows = cloud.look(CLOUDSDK_API_ENDPOINT_OVERRIDES_SERVICEUSAGE=address)
+        assert time.monotonic() - begun < asking.SECONDS + 5
+    (row,) = [row for row in rows if row.name == "serviceusage"]
+    assert row.result == "warn" and "not looked at" in row.detail
+    assert {row.result for row in rows if row.name in ("bucket", "secrets", "image")} == {"pass"}
 
 
 def test_a_network_that_is_away_is_one_row(cloud: Cloud) -> None:

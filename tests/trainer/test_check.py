@@ -262,6 +262,13 @@ def test_without_torch_the_command_still_answers(tmp_path: Path) -> None:
     assert "is not installed" in ended.stdout and "environment score: " in ended.stdout
 
 
+def test_boot_runs_it_as_it_runs_the_trainer() -> None:
+    boot = Path(check.__file__).with_name("boot.py")
+    ended = trainer(str(boot), "trainer", "check", "absent.json",
+                    PYTHONPATH=str(boot.parents[1]))  # fmt: skip
+    assert ended.returncode == 64 and "absent.json: No such file" in ended.stderr
+
+
 @pytest.mark.parametrize("wrong", [["a", "b"], ["absent.json"]])
 def test_a_wrong_command_line_is_64(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.__main__ import main

@@ -20,7 +20,7 @@ from launcher.errors import LaunchError, Transient
 from launcher.spec import Recipe
 
 #: Seconds for the credentials to be found (a metadata server may not answer), and for the rest.
-_FOUND, _ALL = 6.0, 10.0
+_FOUND, _ALL = 4.0, 7.0
 _USER = "google.oauth2.credentials"
 _WORKFORCE = "google.auth.external_account_authorized_user"
 _SERVICE_ACCOUNT = (
