@@ -33,23 +33,31 @@ class Access:
         self.disabled: set[str] = set()
         self.states: dict[str, str] = {}
         self.quotas: dict[str, dict[str, int]] = {}
-        table: dict[str, Callable[..., Any]] = {
-            r"GET /v3/projects/([^/:]+)": self._project,
-            r"POST /v3/projects/([^/:]+):testIamPermissions": self._test,
-            r"GET /v1/projects/([^/]+)/services:batchGet": self._services,
-            r"GET /v1beta1/projects/([^/]+)/services/[^/]+/consumerQuotaMetrics/(.+)": self._quota,
-            r"GET /v1/projects/-/serviceAccounts/([^/:]+)": self._account,
-            r"POST /v1/projects/-/serviceAccounts/([^/:]+):testIamPermissions": self._test,
+        resources, usage = "cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com"
+        iam, registry = "iam.googleapis.com", "artifactregistry.googleapis.com"
+        table: dict[str, tuple[str, Callable[..., Any]]] = {
+            r"GET /v3/projects/([^/:]+)": (resources, self._project),
+            r"POST /v3/projects/([^/:]+):testIamPermissions": (resources, self._test),
+            r"GET /v1/projects/([^/]+)/services:batchGet": (usage, self._services),
+            r"GET /v1beta1/projects/([^/]+)/services/[^/]+/consumerQuotaMetrics/(.+)": (
+                usage,
+                self._quota,
+            ),
+            r"GET /v1/projects/-/serviceAccounts/([^/:]+)": (iam, self._account),
+            r"POST /v1/projects/-/serviceAccounts/([^/:]+):testIamPermissions": (iam, self._test),
             r"GET /v1/projects/([^/]+)/locations/([^/]+)/repositories/([^/]+)/packages/(.+)/"
-            r"(tags|versions)/([^/]+)": self._image,
+            r"(tags|versions)/([^/]+)": (registry, self._image),
         }
-        self._table = [(re.compile(pattern), act) for pattern, act in table.items()]
+        self._table = [(re.compile(pattern), *what) for pattern, what in table.items()]
 
     def handle(self, request: Request) -> Optional[Response]:
         """The answer, or None for a path of another service. Errors: `HttpError`."""
         asked = f"{request.method} {request.path}"
-        for pattern, act in self._table:
+        for pattern, service, act in self._table:
             if match := pattern.fullmatch(asked):
+                if service in self.off:
+                    raise HttpError(403, f"{service} has not been used in project {NUMBER} before "
+                                    "or it is disabled.")  # fmt: skip
                 return answer(act(request, *map(unquote, match.groups())))
         return None
 

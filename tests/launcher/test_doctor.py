@@ -210,6 +210,19 @@ def test_apis_that_are_off_are_named_together(cloud: Cloud) -> None:
     assert len(asked) == 1
 
 
+def test_an_api_that_the_doctor_itself_needs_is_named(cloud: Cloud) -> None:
+    cloud.server.access.off |= {
+        "cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com", "iam.googleapis.com",
+        "artifactregistry.googleapis.com",
+    }  # fmt: skip
+    found = {row.name: row for row in cloud.look()}
+    for name, service in (("project", "cloudresourcemanager"), ("apis", "serviceusage"),
+                          ("service account", "iam")):  # fmt: skip
+        assert found[name].result == "warn"
+        assert found[name].fix == f"gcloud services enable {service}.googleapis.com"
+    assert found["quota"].result == found["image"].result == "skip"
+
+
 def test_the_job_s_account_is_there_and_may_be_used(cloud: Cloud) -> None:
     access = cloud.server.access
     access.lacking.add("iam.serviceAccounts.actAs")

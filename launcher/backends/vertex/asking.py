@@ -96,6 +96,12 @@ class Hidden(Exception):
         self.hint = problem.hint
 
 
+def fix_of(problem: Exception, otherwise: str) -> str:
+    """The command that the refusal itself names (an API that is off), else `otherwise`."""
+    hint = getattr(problem, "hint", "")
+    return hint if hint.startswith("gcloud ") else otherwise
+
+
 class Caller:
     """Sends one short request at a time with the credentials of this machine."""
 

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from urllib.parse import quote
 
 from launcher.backends.base import Check
-from launcher.backends.vertex.asking import Caller, Hidden, Missing, Need, Wanted
+from launcher.backends.vertex.asking import Caller, Hidden, Missing, Need, Wanted, fix_of
 
 #: What the driver asks of the project: jobs, and their log lines.
 _PERMISSIONS = (
@@ -39,8 +39,8 @@ def project(caller: Caller, asked: Wanted) -> Iterator[Check]:
     except (Missing, Hidden) as problem:
         yield Check("project", "fail" if isinstance(problem, Missing) else "warn",
                     f"{name}: does not exist, or may not be seen ({problem})",
-                    "`gcloud projects list` shows those that you may see; hardware.vertex.project "
-                    "takes the id")  # fmt: skip
+                    fix_of(problem, "`gcloud projects list` shows those that you may see; "
+                           "hardware.vertex.project takes the id"))  # fmt: skip
         return
     number = str(found.get("name", "")).rpartition("/")[2]
     own, state = str(found.get("projectId", name)), found.get("state", "ACTIVE")
@@ -81,7 +81,7 @@ def services(caller: Caller, asked: Wanted) -> Iterator[Check]:
         answer = caller.get("serviceusage", f"v1/{parent}/services:batchGet", "APIs", names=names)
     except (Hidden, Missing) as problem:
         yield Check("apis", "warn", f"which ones are on may not be read: {problem}",
-                    "ask for roles/serviceusage.serviceUsageViewer to see them")  # fmt: skip
+                    fix_of(problem, "ask for roles/serviceusage.serviceUsageViewer"))  # fmt: skip
     else:
         on = {str(one["name"]).rpartition("/")[2] for one in answer.get("services", ())
               if one.get("state") == "ENABLED"}  # fmt: skip
