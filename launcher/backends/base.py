@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Protocol, runtime_chec
 from launcher.clock import Clock
 
 if TYPE_CHECKING:
-    from launcher.spec import Hardware  # `status` needs these words, not the recipe's
+    from launcher.spec import Hardware, Recipe  # `status` needs these words, not the recipe's
 
 
 class Phase(str, Enum):
@@ -243,6 +243,13 @@ class CanWarn(Protocol):
     its arguments."""
 
     def warnings(self, spec: Hardware, env: Env) -> Iterable[str]: ...
+
+
+@runtime_checkable
+class CanExamine(Protocol):
+    """Optional: the rows of `check` for one recipe, in its place. Reads only."""
+
+    def examine(self, recipe: Recipe, env: Env) -> Iterable[Check]: ...
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 from launcher import api, console, shipped
-from launcher.errors import Exit, UsageError
+from launcher.errors import Exit, Signal, UsageError
 from launcher.logs import NoDriver
 
 if TYPE_CHECKING:
@@ -33,7 +33,13 @@ def up(
     if not _agreed(planned, "Start it?", yes=yes, as_json=as_json):
         return Exit.OK
     started = api.env().clock.now()
-    run = api.up(path, overrides=overrides, on=on, new=new)
+    in_cloud = any(job.backend != "local" for job in planned.jobs)
+    try:
+        run = api.up(path, overrides=overrides, on=on, new=new)
+    except Signal as signal:
+        if in_cloud:
+            signal.hint = "\n".join(filter(None, (signal.hint, _see_doctor(recipe))))
+        raise
     if run.created < started:
         console.notice(
             f"{run.name} is live already, since {console.duration(started - run.created)}; "
@@ -41,7 +47,14 @@ def up(
         )
     else:
         console.notice(f"started {run.name}")
-    return _go_on(run, started, detach=detach, as_json=as_json)
+    code = _go_on(run, started, detach=detach, as_json=as_json)
+    if in_cloud and code in (Exit.ACCESS, Exit.CAPACITY):
+        console.notice(_see_doctor(recipe))
+    return code
+
+
+def _see_doctor(recipe: str) -> str:
+    return f"`launch doctor {recipe}` looks at everything that this recipe needs"
 
 
 def dry_run(

@@ -1,5 +1,5 @@
-"""Secret Manager as far as a job reads it (versions.access), and the metadata server from which a
-machine in the cloud takes the token that it reads with."""
+"""Secret Manager as far as a job reads it (versions.access) and a caller looks at it, and the
+metadata server from which a machine in the cloud takes the token that it reads with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from launcher.rehearsal.http import HttpError, Request, Response, answer
 from launcher.rehearsal.routes import Method, dispatch, routes
 
 _types = library("google.cloud.secretmanager_v1.types")
+_policies = library("google.iam.v1.iam_policy_pb2"), library("google.iam.v1.policy_pb2")
 _TRANSPORT = library(
     "google.cloud.secretmanager_v1.services.secret_manager_service.transports.rest_base"
 )._BaseSecretManagerServiceRestTransport
@@ -23,16 +24,48 @@ _ACCOUNT = "/computeMetadata/v1/instance/service-accounts"
 
 
 class Secrets:
-    """`values` by `project/name`; `denied` names those that may not be read."""
+    """`values` by `project/name`; `denied` names those that may not be read, `hidden` those that
+    may not be looked at, `disabled` those whose version is; `readers` the members that may read,
+    by secret."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self.values, self.denied = dict(values), set[str]()
+        self.hidden, self.disabled = set[str](), set[str]()
+        self.readers: dict[str, list[str]] = {}
         message = _types.AccessSecretVersionRequest
         self.methods = [Method("AccessSecretVersion", message, self._access)]
-        self._routes = routes(_TRANSPORT, self.methods)
+        looks = [
+            Method("GetSecretVersion", _types.GetSecretVersionRequest, self._version),
+            Method("GetIamPolicy", _policies[0].GetIamPolicyRequest, self._policy),
+        ]
+        self._routes = routes(_TRANSPORT, [*self.methods, *looks])
 
     def handle(self, request: Request) -> Optional[Response]:
         return dispatch(self._routes, request)
+
+    def _version(self, asked: Any) -> Any:
+        key = self._seen(asked.name)
+        state = _types.SecretVersion.State
+        found = state.DISABLED if key in self.disabled else state.ENABLED
+        return _types.SecretVersion(name=asked.name, state=found)
+
+    def _policy(self, asked: Any) -> Any:
+        members = self.readers.get(self._seen(f"{asked.resource}/versions/latest"), [])
+        role = "roles/secretmanager.secretAccessor"
+        binding = _policies[1].Binding(role=role, members=members)
+        return _policies[1].Policy(bindings=[binding] if members else [])
+
+    def _seen(self, name: str) -> str:
+        """`project/name` of a version that the caller may look at. Errors: `HttpError`."""
+        found = _NAME.fullmatch(name)
+        key = f"{found[1]}/{found[2]}" if found else name
+        if key in self.hidden:
+            raise HttpError(
+                403, f"Permission 'secretmanager.versions.get' denied for resource {name}"
+            )
+        if key not in self.values:
+            raise HttpError(404, f"Secret [{name}] not found or has no versions.")
+        return key
 
     def _access(self, asked: Any) -> Any:
         found = _NAME.fullmatch(asked.name)

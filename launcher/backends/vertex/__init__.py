@@ -1,7 +1,8 @@
 """The backend `vertex`: custom jobs of Vertex AI.
 
 `request.py` makes the requests (pure), `jobs.py` sends them, `states.py` says what the answers
-mean, `logs.py` and `quota.py` read Cloud Logging, `checks.py` fills rows of `launch doctor`.
+mean, `logs.py` and `quota.py` read Cloud Logging. Rows of `launch doctor`: `checks.py` begins them,
+`checks_project.py`, `checks_access.py` and `checks_bucket.py` ask one service each question.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from launcher.backends.base import (
     Seen,
 )
 from launcher.backends.vertex import checks, jobs, logs, request
-from launcher.spec import Hardware
+from launcher.spec import Hardware, Recipe
 
 
 class VertexBackend:
@@ -40,6 +41,9 @@ class VertexBackend:
 
     def check(self, env: Env) -> Iterable[Check]:
         return checks.rows(env)
+
+    def examine(self, recipe: Recipe, env: Env) -> Iterable[Check]:
+        return checks.rows(env, recipe)
 
     def offers(self, spec: Hardware, env: Env) -> Iterable[Offer]:
         return request.offers(spec)

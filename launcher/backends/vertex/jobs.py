@@ -146,11 +146,6 @@ def of_run(run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
             yield _ref(job, project, place)
 
 
-def reach(env: Env, project: str, place: str) -> None:
-    """One cheap request. Errors: the signals of whatever stands in the way."""
-    _list_page(env, f"projects/{project}/locations/{place}", 'display_name="launch"', 1)
-
-
 def by_hand(ref: Ref) -> Optional[str]:
     """The command that ends a job, from its resource's name alone."""
     found = _RESOURCE.fullmatch(str(ref.data.get("resource", "")))
