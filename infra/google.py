@@ -161,9 +161,9 @@ def config(f: Foundations) -> dict[str, str]:
 def problems(f: Foundations) -> list[str]:
     """What is wrong with the inputs, one line each, before the engine starts. Pulumi itself checks
     neither nested keys nor enums nor types."""
-    from infra import checks
+    from infra.checks import problems as found
 
-    return checks.problems(f)
+    return found(f)
 
 
 def resource_class(type_token: str) -> Any:
