@@ -38,7 +38,7 @@ FULL = Foundations(
     operators=("user:ann@example.com", "group:ml@example.com"),
     viewers=("group:all@example.com", "user:ann@example.com"),
     missing=("gs://other: has to be there",),
-    labels={"launch-recipe": "kd-l4", "launch-owner": "ann"},
+    labels={"managed-by": "launch", "launch-owner": "ann"},
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_what_the_recipe_names_in_its_project_is_declared() -> None:
         accounts=("trainer@proj-123.iam.gserviceaccount.com",),
         secrets=("hf-token",),
         repositories=(Repository("us-central1", "train"),),
-        labels={"launch-recipe": "kd-l4", "launch-owner": "ann"},
+        labels={"managed-by": "launch", "launch-owner": "ann"},
     )  # fmt: skip
 
 
