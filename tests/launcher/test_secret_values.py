@@ -17,7 +17,7 @@ from launcher.clock import ManualClock
 from launcher.errors import Denied, LaunchError, Transient, UsageError
 from launcher.rehearsal.faults import Fault, Script
 from launcher.rehearsal.google import Google
-from launcher.rehearsal.http import HttpError, Request, Response, Server
+from launcher.rehearsal.http import HttpError, Request, Response, Server, answer
 from trainer import secret_manager
 
 VALUE = "hf_0123456789abcdef"
@@ -31,6 +31,13 @@ def server() -> Iterator[Google]:
         yield server
 
 
+def _environ(server: Server) -> dict[str, str]:
+    return {
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": server.url,
+        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
+    }
+
+
 def test_a_value_becomes_the_newest_version_and_is_what_a_job_reads(
     server: Google, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +47,31 @@ def test_a_value_becomes_the_newest_version_and_is_what_a_job_reads(
     for name, value in server.environ().items():
         monkeypatch.setenv(name, value)
     assert secret_manager.read("HF_TOKEN", "proj/hf-token") == f"{VALUE}é"
+
+
+def test_googles_own_client_gives_a_value_the_same_way(
+    server: Google, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.environ().items():
+        monkeypatch.setenv(name, value)
+    client, payload = secret_manager._client(), {"data": VALUE.encode()}
+    asked = {"parent": "projects/proj/secrets/hf-token", "payload": payload}
+
+    version = client.add_secret_version(request=asked)
+
+    assert (version.name, version.state.name) == (
+        "projects/proj/secrets/hf-token/versions/1", "ENABLED",
+    )  # fmt: skip
+    assert server.secrets.values["proj/hf-token"] == VALUE
+    with pytest.raises(Exception, match="checksum"):
+        client.add_secret_version(request={**asked, "payload": {**payload, "data_crc32c": 1}})
+    assert secrets.set_value("proj", "hf-token", VALUE, server.environ()) == "2"
+
+
+def test_a_version_whose_checksum_nobody_looked_at_is_told() -> None:
+    with Server(lambda request: answer({"name": "projects/1/secrets/t/versions/7"})) as server:
+        with pytest.raises(Transient, match="version 7 was made unchecked; give the value again"):
+            secrets.set_value("proj", "t", VALUE, _environ(server))
 
 
 def test_a_secret_that_is_not_there_is_not_made(server: Google) -> None:
@@ -74,10 +106,8 @@ def test_an_answer_that_repeats_what_was_sent_is_not_repeated() -> None:
         raise HttpError(400, f"Invalid payload: {request.body.decode()} {VALUE}")
 
     with Server(echo) as server:
-        environ = {"CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": server.url,
-                   "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true"}  # fmt: skip
         with pytest.raises(UsageError) as caught:
-            secrets.set_value("proj", "hf-token", VALUE, environ)
+            secrets.set_value("proj", "hf-token", VALUE, _environ(server))
 
     told = "".join(traceback.format_exception(caught.value))
     assert "the service does not take the value (400)" in told
