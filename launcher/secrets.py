@@ -26,8 +26,8 @@ def set_value(project: str, name: str, value: str, environ: Mapping[str, str]) -
 
     One request, not repeated: a second one would be a second version, with the same value.
     Errors: `UsageError` for a value or a name that cannot be one, or a secret that is not there;
-    signals of `launcher.google` otherwise; `Transient` too where the service says that it did not check
-    the value against its checksum. None of them holds the value."""
+    `Transient` where the service does not confirm the value's checksum; other signals of
+    `launcher.google`. None of them holds the value."""
     if not _PROJECT.fullmatch(project) or not _NAME.fullmatch(name):
         raise UsageError(
             f"secret {project}/{name}: is no name of a secret",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import shutil
+import subprocess
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ from launcher.rehearsal.google import Google
 from launcher.rehearsal.http import HttpError, Request, Response, Server, answer
 from trainer import secret_manager
 
+GCLOUD = shutil.which("gcloud")
 VALUE = "hf_0123456789abcdef"
 PATH = "/v1/projects/proj/secrets/hf-token:addVersion"
 
@@ -69,9 +73,30 @@ def test_googles_own_client_gives_a_value_the_same_way(
 
 
 def test_a_version_whose_checksum_nobody_looked_at_is_told() -> None:
-    with Server(lambda request: answer({"name": "projects/1/secrets/t/versions/7"})) as server:
-        with pytest.raises(Transient, match="version 7 was made unchecked; give the value again"):
-            secrets.set_value("proj", "t", VALUE, _environ(server))
+    made = answer({"name": "projects/1/secrets/t/versions/7"})
+    told = "version 7 was made unchecked; give the value again"
+    with Server(lambda request: made) as server, pytest.raises(Transient, match=told):
+        secrets.set_value("proj", "t", VALUE, _environ(server))
+
+
+@pytest.mark.skipif(GCLOUD is None, reason="needs gcloud")
+def test_the_official_command_line_gives_a_value_the_same_way(
+    server: Google, tmp_path: Path
+) -> None:
+    environ = {
+        **os.environ,
+        **server.environ(),
+        "CLOUDSDK_CONFIG": str(tmp_path),
+        "CLOUDSDK_CORE_PROJECT": "proj",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+    done = subprocess.run(
+        [str(GCLOUD), "secrets", "versions", "add", "hf-token", "--data-file=-"],
+        input=VALUE, env=environ, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert server.secrets.values["proj/hf-token"] == VALUE
 
 
 def test_a_secret_that_is_not_there_is_not_made(server: Google) -> None:
@@ -105,9 +130,8 @@ def test_an_answer_that_repeats_what_was_sent_is_not_repeated() -> None:
     def echo(request: Request) -> Response:
         raise HttpError(400, f"Invalid payload: {request.body.decode()} {VALUE}")
 
-    with Server(echo) as server:
-        with pytest.raises(UsageError) as caught:
-            secrets.set_value("proj", "hf-token", VALUE, _environ(server))
+    with Server(echo) as server, pytest.raises(UsageError) as caught:
+        secrets.set_value("proj", "hf-token", VALUE, _environ(server))
 
     told = "".join(traceback.format_exception(caught.value))
     assert "the service does not take the value (400)" in told
