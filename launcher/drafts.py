@@ -22,7 +22,7 @@ BLOCKS = (
 )  # fmt: skip
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
-TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
+TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate", "infra",
        "budget", "retry", "env", "secrets", "artifacts", "tensorboard", *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)
 NAME_RULE = "write a lower-case letter, then at most 39 of a-z, 0-9 and -"

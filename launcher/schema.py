@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from launcher import drafts
-from launcher.spec import NAME, Budget, Gate, Hardware, Retry
+from launcher.spec import NAME, Budget, Gate, Hardware, Infra, Retry
 from trainer.config import (
     STAGES,
     Data,
@@ -38,6 +38,7 @@ _BLOCKS = {
     "hardware": Hardware,
     "budget": Budget,
     "retry": Retry,
+    "infra": Infra,
 }
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}
 _SECRET_REFERENCE = "^(env://|secret-manager://|\\$\\{)"
