@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +20,7 @@ from launcher.plan import make
 from launcher.recipe import Loaded
 from launcher.run import Run
 from launcher.spec import Recipe
-from launcher.start import commit_of, projects
+from launcher.start import commit_of, fingerprint, projects
 
 
 def differ(env: Env, run: Run, loaded: Loaded, bundle: Bundle, requests: bool = True) -> Difference:
@@ -28,9 +29,13 @@ def differ(env: Env, run: Run, loaded: Loaded, bundle: Bundle, requests: bool = 
     return _differ(env, run, _fold(env, run), loaded, bundle, requests)
 
 
-def newest(env: Env, loaded: Loaded, bundle: Bundle, requests: bool = True) -> Optional[Difference]:
-    """`differ` from the newest run of this recipe's name, owner and cloud project that goes on
+def find(env: Env, loaded: Loaded, bundle: Bundle, requests: bool = True) -> Optional[Difference]:
+    """`differ` from the run that `up` attaches to, or would start another one beside: that of the
+    same fingerprint, else the newest of this recipe's name, owner and cloud project which goes on
     and was not asked to stop; None: there is none."""
+    for run_id in view.live_like(env, fingerprint(loaded, bundle, env)):
+        run = view.look(env, home.find(env.home, run_id))
+        return replace(differ(env, run, loaded, bundle, requests), same=True)
     wanted = projects(loaded.recipe, env)
     for run in view.live_named(env, loaded.recipe.name):
         fold = _fold(env, run)

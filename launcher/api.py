@@ -75,7 +75,7 @@ def difference(
     packed = bundle.build(here.home)
     if against is not None:
         return amend.differ(here, status(against), loaded, packed)
-    return amend.newest(here, loaded, packed)
+    return amend.find(here, loaded, packed)
 
 
 def up(
@@ -90,23 +90,17 @@ def up(
     is one that differs only in what a live run takes up in place (`difference`), and it does so.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import amend, bundle, driver, start, view, wheels
+    from launcher import amend, bundle, driver, start, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
     packed = bundle.build(here.home)
     with home.up_lock(here.home):
-        wanted = None if new else start.fingerprint(loaded, packed, here)
-        same = next(view.live_like(here, wanted), None) if wanted else None
         loaded = wheels.resolved(loaded)
-        found = None
-        if same is not None:
-            found = amend.differ(here, status(same), loaded, packed, requests=False)
-        elif not new:
-            found = amend.newest(here, loaded, packed, requests=False)
+        found = None if new else amend.find(here, loaded, packed, requests=False)
         if found is not None and found.in_place and found.blocks():
             amend.leave(here, found, loaded.canonical)
-        if found is not None and (same is not None or found.in_place):
+        if found is not None and (found.same or found.in_place):
             return attach(found.run)
         refuse(make(loaded.recipe, here, packed))
         run_id = start.create(loaded, packed, here)["id"]
@@ -389,6 +383,6 @@ def _clear_without_journal(run: Run, here: Env) -> None:
 
 __all__ = [
     "Held", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs", "logs",
-    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up", "validate",
-    "wait",
+    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up",
+    "validate", "wait",
 ]  # fmt: skip

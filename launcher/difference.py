@@ -121,7 +121,8 @@ class Change:
 @dataclass(frozen=True)
 class Difference:
     """`ours`: the requests of the run as it is planned now, `theirs`: those of the recipe, both
-    under the run's name; `sent`: those of its newest attempts, as they were sent."""
+    under the run's name; `sent`: those of its newest attempts, as they were sent. `same`: the run
+    was started from this very recipe and trainer, so that `launch up` attaches to it."""
 
     run: Run
     changes: tuple[Change, ...]
@@ -129,6 +130,7 @@ class Difference:
     ours: Requests = field(default_factory=dict)
     theirs: Requests = field(default_factory=dict)
     sent: Sequence[Mapping[str, Any]] = ()
+    same: bool = False
 
     @property
     def in_place(self) -> bool:
@@ -178,6 +180,8 @@ class Difference:
         effects = {change.effect for change in self.changes}
         if self.in_place and self.blocks():
             yield f"`launch up {recipe}` makes these changes; the run goes on"
+        elif self.same and self.changes:
+            yield f"`launch up {recipe}` attaches to it as it is: it was changed since"
         elif "new run" in effects:
             yield f"`launch up {recipe}` starts another run; {self.run.name} is not changed by it"
         elif effects - {"none"}:

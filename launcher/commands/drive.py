@@ -35,7 +35,7 @@ def up(
         return _change(differs, planned, recipe, overrides, on, detach, yes, as_json)
     refuse(planned)
     question = "Start it?"
-    if differs is not None and not differs.in_place:
+    if differs is not None and not differs.in_place and not differs.same:
         for line in differs.lines(recipe):
             console.notice(line)
         console.notice(f"{differs.run.name} goes on: this starts a second run beside it")

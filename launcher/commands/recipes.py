@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import api, console, shipped
 from launcher.errors import Exit, LaunchError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.difference import Difference
 
 #: The comparison of a plan that there is no run to compare with.
-NOTHING = {"against": None, "changes": [], "unchanged": 0, "requests": {}}
+NOTHING: dict[str, Any] = {"against": None, "changes": [], "unchanged": 0, "requests": {}}
 
 
 def plan(
