@@ -97,8 +97,8 @@ _ABSENT = object()
 #: The longest value, and the most lines about requests, that a reader is shown.
 _WIDTH, _REQUESTS = 60, 8
 #: Texts that need no quotes, but for words that mean something else.
-_PLAIN = re.compile(r"[A-Za-z/][\w./@+:-]*[\w/]")
-_RESERVED = {"null", "true", "false", "yes", "no", "on", "off"}
+_PLAIN = re.compile(r"[A-Za-z/](?:[\w./@+:-]*[\w/])?")
+_RESERVED = {"y", "n", "null", "true", "false", "yes", "no", "on", "off"}
 #: Jobs of a plan: their names, and their requests in order.
 Requests = Mapping[str, Sequence[Intent]]
 

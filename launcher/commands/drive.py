@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 from launcher import api, console, shipped
+from launcher.commands.recipes import called
 from launcher.errors import Exit, UsageError
 from launcher.logs import NoDriver
 
@@ -36,7 +37,7 @@ def up(
     refuse(planned)
     question = "Start it?"
     if differs is not None and not differs.in_place and not differs.same:
-        for line in differs.lines(recipe):
+        for line in differs.lines(called(recipe, overrides, on)):
             console.notice(line)
         console.notice(f"{differs.run.name} goes on: this starts a second run beside it")
         question = f"Start it beside {differs.run.name}, which goes on?"
@@ -66,7 +67,7 @@ def _change(
 ) -> int:
     """Change a live run in place; where it costs money, after a question. Then follow it."""
     name = differs.run.name
-    for line in differs.lines(recipe):
+    for line in differs.lines(called(recipe, overrides, on)):
         console.notice(line)
     if not yes and planned.usd_per_hour != 0:
         refusal = f"{name} costs money, and there is no terminal to ask on"

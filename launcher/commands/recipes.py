@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -33,7 +34,7 @@ def plan(
     else:
         for line in planned.lines():
             console.say(line)
-        for line in () if differs is None else differs.lines(recipe):
+        for line in () if differs is None else differs.lines(called(recipe, overrides, on)):
             console.say(line)
     return planned.refusal.exit_code if planned.refusal is not None else Exit.OK
 
@@ -117,6 +118,12 @@ def doctor(recipe: Optional[str], *, as_json: bool) -> int:
     if failing == {"recipe"}:
         return Exit.USAGE
     return Exit.ACCESS if failing else Exit.OK
+
+
+def called(recipe: str, overrides: Sequence[str], on: Optional[str]) -> str:
+    """The recipe with its options, as a command line names it."""
+    words = [recipe, *(f"--set {shlex.quote(text)}" for text in overrides)]
+    return " ".join([*words, *([f"--on {on}"] if on is not None else [])])
 
 
 def _difference(
