@@ -85,7 +85,8 @@ RULES: dict[str, tuple[Effect, str]] = {
 #: What holds for a key that has no row, of a block that this table does not know.
 _UNKNOWN: tuple[Effect, str] = ("resume", _LATER)
 _MARKS = {"none": "~", "now": "~", "next attempt": "~", "resume": "!", "new run": "x"}
-_WORDS = {
+#: What a reader is told that a change takes.
+WORDS: dict[Effect, str] = {
     "none": "changes nothing",
     "now": "in place, now",
     "next attempt": "in place, from the next attempt on",
@@ -115,7 +116,7 @@ class Change:
 
     def line(self) -> str:
         values = f"{_shown(self.before)} -> {_shown(self.after)}"
-        return f"{_MARKS[self.effect]} {self.path}: {values}  {_WORDS[self.effect]}: {self.why}"
+        return f"{_MARKS[self.effect]} {self.path}: {values}  {WORDS[self.effect]}: {self.why}"
 
 
 @dataclass(frozen=True)

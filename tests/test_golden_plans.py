@@ -4,7 +4,7 @@ A plan that changes shows up here, line by line, as a diff to be read. When the 
 
     LAUNCH_GOLDEN=write python -m pytest -q tests/test_golden_plans.py
 
-writes tests/golden/plans/ anew (and removes what has no recipe any more); commit it with the change.
+writes tests/golden/plans/ anew, without those that have no recipe any more; commit them with it.
 Every plan is made in an empty home, without an account, a cloud's variables or a network. Only what
 a machine or the trainer's sources decide is replaced by a name in angle brackets.
 """
