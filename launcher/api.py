@@ -211,7 +211,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
             raise held_elsewhere(vars(seen.driver), seen.name)
         if given:
             text = f"{seen.name} is not over: its recipe cannot change now"
-            raise UsageError(text, f"`launch stop {seen.name}`, then resume it with --set")
+            hint = f"`launch stop {seen.name}`, then resume it with --set"
+            raise UsageError(text, f"{hint}; `launch up RECIPE` changes a budget without a stop")
         return attach(seen.id)
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")

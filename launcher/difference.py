@@ -340,7 +340,8 @@ def _shown(value: Any) -> str:
     if value is None or value is _ABSENT:
         return "none"
     text = " ".join(_yaml(value).split())
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+    ends = _WIDTH // 2 - 1  # two long values may differ only at their ends
+    return text if len(text) <= _WIDTH else f"{text[: ends - 1]}...{text[-ends:]}"
 
 
 def _literal(text: str) -> str:

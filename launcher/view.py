@@ -139,21 +139,24 @@ def live_like(env: Env, fingerprint: str) -> Iterator[str]:
 
 
 def live_named(env: Env, recipe: str) -> Iterator[Run]:
-    """`live_like` by the name of the recipe: the runs."""
+    """`live_like` by the name of the recipe: the runs. One that ended here is believed to be over:
+    there may be hundreds of that name, each in a store that would have to be asked."""
 
     def of_recipe(facts: dict[str, Any]) -> bool:
         told = facts.get("recipe")
         return (told.get("name") if isinstance(told, dict) else told) == recipe
 
-    yield from _going_on(env, of_recipe)
+    yield from _going_on(env, of_recipe, believe=True)
 
 
-def _going_on(env: Env, wanted: Callable[[dict[str, Any]], bool]) -> Iterator[Run]:
+def _going_on(
+    env: Env, wanted: Callable[[dict[str, Any]], bool], believe: bool = False
+) -> Iterator[Run]:
     for run_id in home.ids(env.home):
         facts = home.identity(env.home, run_id) or {}
         if facts.get("owner") != env.owner or not wanted(facts):
             continue
-        run = _one(env, run_id, believe=False)  # another machine may have resumed it
+        run = _one(env, run_id, believe)  # another machine may have resumed it
         if run is None or run.ended is not None or run.phase is Phase.LOST:
             continue
         place = home.folder(env.home, run_id)

@@ -17,6 +17,7 @@ from launcher.clock import ManualClock
 from launcher.difference import RULES, WORDS, Change, Difference, rule
 from launcher.errors import HeldElsewhere
 from launcher.fold import Fold
+from launcher.plan import make
 from launcher.recipe import Loaded, load
 from launcher.run import Run
 from launcher.spec import Budget, Recipe, Retry, Stage
@@ -256,8 +257,30 @@ def test_the_requests_of_both_are_told_exactly(live: Live) -> None:
 def test_a_line_says_the_key_the_values_and_what_it_takes() -> None:
     line = Change("train.lr", 1e-4, 2e-4, *RULES["train"]).line()
     assert line == "! train.lr: 0.0001 -> 0.0002  at a resume: from the last checkpoint on"
-    long = Change("env.A", None, "x" * 99, "new run", "why").line()
-    assert long == f"x env.A: none -> {'x' * 57}...  needs a new run: why"
+    long = Change("env.A", None, "x" * 90 + "y", "new run", "why").line()
+    assert long == f"x env.A: none -> {'x' * 28}...{'x' * 28}y  needs a new run: why"
+
+
+def test_the_request_of_a_job_is_compared_value_by_value(live: Live, tmp_path: Path) -> None:
+    file, env = ROOT / "recipes" / "kd_l4.yaml", live.scene.env
+    plans = [
+        make(load(file, overrides).recipe, env, live.packed, live.scene.run_id).jobs[0]
+        for overrides in ([], ["hardware.vertex.image=europe-docker.pkg.dev/p/r/other:2",
+                               "hardware.vertex.disk_gb=500", "train.lr=0.5"])
+    ]  # fmt: skip
+    ours, theirs = ({plan.name: plan.intents} for plan in plans)
+    found = dataclasses.replace(live.against(), ours=ours, theirs=theirs)
+    told = [line for line in found.lines("r.yaml") if line.startswith("  request ")]
+    at = f"  request {plans[0].name}-aN: body.jobSpec.workerPoolSpecs.0."
+    assert [line.removeprefix(at).partition(" -> ")[0] for line in told if "Pool" in line] == [
+        "containerSpec.imageUri: us-central1-docker.pkg.dev/my-project/launch/trainer:1",
+        "diskSpec: none",
+    ]
+    many = {plans[0].name: [dataclasses.replace(plans[0].intents[-1], request={
+        str(n): n for n in range(20)})]}  # fmt: skip
+    lines = dataclasses.replace(found, theirs=many).lines("r.yaml")
+    assert sum(line.startswith("  request ") for line in lines) == 8
+    assert any("more values of requests: --json" in line for line in lines)
 
 
 # Which run.
