@@ -264,7 +264,10 @@ class Claim:
         recipe is recorded too, so that it is not read again."""
         from launcher.start import as_yaml  # which needs this module
 
-        while (left := changes.waiting(self.place, self.fold.taken)) is not None:
+        while (
+            self.run.ended is None
+            and (left := changes.waiting(self.place, self.fold.taken)) is not None
+        ):
             number, blocks = left
             try:
                 recipe = recipe_of({**self.fold.recipe, **blocks}, f"change {number}")
