@@ -11,7 +11,7 @@ from typing import Any, Optional
 import pytest
 import yaml
 
-from launcher import amend, api, bundle, changes, cli, console, home, start
+from launcher import amend, api, bundle, changes, cli, console, engine, home, start
 from launcher.backends.base import Phase
 from launcher.clock import ManualClock
 from launcher.difference import RULES, WORDS, Change, Difference, rule
@@ -21,6 +21,7 @@ from launcher.plan import make
 from launcher.recipe import Loaded, load
 from launcher.run import Run
 from launcher.spec import Budget, Recipe, Retry, Stage
+from tests.launcher import bucketed
 from tests.launcher.fake_backend import World
 from tests.launcher.runs import Scene, killed_at, plugged_in, recipe, scene
 from tests.test_docs import ROOT, _table
@@ -409,6 +410,27 @@ def test_what_no_driver_took_up_is_not_of_the_run_that_is_resumed(tmp_path: Path
     it.resume()
     assert it.drive().phase is Phase.SUCCEEDED
     assert "changed" not in it.kinds() and Fold(it.records()).recipe["budget"]["hours"] is None
+
+
+def test_a_run_in_a_bucket_is_compared_by_its_journal_there_and_changed_from_its_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bucketed.bucket(tmp_path, monkeypatch) as it:
+        run_id, before = bucketed.begin(it), bucketed.recipe()
+        after = dataclasses.replace(before, budget=Budget(hours=9))
+        wanted = Loaded(after, to_dict(after), "e" * 64, tmp_path / "recipe.yaml")
+        packed = bundle.Bundle(it.home / "b.tar.gz", "ab" * 32, 7)
+        found = amend.find(it.env, wanted, packed)
+        assert found is not None and found.in_place and found.run.id == run_id
+        assert [(c.path, c.before, c.after) for c in found.changes] == [("budget.hours", None, 9)]
+        (line,) = (x for x in found.lines("r.yaml") if x.startswith("  request "))
+        assert line.endswith('body.jobSpec.scheduling.timeout: none -> "${deadline}s"')
+        amend.leave(it.env, found, wanted.canonical)
+        assert engine.drive(run_id, it.env, bucketed.load).phase is Phase.SUCCEEDED
+        assert bucketed.journal(it, run_id).count("changed") == 1
+        written = it.server.objects.content("bkt", f"runs/{found.run.name}/recipe.yaml")
+        assert yaml.safe_load(written)["budget"] == {"hours": 9}
+        assert amend.find(it.env, wanted, packed) is None, "it is over"
 
 
 # The commands.
