@@ -24,6 +24,7 @@ from launcher.run import Run
 
 if TYPE_CHECKING:
     from launcher.artifacts import Artifacts
+    from launcher.difference import Difference
     from launcher.plan import RunPlan
     from launcher.recipe import Loaded
 
@@ -59,6 +60,24 @@ def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = No
     return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
 
 
+def difference(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    on: Optional[str] = None,
+    against: Optional[Which] = None,
+) -> Optional[Difference]:
+    """How a recipe differs from the newest live run of its name, owner and cloud project, or from
+    the run `against`; None: there is none. Errors: those of a journal or store that cannot be
+    read."""
+    from launcher import amend, bundle, wheels
+
+    here, loaded = env(), wheels.resolved(validate(path, overrides, on))
+    packed = bundle.build(here.home)
+    if against is not None:
+        return amend.differ(here, status(against), loaded, packed)
+    return amend.find(here, loaded, packed)
+
+
 def up(
     path: str | Path,
     *,
@@ -67,20 +86,22 @@ def up(
     new: bool = False,
 ) -> Run:
     """Start a run, in a driver process of its own, and return it. A live run of the same recipe,
-    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`.
+    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`; so
+    is one that differs only in what a live run takes up in place (`difference`), and it does so.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import bundle, driver, start, view, wheels
+    from launcher import amend, bundle, driver, start, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
     packed = bundle.build(here.home)
     with home.up_lock(here.home):
-        wanted = None if new else start.fingerprint(loaded, packed, here)
-        same = next(view.live_like(here, wanted), None) if wanted else None
-        if same is not None:
-            return attach(same)
         loaded = wheels.resolved(loaded)
+        found = None if new else amend.find(here, loaded, packed, requests=False)
+        if found is not None and found.in_place and found.blocks():
+            amend.leave(here, found, loaded.canonical)
+        if found is not None and (found.same or found.in_place):
+            return attach(found.run)
         refuse(make(loaded.recipe, here, packed))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
@@ -190,7 +211,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
             raise held_elsewhere(vars(seen.driver), seen.name)
         if given:
             text = f"{seen.name} is not over: its recipe cannot change now"
-            raise UsageError(text, f"`launch stop {seen.name}`, then resume it with --set")
+            hint = f"`launch stop {seen.name}`, then resume it with --set"
+            raise UsageError(text, f"{hint}; `launch up RECIPE` changes a budget without a stop")
         return attach(seen.id)
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
@@ -366,6 +388,7 @@ def _clear_without_journal(run: Run, here: Env) -> None:
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "env", "event_files", "list_runs", "logs", "plan", "pull",
-    "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
+    "Held", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs", "logs",
+    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up",
+    "validate", "wait",
 ]  # fmt: skip

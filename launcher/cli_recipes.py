@@ -6,7 +6,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from launcher.arguments import JsonOption, OnOption, RecipeArgument, SetOption, recipe_names
+from launcher.arguments import (
+    JsonOption,
+    OnOption,
+    RecipeArgument,
+    SetOption,
+    recipe_names,
+    run_names,
+)
 
 
 def add(app: typer.Typer) -> None:
@@ -20,12 +27,16 @@ def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
+    against: Annotated[
+        Optional[str],
+        typer.Option(metavar="RUN", help="Compare with this run.", autocompletion=run_names),
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what `up` would create, where, and what it would cost."""
+    """Say what `up` would create, where, what it would cost, and how it differs from a live run."""
     from launcher.commands import recipes
 
-    return recipes.plan(recipe, overrides or (), on, as_json=as_json)
+    return recipes.plan(recipe, overrides or (), on, against=against, as_json=as_json)
 
 
 def validate(
