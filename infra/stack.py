@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import pulumi
 from pulumi import automation
 from pulumi.automation import errors as refusals
 from semver import VersionInfo
@@ -98,11 +97,10 @@ class Stack:
         none yet, and nothing else."""
         return self.interrupts.run(lambda: self._preview(destroy))
 
-    def up(self, adopt: Mapping[str, str]) -> tuple[Change, ...]:
-        """Make it so. `adopt`: logical name -> import id of what the cloud has already. Errors:
-        `Failed` with `existing` for what else it has."""
-        program = _adopting(self._program, adopt) if adopt else self._program
-        return self.interrupts.run(lambda: self._up(program))
+    def up(self, program: Optional[Program] = None) -> tuple[Change, ...]:
+        """Make it so; `program` stands for the stack's own (one that adopts, say). Errors: `Failed`,
+        with `existing` for what the cloud has already."""
+        return self.interrupts.run(lambda: self._up(program or self._program))
 
     def destroy(self) -> tuple[Change, ...]:
         """Delete what the state names, then the state itself when nothing is left in it."""
@@ -378,25 +376,6 @@ class _Reader(threading.Thread):
 
     def text(self) -> str:
         return "\n".join(self._lines)
-
-
-def _adopting(program: Program, adopt: Mapping[str, str]) -> Program:
-    """`program`, with what the cloud has already taken into the state instead of created."""
-
-    def adopted(
-        given: pulumi.ResourceTransformationArgs,
-    ) -> Optional[pulumi.ResourceTransformationResult]:
-        known = adopt.get(given.name)
-        if known is None:
-            return None
-        options = pulumi.ResourceOptions.merge(given.opts, pulumi.ResourceOptions(import_=known))
-        return pulumi.ResourceTransformationResult(given.props, options)
-
-    def run() -> None:
-        pulumi.runtime.register_stack_transformation(adopted)
-        program()
-
-    return run
 
 
 def _resources(deployment: Mapping[str, Any]) -> list[str]:
