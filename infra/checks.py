@@ -102,7 +102,9 @@ def _hints(arguments: Any) -> dict[str, Any]:
     import pulumi
 
     module = vars(sys.modules[arguments.__module__])
-    return typing.get_type_hints(arguments.__init__, module, {"Output": pulumi.Output})
+    # `pulumi.Input` names these two, and the modules that use it do not know them.
+    unseen = {"Output": pulumi.Output, "T": Any}
+    return typing.get_type_hints(arguments.__init__, module, unseen)
 
 
 def _of_value(hint: Any, value: Any, at: str) -> Iterator[tuple[str, str]]:

@@ -104,15 +104,13 @@ class Declared:
 def resources(f: Foundations) -> list[Declared]:
     """Every resource, in an order in which each stands behind those in its `after`. Names follow
     from `f` alone, so that whatever an interrupted update left behind can be found and adopted."""
-    services = [_service(f, name) for name in f.services]
-    ready = tuple(service.name for service in services)
-    made = [*services]
+    made = [_service(f, name) for name in f.services]
     if f.bucket is not None:
-        made.append(_bucket(f, f.bucket, ready))
-    made += [_account(f, email, ready) for email in f.accounts]
-    made += [_secret(f, name, ready) for name in f.secrets]
-    made += [_repository(f, one, ready) for one in f.repositories]
-    return [*made, *_grants(f, ready)]
+        made.append(_bucket(f, f.bucket))
+    made += [_account(f, email) for email in f.accounts]
+    made += [_secret(f, name) for name in f.secrets]
+    made += [_repository(f, one) for one in f.repositories]
+    return [*made, *_grants(f)]
 
 
 def program(f: Foundations, adopt: Collection[str] = ()) -> Callable[[], None]:
@@ -186,10 +184,19 @@ def _service(f: Foundations, name: str) -> Declared:
     """An API that is on. It stays on after a destroy: others of the project may use it."""
     identity = f"{f.project}/{name}"
     inputs = {"project": f.project, "service": name, "disable_on_destroy": False}
-    return Declared(f"service-{name.partition('.')[0]}", SERVICE, identity, identity, inputs)
+    return Declared(_service_name(name), SERVICE, identity, identity, inputs)
 
 
-def _bucket(f: Foundations, name: str, after: tuple[str, ...]) -> Declared:
+def _service_name(api: str) -> str:
+    return f"service-{api.partition('.')[0]}"
+
+
+def _on(f: Foundations, service: str) -> tuple[str, ...]:
+    """The API that has to be on first, where the foundations turn it on."""
+    return tuple(_service_name(api) for api in f.services if api == f"{service}.googleapis.com")
+
+
+def _bucket(f: Foundations, name: str) -> Declared:
     rules: list[dict[str, Any]] = [
         {"action": {"type": "AbortIncompleteMultipartUpload"}, "condition": {"age": UPLOAD_DAYS}},
         *({"action": {"type": "Delete"}, "condition": _condition(expiry)} for expiry in f.expiries),
@@ -209,7 +216,8 @@ def _bucket(f: Foundations, name: str, after: tuple[str, ...]) -> Declared:
         "force_destroy": not f.retain_bucket,
     }
     identity = f"{f.project}/{name}"
-    return Declared("bucket", BUCKET, name, identity, inputs, after, retain=f.retain_bucket)
+    after, retain = _on(f, "storage"), f.retain_bucket
+    return Declared("bucket", BUCKET, name, identity, inputs, after, retain)
 
 
 def _condition(expiry: Expiry) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def _condition(expiry: Expiry) -> dict[str, Any]:
     return {"age": expiry.days, f"matches_{kind}": [text]}
 
 
-def _account(f: Foundations, email: str, after: tuple[str, ...]) -> Declared:
+def _account(f: Foundations, email: str) -> Declared:
     account_id = email.partition("@")[0]
     identity = _account_name(f, email)
     inputs = {
@@ -226,10 +234,10 @@ def _account(f: Foundations, email: str, after: tuple[str, ...]) -> Declared:
         "display_name": f"launch: jobs of {f.name}",
         "description": "The identity of training jobs; declared by launch.",
     }
-    return Declared(f"account-{account_id}", ACCOUNT, identity, identity, inputs, after)
+    return Declared(f"account-{account_id}", ACCOUNT, identity, identity, inputs, _on(f, "iam"))
 
 
-def _secret(f: Foundations, name: str, after: tuple[str, ...]) -> Declared:
+def _secret(f: Foundations, name: str) -> Declared:
     """A secret without a version: its value comes later, past Pulumi, and is in no state."""
     identity = f"projects/{f.project}/secrets/{name}"
     inputs = {
@@ -238,10 +246,10 @@ def _secret(f: Foundations, name: str, after: tuple[str, ...]) -> Declared:
         "replication": {"auto": {}},
         "labels": dict(f.labels),
     }
-    return Declared(f"secret-{name}", SECRET, identity, identity, inputs, after)
+    return Declared(f"secret-{name}", SECRET, identity, identity, inputs, _on(f, "secretmanager"))
 
 
-def _repository(f: Foundations, one: Repository, after: tuple[str, ...]) -> Declared:
+def _repository(f: Foundations, one: Repository) -> Declared:
     identity = f"projects/{f.project}/locations/{one.location}/repositories/{one.name}"
     inputs = {
         "project": f.project,
@@ -251,31 +259,36 @@ def _repository(f: Foundations, one: Repository, after: tuple[str, ...]) -> Decl
         "description": "Images of training jobs; declared by launch.",
         "labels": dict(f.labels),
     }
-    name = f"repository-{one.location}-{one.name}"
-    return Declared(name, REPOSITORY, identity, identity, inputs, after)
+    after = _on(f, "artifactregistry")
+    return Declared(_repository_name(one), REPOSITORY, identity, identity, inputs, after)
 
 
-def _grants(f: Foundations, ready: tuple[str, ...]) -> Iterator[Declared]:
+def _repository_name(one: Repository) -> str:
+    return f"repository-{one.location}.{one.name}"  # a dot, which neither part can hold
+
+
+def _grants(f: Foundations) -> Iterator[Declared]:
     """Who may do what. A grant adds one member to one role and leaves all others alone."""
     for email in f.accounts:
         member, made = f"serviceAccount:{email}", (f"account-{email.partition('@')[0]}",)
-        yield from _of_project(f, member, _JOB_PROJECT_ROLES, (*ready, *made))
+        yield from _of_project(f, member, _JOB_PROJECT_ROLES, made)
         yield from _of_bucket(f, member, _OBJECTS, made)
         yield from _of_secrets(f, member, "roles/secretmanager.secretAccessor", made)
     for member in f.operators:
-        yield from _of_project(f, member, _OPERATOR_PROJECT_ROLES, ready)
+        yield from _of_project(f, member, _OPERATOR_PROJECT_ROLES)
         yield from _of_bucket(f, member, _OBJECTS)
         yield from _of_secrets(f, member, "roles/secretmanager.secretVersionAdder")
         yield from _of_accounts(f, member)
         yield from _of_repositories(f, member)
-    for member in f.viewers:
-        yield from _of_project(f, member, _VIEWER_PROJECT_ROLES, ready)
+    for member in (one for one in f.viewers if one not in f.operators):
+        yield from _of_project(f, member, _VIEWER_PROJECT_ROLES)
         yield from _of_bucket(f, member, _READ_OBJECTS)
 
 
 def _of_project(
-    f: Foundations, member: str, roles: tuple[str, ...], after: tuple[str, ...]
+    f: Foundations, member: str, roles: tuple[str, ...], after: tuple[str, ...] = ()
 ) -> Iterator[Declared]:
+    after = (*_on(f, "cloudresourcemanager"), *after)
     for role in roles:
         inputs = {"project": f.project, "role": role, "member": member}
         yield _grant(PROJECT_ROLE, "project", f.project, inputs, after)
@@ -310,7 +323,7 @@ def _of_accounts(f: Foundations, member: str) -> Iterator[Declared]:
 
 def _of_repositories(f: Foundations, member: str) -> Iterator[Declared]:
     for one in f.repositories:
-        name = f"repository-{one.location}-{one.name}"
+        name = _repository_name(one)
         holder = f"projects/{f.project}/locations/{one.location}/repositories/{one.name}"
         inputs = {
             "project": f.project,

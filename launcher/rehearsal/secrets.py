@@ -1,5 +1,5 @@
-"""Secret Manager as far as a job reads it (versions.access), and the metadata server from which a
-machine in the cloud takes the token that it reads with."""
+"""Secret Manager as far as a job reads it (versions.access) and a person fills it (addVersion), and
+the metadata server from which a machine in the cloud takes the token that it reads with."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ _TRANSPORT = library(
 TOKEN = "rehearsal-token"
 EMAIL = "rehearsal@rehearsal.iam.gserviceaccount.com"
 _NAME = re.compile(r"projects/([^/]+)/(?:locations/[^/]+/)?secrets/([^/]+)/versions/[^/]+")
+_PARENT = re.compile(r"projects/([^/]+)/(?:locations/[^/]+/)?secrets/([^/]+)")
+_LARGEST = 65536
 _FLAVOR = {"Metadata-Flavor": "Google"}
 _ACCOUNT = "/computeMetadata/v1/instance/service-accounts"
 
 
 class Secrets:
-    """`values` by `project/name`; `denied` names those that may not be read."""
+    """`values`, the newest ones, by `project/name`; `denied` names those that may not be read or
+    written, `empty` those that are there and have no version yet; `versions` counts."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
-        self.values, self.denied = dict(values), set[str]()
-        message = _types.AccessSecretVersionRequest
-        self.methods = [Method("AccessSecretVersion", message, self._access)]
+        self.values, self.denied, self.empty = dict(values), set[str](), set[str]()
+        self.versions: dict[str, int] = {}
+        self.methods = [
+            Method("AccessSecretVersion", _types.AccessSecretVersionRequest, self._access),
+            Method("AddSecretVersion", _types.AddSecretVersionRequest, self._add),
+        ]
         self._routes = routes(_TRANSPORT, self.methods)
 
     def handle(self, request: Request) -> Optional[Response]:
@@ -46,6 +52,28 @@ class Secrets:
         data = self.values[key].encode()
         payload = _types.SecretPayload(data=data, data_crc32c=library("google_crc32c").value(data))
         return _types.AccessSecretVersionResponse(name=asked.name, payload=payload)
+
+    def _add(self, asked: Any) -> Any:
+        found = _PARENT.fullmatch(asked.parent)
+        key, data = f"{found[1]}/{found[2]}" if found else asked.parent, asked.payload.data
+        if key in self.denied:
+            raise HttpError(
+                403, f"Permission 'secretmanager.versions.add' denied for resource {asked.parent}"
+            )
+        if key not in self.values and key not in self.empty:
+            raise HttpError(404, f"Secret [{asked.parent}] not found.")
+        if len(data) > _LARGEST:
+            raise HttpError(
+                400, f"The payload of [{asked.parent}] is larger than {_LARGEST} bytes."
+            )
+        crc = asked.payload.data_crc32c
+        if "data_crc32c" in asked.payload and crc != library("google_crc32c").value(data):
+            raise HttpError(400, f"The checksum of the payload of [{asked.parent}] does not match.")
+        number = self.versions.get(key, 1 if key in self.values else 0) + 1
+        self.versions[key], self.values[key] = number, data.decode()
+        self.empty.discard(key)
+        enabled = _types.SecretVersion.State.ENABLED
+        return _types.SecretVersion(name=f"{asked.parent}/versions/{number}", state=enabled)
 
 
 class Metadata:
