@@ -29,7 +29,8 @@ _ACCESS = re.compile(
 @dataclass(frozen=True)
 class Change:
     """One resource: `name` in the program, `kind` as module.Type, `change` one of create, update,
-    replace, delete, adopt, same; `because`: the inputs that differ (those that replace)."""
+    replace, delete, leave (deleted from the state only), adopt, same; `because`: the inputs that
+    differ (of a replacement: those that force it)."""
 
     name: str
     kind: str
@@ -92,8 +93,10 @@ class Collector:
             return
         known = self._changes.get(metadata.urn)
         word = _WORDS.get(metadata.op.value, metadata.op.value)
-        if known is not None and known.change == "replace":
-            word = "replace"
+        if known is not None and known.change in ("replace", "leave"):
+            word = known.change
+        elif word == "delete" and metadata.old is not None and metadata.old.retain_on_delete:
+            word = "leave"
         differs = metadata.keys if word == "replace" else metadata.diffs
         because = tuple(differs or (metadata.detailed_diff if word != "create" else ()) or ())
         if known is not None and not because:

@@ -98,7 +98,7 @@ class Stack:
         return self.interrupts.run(lambda: self._preview(destroy))
 
     def up(self, program: Optional[Program] = None) -> tuple[Change, ...]:
-        """Make it so; `program` stands for the stack's own (one that adopts, say). Errors: `Failed`,
+        """Make it so, by the stack's own program or by another (one that adopts). Errors: `Failed`,
         with `existing` for what the cloud has already."""
         return self.interrupts.run(lambda: self._up(program or self._program))
 

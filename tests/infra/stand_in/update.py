@@ -264,7 +264,9 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
             self._save()
 
     def _delete(self, entry: dict[str, Any]) -> None:
-        op = {"op": "delete", "urn": entry["urn"], "type": entry["type"], "provider": ""}
+        old = {"urn": entry["urn"], "retainOnDelete": bool(entry.get("retainOnDelete"))}
+        op = {"op": "delete", "urn": entry["urn"], "type": entry["type"], "provider": "",
+              "old": old}  # fmt: skip
         self._begin(op)
         if entry.get("protect"):
             self._diagnose(entry["urn"], "resource cannot be deleted because it is protected")
