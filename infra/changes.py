@@ -95,7 +95,7 @@ class Collector:
         word = _WORDS.get(metadata.op.value, metadata.op.value)
         if known is not None and known.change in ("replace", "leave"):
             word = known.change
-        elif word == "delete" and metadata.old is not None and metadata.old.retain_on_delete:
+        elif word == "delete" and _stays(metadata.old):
             word = "leave"
         differs = metadata.keys if word == "replace" else metadata.diffs
         because = tuple(differs or (metadata.detailed_diff if word != "create" else ()) or ())
@@ -134,6 +134,13 @@ def one_line(text: str) -> str:
     words = " ".join(_TAGS.sub("", text).split())
     words = re.sub(r"^\d+ errors? occurred: \* ", "", words)
     return words if len(words) <= 400 else f"{words[:397]}..."
+
+
+def _stays(old: Any) -> bool:
+    """Whether a deletion leaves it in the cloud: by the option of every resource that says so, or
+    by that of an API, which is not switched off."""
+    inputs = (old.inputs or {}) if old is not None else {}
+    return old is not None and (old.retain_on_delete or inputs.get("disableOnDestroy") is False)
 
 
 def _resource(urn: str) -> bool:

@@ -31,6 +31,7 @@ from infra.interrupts import Interrupts
 
 PROJECT = "launch"
 _LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")
+_CODE = re.compile(r"^\s*code: -(\d+)")
 #: Seconds that the readers of a process that has ended wait for the rest of its words: a plugin
 #: that outlives it may keep its pipes open.
 _LAST_WORDS = 5.0
@@ -268,15 +269,16 @@ class Stack:
         try:
             yield
         except refusals.ConcurrentUpdateError as error:
-            raise self._locked(_stderr(error)) from error
+            raise self._locked(str(error).partition("stderr: ")[2]) from error
         except refusals.CommandError as error:
-            raise self._refused(doing, _stderr(error), seen) from error
+            raise self._refused(doing, str(error), seen) from error
         except refusals.InvalidVersionError as error:
             raise EngineError(one_line(str(error)), "put a newer pulumi on PATH") from error
         except OSError as error:
             raise EngineError(f"pulumi {doing}: {error.strerror or error}") from error
 
-    def _refused(self, doing: str, stderr: str, seen: Optional[Collector]) -> EngineError:
+    def _refused(self, doing: str, answer: str, seen: Optional[Collector]) -> EngineError:
+        stderr = answer.partition("stderr: ")[2]
         if "incorrect passphrase" in stderr:
             return Passphrase(
                 f"the passphrase is not the one that the state of {self.name} was made with",
@@ -290,8 +292,11 @@ class Stack:
             return Failed("\n".join(told), existing)
         lines = [line for line in stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.lstrip().startswith("error:")] or lines[-1:]
-        told_once = one_line(errors[0]).removeprefix("error: ") if errors else "no reason was given"
-        return Failed(f"pulumi {doing}: {told_once}")
+        if errors:
+            return Failed(f"pulumi {doing}: {one_line(errors[0]).removeprefix('error: ')}")
+        code = _CODE.search(answer)
+        signal = f" by signal {code[1]}" if code else ""
+        return Failed(f"pulumi {doing} was ended{signal} before it had written down what it did")
 
     def _locked(self, stderr: str) -> Locked:
         found = _LOCK.search(stderr)
@@ -392,10 +397,6 @@ def _pending(deployment: Mapping[str, Any]) -> tuple[str, ...]:
         f"{operation.get('type', 'changing')} {name_of(operation.get('resource', {})['urn'])}"
         for operation in found
     )
-
-
-def _stderr(error: Exception) -> str:
-    return str(error).partition("stderr: ")[2]
 
 
 def _lives(pid: int) -> bool:

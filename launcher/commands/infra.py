@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from launcher.recipe import Loaded
 
 _SIGNS = {"create": "+", "update": "~", "replace": "±", "delete": "-", "leave": "-", "adopt": "+"}
-_DONE = {
-    "create": "created", "update": "updated", "replace": "replaced", "delete": "deleted",
-    "leave": "left in the cloud:", "adopt": "adopted",
+_DOING = {
+    "create": ("creating", "created"), "update": ("updating", "updated"),
+    "replace": ("replacing", "replaced"), "delete": ("deleting", "deleted"),
+    "leave": ("leaving", "left"), "adopt": ("adopting", "adopted"),
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def plan(recipe: str, *, yes: bool, as_json: bool) -> int:
         seen = stack.status()
     pending = seen.pending if seen is not None else ()
     if as_json:
-        facts = {"changes": _json(changes), "pending": list(pending), "missing": list(f.missing)}
+        facts = {"changes": _json(f, changes), "pending": list(pending), "missing": list(f.missing)}
         console.document({**_where(stack), **facts})
         return Exit.OK
     _show(f, changes, pending, console.say)
@@ -68,6 +69,10 @@ def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
         changes = stack.preview()
         if not as_json:
             _show(f, changes, (), console.notice)
+        if any(change.change in ("delete", "leave") for change in changes):
+            console.notice(
+                f"what {f.name} does not name goes; other recipes with its bucket may need that"
+            )
         adopted: list[str] = []
         if any(change.change != "same" for change in changes):
             refusal = f"{recipe}: this changes the cloud, and there is no terminal to ask on"
@@ -78,7 +83,7 @@ def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
         seen = stack.status()
     outputs = dict(seen.outputs) if seen is not None else {}
     if as_json:
-        facts = {"changes": _json(changes), "adopted": adopted, "outputs": outputs}
+        facts = {"changes": _json(f, changes), "adopted": adopted, "outputs": outputs}
         console.document({**_where(stack), **facts})
         return Exit.OK
     for key, value in sorted(outputs.items()):
@@ -103,16 +108,16 @@ def destroy(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
             return Exit.OK
         with _signals(recipe, destroying=True):
             _past_lock(stack, stack.destroy, yes=yes, unlock=unlock)
-    left = [change.name for change in changes if change.change == "leave"]
+    left = [change.name for change in _ordered(f, changes) if change.change == "leave"]
     if as_json:
-        console.document({**_where(stack), "changes": _json(changes), "left": left})
+        console.document({**_where(stack), "changes": _json(f, changes), "left": left})
         return Exit.OK
     console.say("nothing is left of it" if known else f"{stack.name}: nothing was made")
     if "bucket" in left:
         console.notice(f"but the bucket: gs://{f.bucket} and all in it stay, and cost as before")
         if not f.retain_bucket:
             console.notice("it was made to stay; `launch infra up` takes note of retain_bucket")
-    if known and f.services:
+    if any(name.startswith("service-") for name in left):
         console.notice(f"the APIs of {f.project} stay on: others may use them")
     return Exit.OK
 
@@ -129,7 +134,7 @@ def status(recipe: str, *, refresh: bool, yes: bool, as_json: bool) -> int:
         if seen is not None:
             facts |= {"resources": seen.resources, "outputs": seen.outputs,
                       "pending": list(seen.pending), "updated": seen.updated}  # fmt: skip
-            facts |= {"drift": _json(differs)} if refresh else {}
+            facts |= {"drift": _json(f, differs)} if refresh else {}
         console.document({**_where(stack), **facts})
         return Exit.OK
     if seen is None:
@@ -354,23 +359,24 @@ def _signals(recipe: str, destroying: bool = False) -> Iterator[None]:
 
 
 def _progress(step: Step) -> None:
-    if step.state == "done":
-        change = step.change
-        console.notice(f"{_DONE.get(change.change, change.change)} {change.name}")
-    elif step.state == "started":
-        console.notice(f"{step.change.name}: {step.change.change} ...")
+    change = step.change
+    doing, done = _DOING.get(change.change, (change.change, f"{change.change} done:"))
+    if step.state != "failed":  # why it failed is told at the end, once
+        console.notice(f"{done if step.state == 'done' else doing} {change.name}")
 
 
 def _show(
     f: Foundations, changes: Sequence[Change], pending: Sequence[str], say: Callable[[str], None]
 ) -> None:
     """Everything that would change, then how much would not, then what has to be there."""
-    differing = [change for change in changes if change.change != "same"]
+    differing = [change for change in _ordered(f, changes) if change.change != "same"]
     rows = [
         (f"{_SIGNS.get(one.change, '?')} {one.change}", one.kind, one.name, ", ".join(one.because))
         for one in differing
     ]
-    for line in console.columns(("CHANGE", "KIND", "NAME", "BECAUSE OF"), rows) if rows else ():
+    headers = ("CHANGE", "KIND", "NAME", "BECAUSE OF")
+    shown = len(headers) if any(one.because for one in differing) else len(headers) - 1
+    for line in console.columns(headers[:shown], [row[:shown] for row in rows]) if rows else ():
         say(line)
     same = len(changes) - len(differing)
     say(f"{len(differing)} to change, {same} as they should be")
@@ -380,9 +386,16 @@ def _show(
         say(f"not made here: {line}")
 
 
+def _ordered(f: Foundations, changes: Sequence[Change]) -> list[Change]:
+    """In the order of the declaration, and what is not declared (any more) behind it: the engine
+    works on several at once, in no order."""
+    order = {one.name: number for number, one in enumerate(google.resources(f))}
+    return sorted(changes, key=lambda change: (order.get(change.name, len(order)), change.name))
+
+
 def _where(stack: Stack) -> dict[str, Any]:
     return {"stack": stack.name, "state": stack.state}
 
 
-def _json(changes: Sequence[Change]) -> list[dict[str, Any]]:
-    return [change.to_json() for change in changes]
+def _json(f: Foundations, changes: Sequence[Change]) -> list[dict[str, Any]]:
+    return [change.to_json() for change in _ordered(f, changes)]

@@ -264,7 +264,8 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
             self._save()
 
     def _delete(self, entry: dict[str, Any]) -> None:
-        old = {"urn": entry["urn"], "retainOnDelete": bool(entry.get("retainOnDelete"))}
+        old = {"urn": entry["urn"], "inputs": entry["inputs"],
+               "retainOnDelete": bool(entry.get("retainOnDelete"))}  # fmt: skip
         op = {"op": "delete", "urn": entry["urn"], "type": entry["type"], "provider": "",
               "old": old}  # fmt: skip
         self._begin(op)
@@ -272,7 +273,8 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
             self._diagnose(entry["urn"], "resource cannot be deleted because it is protected")
             self.failures.append(entry["urn"])
             return
-        if not self.dry and entry.get("retainOnDelete"):
+        stays = entry.get("retainOnDelete") or entry["inputs"].get("disableOnDestroy") is False
+        if not self.dry and stays:
             self.known.pop(entry["urn"])
             self._save()
         elif not self.dry:
