@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Optional
+from urllib.error import HTTPError, URLError
 
 from infra.errors import EngineError
 
@@ -93,7 +94,8 @@ def install(
             place.mkdir(parents=True)
             unpacked.replace(place / "bin")
     except (OSError, tarfile.TarError) as error:
-        why = getattr(error, "reason", None) or error
+        plain = isinstance(error, HTTPError) or not isinstance(error, URLError)
+        why = error if plain else error.reason
         raise EngineError(f"pulumi {version} could not be installed: {why}", by_hand) from error
     cli = _known(place / "bin" / "pulumi", environ)
     if cli is None:

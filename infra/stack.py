@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from infra.changes import Change, Collector, Step, exists_already, name_of, one_
 from infra.engine_cli import Cli
 from infra.errors import EngineError, Failed, Locked, Passphrase, Stopped
 from infra.interrupts import Interrupts
+
+# It warns of the end of its stream when the engine was killed, which we tell ourselves.
+warnings.filterwarnings("ignore", message="Error in event stream", category=UserWarning)
 
 PROJECT = "launch"
 _LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")

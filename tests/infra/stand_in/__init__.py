@@ -63,3 +63,11 @@ class StandIn:
         (file,) = (home / "state").rglob("stacks/*/*.json")
         found: dict[str, Any] = json.loads(file.read_text())
         return found
+
+    def hold(self, home: Path, stack: str, host: str, pid: int) -> None:
+        """Leave the lock file of an update by `pid` on `host` in the state below `home`."""
+        folder = home / "state" / ".pulumi" / "locks" / "organization" / "launch" / stack
+        folder.mkdir(parents=True, exist_ok=True)
+        since = "2026-11-21T10:00:00Z"
+        facts = {"pid": pid, "hostname": host, "username": "ann", "timestamp": since}
+        (folder / "1.json").write_text(json.dumps(facts))

@@ -1,0 +1,312 @@
+"""The engine's side of the foundations, against the stand-in for its command line (see there for
+what such a test can show)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra import engine_cli, google, passphrase
+from infra.changes import Change
+from infra.errors import EngineError, Failed, Locked, Passphrase
+from infra.google import Foundations
+from infra.stack import Stack, name
+from tests.infra.stand_in import StandIn
+
+BUCKET = "tuna-models"
+DEMO = Foundations(
+    "demo", "proj-1", "us-central1",
+    services=("storage.googleapis.com",), bucket=BUCKET, labels={"launch-recipe": "demo"},
+)  # fmt: skip
+Open = Callable[..., Stack]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> StandIn:
+    return StandIn(tmp_path / "stand-in")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def opened(cli: StandIn, home: Path, said: list[str]) -> Open:
+    """A stack of `DEMO`, or of other foundations or another environment."""
+
+    def make(f: Foundations = DEMO, **environ: str) -> Stack:
+        given = {"PATH": f"{cli.bin}:{os.environ['PATH']}", **environ}
+        found = engine_cli.find(home, given)
+        assert found is not None
+        assert found.path == cli.bin / "pulumi"
+        return Stack(
+            name(f.project, str(f.bucket)), google.program(f), found, home, given, say=said.append
+        )
+
+    return make
+
+
+def _words(changes: tuple[Change, ...]) -> dict[str, str]:
+    return {change.name: change.change for change in changes}
+
+
+def test_a_preview_tells_everything_and_makes_nothing(opened: Open, cli: StandIn) -> None:
+    changes = opened().preview()
+
+    assert _words(changes) == {"service-storage": "create", "bucket": "create"}
+    assert {change.kind for change in changes} == {"projects.Service", "storage.Bucket"}
+    assert cli.cloud == {}
+
+
+def test_what_is_made_once_is_the_same_the_second_time(opened: Open, cli: StandIn) -> None:
+    stack = opened()
+    assert stack.status() is None
+
+    made, again = stack.up(), stack.up()
+
+    assert set(_words(made).values()) == {"create"}
+    assert set(_words(again).values()) == {"same"}
+    assert len(cli.cloud) == 2
+    status = stack.status()
+    assert status is not None
+    assert status.resources == 2
+    assert status.pending == ()
+    assert status.outputs["bucket"] == f"gs://{BUCKET}"
+    assert status.updated is not None
+    assert (status.updated["kind"], status.updated["result"]) == ("up", "succeeded")
+
+
+def test_a_change_says_which_input_differs_and_whether_it_replaces(opened: Open) -> None:
+    opened().up()
+
+    labelled = opened(replace(DEMO, labels={"launch-recipe": "other"})).preview()
+    moved = opened(replace(DEMO, bucket_location="europe-west4")).preview()
+    fewer = opened(replace(DEMO, services=())).preview()
+
+    assert Change("bucket", "storage.Bucket", "update", ("labels",)) in labelled
+    assert Change("bucket", "storage.Bucket", "replace", ("location",)) in moved
+    assert _words(fewer)["service-storage"] == "leave"  # the API stays on
+
+
+def test_drift_is_what_the_cloud_has_otherwise(opened: Open, cli: StandIn) -> None:
+    stack = opened()
+    stack.up()
+    cloud = cli.cloud
+    for key, inputs in cloud.items():
+        if "storage/bucket" in key:
+            inputs["labels"] = {}
+    cli.cloud = {key: value for key, value in cloud.items() if "projects/service" not in key}
+
+    drift = stack.drift()
+
+    assert Change("bucket", "storage.Bucket", "update", ("labels",)) in drift
+    assert _words(drift)["service-storage"] == "delete"
+    status = stack.status()
+    assert status is not None
+    assert status.resources == 2  # it was only looked at
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_a_destroy_deletes_all_but_a_bucket_that_is_to_stay(
+    opened: Open, cli: StandIn, retain: bool
+) -> None:
+    stack = opened(replace(DEMO, retain_bucket=retain))
+    stack.up()
+
+    shown = stack.preview(destroy=True)
+    stack.destroy()
+
+    assert _words(shown)["bucket"] == ("leave" if retain else "delete")
+    left = [key for key in cli.cloud if "storage/bucket" in key]
+    assert bool(left) == retain
+    assert stack.status() is None
+
+
+def test_a_refused_resource_is_named_in_one_line_and_the_next_update_goes_on(
+    opened: Open, cli: StandIn
+) -> None:
+    stack = opened()
+    refusal = "1 error occurred:\n\t* googleapi: Error 403: storage.buckets.create denied\n\n"
+    cli.faults(fail={"bucket": refusal})
+
+    with pytest.raises(Failed) as failed:
+        stack.up()
+
+    expected = "bucket: googleapi: Error 403: storage.buckets.create denied"
+    assert str(failed.value) == expected
+    assert failed.value.existing == ()
+    cli.faults()
+    assert stack.settle() == ()  # a refusal leaves nothing open
+    assert _words(stack.up()) == {"service-storage": "same", "bucket": "create"}
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+def test_a_lock_of_another_is_told_with_who_and_since_and_stays(
+    opened: Open, cli: StandIn, home: Path, host: str
+) -> None:
+    stack = opened()
+    stack.up()
+    cli.hold(home, stack.name, host, os.getpid())
+
+    with pytest.raises(Locked) as locked:
+        stack.up()
+
+    assert f"ann@{host} (process {os.getpid()}) holds the state" in str(locked.value)
+    assert "since 2026-11-21T10:00:00Z" in str(locked.value)
+    assert not locked.value.stale
+    assert "cancel" not in cli.commands()
+    stack.unlock()
+    assert set(_words(stack.up()).values()) == {"same"}
+
+
+def test_an_update_that_was_killed_is_settled_and_what_it_made_adopted(
+    opened: Open, cli: StandIn, home: Path, said: list[str]
+) -> None:
+    cli.faults(die_after="bucket")
+    with pytest.raises(Failed, match="was ended by signal 9"):
+        opened().up()
+    cli.faults()
+    stack = opened()
+    status = stack.status()
+    assert status is not None
+    assert status.pending == ("creating bucket",)
+    assert [key for key in cli.cloud if "storage/bucket" in key]  # there, and in no state
+
+    assert stack.settle() == ("creating bucket",)
+    with pytest.raises(Failed) as there:
+        stack.up()
+    assert there.value.existing == ("bucket",)
+    assert _words(stack.up(google.program(DEMO, ["bucket"])))["bucket"] == "adopt"
+
+    assert set(_words(stack.up()).values()) == {"same"}
+    assert cli.state(home)["checkpoint"]["latest"]["pending_operations"] == []
+    order = [word for word in cli.commands() if word in ("cancel", "refresh")]
+    assert order == ["refresh", "cancel", "refresh"]  # the first one met the lock
+    assert any("which has died" in line for line in said)
+
+
+def test_the_passphrase_is_made_once_at_random_for_nobody_else(
+    opened: Open, home: Path, tmp_path: Path
+) -> None:
+    opened().up()
+    kept = passphrase.place(home)
+    word = kept.read_text()
+
+    opened().up()
+
+    assert len(word) >= 32
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.read_text() == word
+    passphrase.ensure(tmp_path / "second", {})
+    assert passphrase.place(tmp_path / "second").read_text() != word
+
+
+def test_a_missing_passphrase_is_asked_for_and_never_made_anew(opened: Open, home: Path) -> None:
+    opened().up()
+    kept = passphrase.place(home)
+    word = kept.read_text()
+    kept.unlink()
+
+    with pytest.raises(Passphrase) as missing:
+        opened().up()
+
+    assert f"{kept} is missing" in str(missing.value)
+    assert "PULUMI_CONFIG_PASSPHRASE" in missing.value.hint
+    assert not kept.exists()
+    assert opened(PULUMI_CONFIG_PASSPHRASE=word).up()
+
+
+def test_a_wrong_or_an_empty_passphrase_is_told_in_one_line(
+    opened: Open, home: Path, tmp_path: Path
+) -> None:
+    opened().up()
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+
+    with pytest.raises(Passphrase, match="is not the one that the state of"):
+        opened(PULUMI_CONFIG_PASSPHRASE="another").up()
+    with pytest.raises(Passphrase, match="PULUMI_CONFIG_PASSPHRASE is empty"):
+        opened(PULUMI_CONFIG_PASSPHRASE="").up()
+    with pytest.raises(Passphrase, match="empty is empty"):
+        opened(PULUMI_CONFIG_PASSPHRASE_FILE=str(empty)).up()
+    passphrase.place(home).chmod(0o644)
+    with pytest.raises(Passphrase, match="others can read it"):
+        opened().up()
+
+
+def test_the_environments_passphrase_wins_and_is_written_nowhere(
+    opened: Open, cli: StandIn, home: Path, said: list[str]
+) -> None:
+    word = "correct-horse-battery"
+    stack = opened(PULUMI_CONFIG_PASSPHRASE=word)
+    changes = stack.up()
+    stack.preview()
+    stack.status()
+
+    assert not passphrase.place(home).exists()
+    _nowhere(word, changes, said, home, cli.folder)
+
+
+def test_the_kept_passphrase_is_in_its_file_and_nowhere_else(
+    opened: Open, cli: StandIn, home: Path, said: list[str]
+) -> None:
+    stack = opened()
+    changes = stack.up()
+    stack.status()
+    kept = passphrase.place(home)
+    word = kept.read_text()
+    kept.unlink()
+
+    _nowhere(word, changes, said, home, cli.folder)
+
+
+def _nowhere(word: str, changes: Any, said: list[str], *folders: Path) -> None:
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert any(file.name == "calls.jsonl" for file in files)  # every argument of every call
+    assert not [file for file in files if word in file.read_text(errors="replace")]
+    assert word not in repr(changes) + "".join(said)
+
+
+def test_the_engine_gets_a_home_and_a_state_of_its_own(
+    opened: Open, cli: StandIn, home: Path
+) -> None:
+    opened().preview()
+
+    called = {name for call in cli.calls() for name in call["variables"]}
+    assert {"PULUMI_HOME", "PULUMI_BACKEND_URL", "PULUMI_SKIP_UPDATE_CHECK"} <= called
+    assert opened().state == f"file://{home / 'state'}"
+    assert opened(PULUMI_BACKEND_URL="gs://team/state").state == "gs://team/state"
+
+
+def test_a_state_that_cannot_be_reached_is_an_error_with_the_engines_reason(opened: Open) -> None:
+    with pytest.raises(EngineError, match="keeps no state in gs://team/state"):
+        opened(PULUMI_BACKEND_URL="gs://team/state").preview()
+
+
+_project = st.from_regex(r"([a-z][a-z.]{0,8}:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", fullmatch=True)
+_bucket = st.from_regex(r"[a-z0-9][a-z0-9._-]{1,110}[a-z0-9]", fullmatch=True)
+
+
+@settings(max_examples=50)
+@given(_project, _bucket, _project, _bucket)
+def test_a_stack_has_a_name_of_its_own_that_the_engine_takes(
+    project: str, bucket: str, other_project: str, other_bucket: str
+) -> None:
+    mine, other = name(project, bucket), name(other_project, other_bucket)
+    assert 0 < len(mine) <= 100
+    assert set(mine) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+    assert (mine == other) == ((project, bucket) == (other_project, other_bucket))
