@@ -84,6 +84,7 @@ class Stack:
         self.name, self.home, self._environ = stack, home, environ
         self._program, self._say, self._tell = program, say, tell
         self.interrupts = Interrupts(say)
+        self._selected: Optional[automation.Stack] = None
         local = home / "state"
         self.state = environ.get("PULUMI_BACKEND_URL") or state or f"file://{local}"
         self._folder = home / "work" / stack
@@ -128,6 +129,10 @@ class Stack:
         """None: nothing was ever made."""
         return self.interrupts.run(self._status)
 
+    def outputs(self) -> Mapping[str, Any]:
+        """What the program exported when it was last run to its end."""
+        return self.interrupts.run(self._outputs)
+
     def _preview(self, destroy: bool) -> tuple[Change, ...]:
         opened = self._opened(create=not destroy)
         if opened is None:
@@ -163,6 +168,7 @@ class Stack:
             deployment = self._exported()
             if not _resources(deployment) and not _pending(deployment):
                 opened.workspace.remove_stack(self.name)
+                self._selected = None
         return seen.changes
 
     def _drift(self) -> tuple[Change, ...]:
@@ -197,15 +203,24 @@ class Stack:
             return None
         with self._explained("status"):
             deployment = self._exported()
-            outputs = self._json("stack", "output", "--json")
+            outputs = self._outputs()
             history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
         last = history[0] if history else None
         facts = ("kind", "result", "startTime", "endTime")
         updated = None if last is None else {key: last.get(key) for key in facts}
         return Status(outputs, len(_resources(deployment)), _pending(deployment), updated)
 
+    def _outputs(self) -> Mapping[str, Any]:
+        if self._opened(create=False) is None:
+            return {}
+        with self._explained("output"):
+            found: Mapping[str, Any] = self._json("stack", "output", "--json")
+        return found
+
     def _opened(self, create: bool) -> Optional[automation.Stack]:
         """The stack, made when there is none and `create`; else None. Errors: `Passphrase`."""
+        if self._selected is not None:
+            return self._selected
         variables = dict(self._variables)
         workspace = automation.LocalWorkspace(
             work_dir=str(self._folder),
@@ -230,7 +245,7 @@ class Stack:
                 variables.update(passphrase.variables(self.home, self._environ))
                 opened = automation.Stack.create(self.name, workspace)
         variables.update(passphrase.variables(self.home, self._environ))
-        self._variables = variables
+        self._variables, self._selected = variables, opened
         return opened
 
     def _past_dead_lock(

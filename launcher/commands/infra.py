@@ -80,8 +80,7 @@ def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
                 console.notice("nothing was changed")
                 return Exit.OK
             adopted = _made(f, stack, yes=yes, unlock=unlock)
-        seen = stack.status()
-    outputs = dict(seen.outputs) if seen is not None else {}
+        outputs = dict(stack.outputs())
     if as_json:
         facts = {"changes": _json(f, changes), "adopted": adopted, "outputs": outputs}
         console.document({**_where(stack), **facts})

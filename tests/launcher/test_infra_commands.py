@@ -293,9 +293,9 @@ def test_ctrl_c_finishes_what_has_begun_records_it_and_stops(
     assert "interrupted; what was done is recorded" in text
     assert "launch infra up tuna.yaml" in text
     assert "Traceback" not in text
-    recorded = {one["urn"].rpartition("::")[2] for one in _state(engine, tmp_path)["resources"]}
-    assert "bucket" in recorded
-    assert "account-trainer" not in recorded
+    recorded = [one["type"] for one in _state(engine, tmp_path)["resources"]]
+    assert "gcp:storage/bucket:Bucket" in recorded
+    assert "gcp:storage/bucketIAMMember:BucketIAMMember" not in recorded
     assert _locks(tmp_path / "home") == []
     engine.faults()
     assert launch("up", "tuna.yaml", "--yes")[0] == 0

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import sys
 import time
-import uuid
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
@@ -66,7 +63,7 @@ class State:
     def init(self) -> None:
         if self.file.exists():
             raise Refused(f"error: stack '{self.stack}' already exists")
-        salt = uuid.uuid4().hex
+        salt = os.urandom(8).hex()
         sealed = {"salt": f"v1:{salt}:{_seal(_passphrase(), salt)}"}
         self.deployment = {
             "manifest": {"version": VERSION}, "resources": [], "pending_operations": [],
@@ -98,9 +95,9 @@ class State:
                 + "".join(lines)
             )
         self.locks.mkdir(parents=True, exist_ok=True)
-        file = self.locks / f"{uuid.uuid4()}.json"
-        facts = {"pid": os.getpid(), "username": "tester", "hostname": socket.gethostname(),
-                 "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds")}  # fmt: skip
+        file = self.locks / f"{os.urandom(8).hex()}.json"
+        facts = {"pid": os.getpid(), "username": "tester", "hostname": os.uname().nodename,
+                 "timestamp": _time(time.time())}  # fmt: skip
         file.write_text(json.dumps(facts))
         return file
 
@@ -205,4 +202,4 @@ def _holder(path: Path) -> str:
 
 
 def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(seconds))

@@ -198,10 +198,11 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
             op = "replace" if replaces else "update" if changed else "same"
         facts = {"op": op, "urn": urn, "type": request.type, "provider": ""}
         facts.update({"keys": replaces, "diffs": changed} if old is not None else {})
-        self._begin(facts)
+        self._go_on()
         if op != "same" and not self.dry:
             self._act(facts, entry, old)
         else:
+            self._begin(facts)
             self._keep(entry)
         self._done(facts)
         return outputs
@@ -214,6 +215,7 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
         operation = {"resource": entry, "type": doing.get(facts["op"], "updating")}
         self.state.deployment["pending_operations"].append(operation)
         self._save()
+        self._begin(facts)
         self._pause(name)
         problem = self.faults.get("fail", {}).get(name) or self._problem(facts["op"], entry)
         if problem is None:
@@ -281,16 +283,18 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
                "retainOnDelete": bool(entry.get("retainOnDelete"))}  # fmt: skip
         op = {"op": "delete", "urn": entry["urn"], "type": entry["type"], "provider": "",
               "old": old}  # fmt: skip
-        self._begin(op)
+        self._go_on()
         if entry.get("protect"):
             self._diagnose(entry["urn"], "resource cannot be deleted because it is protected")
             self.failures.append(entry["urn"])
             return
         stays = entry.get("retainOnDelete") or entry["inputs"].get("disableOnDestroy") is False
-        if not self.dry and stays:
-            self.known.pop(entry["urn"])
-            self._save()
-        elif not self.dry:
+        if self.dry or stays:
+            self._begin(op)
+            if not self.dry:
+                self.known.pop(entry["urn"])
+                self._save()
+        else:
             try:
                 self._act(op, entry, entry)
             except Refused:
@@ -319,9 +323,11 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
         if not self.dry:
             self._save()
 
-    def _begin(self, facts: dict[str, Any]) -> None:
+    def _go_on(self) -> None:
         if self.stop.is_set() and not self.dry:
             raise Refused("canceled")
+
+    def _begin(self, facts: dict[str, Any]) -> None:
         self.events.send(resourcePreEvent={"metadata": dict(facts), "planning": self.dry})
 
     def _done(self, facts: dict[str, Any]) -> None:
