@@ -94,8 +94,8 @@ def install(
             place.mkdir(parents=True)
             unpacked.replace(place / "bin")
     except (OSError, tarfile.TarError) as error:
-        plain = isinstance(error, HTTPError) or not isinstance(error, URLError)
-        why = error if plain else error.reason
+        away = isinstance(error, URLError) and not isinstance(error, HTTPError)
+        why = getattr(error, "reason", error) if away else error
         raise EngineError(f"pulumi {version} could not be installed: {why}", by_hand) from error
     cli = _known(place / "bin" / "pulumi", environ)
     if cli is None:

@@ -49,15 +49,39 @@ def opened(cli: StandIn, home: Path, said: list[str]) -> Open:
     """A stack of `DEMO`, or of other foundations or another environment."""
 
     def make(f: Foundations = DEMO, **environ: str) -> Stack:
-        given = {"PATH": f"{cli.bin}:{os.environ['PATH']}", **environ}
-        found = engine_cli.find(home, given)
-        assert found is not None
-        assert found.path == cli.bin / "pulumi"
-        return Stack(
-            name(f.project, str(f.bucket)), google.program(f), found, home, given, say=said.append
-        )
+        return _stack(cli, home, f, environ, said.append)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[StandIn, Path]:
+    """A stand-in and a home after one `up` of `DEMO`, for the tests that start there."""
+    folder = tmp_path_factory.mktemp("template")
+    cli, home = StandIn(folder / "stand-in"), folder / "home"
+    _stack(cli, home, DEMO, {}, [].append).up()
+    return cli, home
+
+
+@pytest.fixture
+def made(template: tuple[StandIn, Path], cli: StandIn, home: Path) -> StandIn:
+    """The stand-in after an `up` of `DEMO`."""
+    cli.copy(*template, home)
+    return cli
+
+
+def _stack(
+    cli: StandIn,
+    home: Path,
+    f: Foundations,
+    environ: dict[str, str],
+    say: Callable[[str], None],
+) -> Stack:
+    given = {"PATH": f"{cli.bin}:{os.environ['PATH']}", **environ}
+    found = engine_cli.find(home, given)
+    assert found is not None
+    assert found.path == cli.bin / "pulumi"
+    return Stack(name(f.project, str(f.bucket)), google.program(f), found, home, given, say=say)
 
 
 def _words(changes: tuple[Change, ...]) -> dict[str, str]:
@@ -90,9 +114,9 @@ def test_what_is_made_once_is_the_same_the_second_time(opened: Open, cli: StandI
     assert (status.updated["kind"], status.updated["result"]) == ("up", "succeeded")
 
 
-def test_a_change_says_which_input_differs_and_whether_it_replaces(opened: Open) -> None:
-    opened().up()
-
+def test_a_change_says_which_input_differs_and_whether_it_replaces(
+    opened: Open, made: StandIn
+) -> None:
     labelled = opened(replace(DEMO, labels={"launch-recipe": "other"})).preview()
     moved = opened(replace(DEMO, bucket_location="europe-west4")).preview()
     fewer = opened(replace(DEMO, services=())).preview()
@@ -102,14 +126,13 @@ def test_a_change_says_which_input_differs_and_whether_it_replaces(opened: Open)
     assert _words(fewer)["service-storage"] == "leave"  # the API stays on
 
 
-def test_drift_is_what_the_cloud_has_otherwise(opened: Open, cli: StandIn) -> None:
+def test_drift_is_what_the_cloud_has_otherwise(opened: Open, made: StandIn) -> None:
     stack = opened()
-    stack.up()
-    cloud = cli.cloud
+    cloud = made.cloud
     for key, inputs in cloud.items():
         if "storage/bucket" in key:
             inputs["labels"] = {}
-    cli.cloud = {key: value for key, value in cloud.items() if "projects/service" not in key}
+    made.cloud = {key: value for key, value in cloud.items() if "projects/service" not in key}
 
     drift = stack.drift()
 
@@ -156,11 +179,10 @@ def test_a_refused_resource_is_named_in_one_line_and_the_next_update_goes_on(
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
 def test_a_lock_of_another_is_told_with_who_and_since_and_stays(
-    opened: Open, cli: StandIn, home: Path, host: str
+    opened: Open, made: StandIn, home: Path, host: str
 ) -> None:
     stack = opened()
-    stack.up()
-    cli.hold(home, stack.name, host, os.getpid())
+    made.hold(home, stack.name, host, os.getpid())
 
     with pytest.raises(Locked) as locked:
         stack.up()
@@ -168,7 +190,7 @@ def test_a_lock_of_another_is_told_with_who_and_since_and_stays(
     assert f"ann@{host} (process {os.getpid()}) holds the state" in str(locked.value)
     assert "since 2026-11-21T10:00:00Z" in str(locked.value)
     assert not locked.value.stale
-    assert "cancel" not in cli.commands()
+    assert "cancel" not in made.commands()
     stack.unlock()
     assert set(_words(stack.up()).values()) == {"same"}
 
@@ -200,9 +222,8 @@ def test_an_update_that_was_killed_is_settled_and_what_it_made_adopted(
 
 
 def test_the_passphrase_is_made_once_at_random_for_nobody_else(
-    opened: Open, home: Path, tmp_path: Path
+    opened: Open, made: StandIn, home: Path, tmp_path: Path
 ) -> None:
-    opened().up()
     kept = passphrase.place(home)
     word = kept.read_text()
 
@@ -215,8 +236,9 @@ def test_the_passphrase_is_made_once_at_random_for_nobody_else(
     assert passphrase.place(tmp_path / "second").read_text() != word
 
 
-def test_a_missing_passphrase_is_asked_for_and_never_made_anew(opened: Open, home: Path) -> None:
-    opened().up()
+def test_a_missing_passphrase_is_asked_for_and_never_made_anew(
+    opened: Open, made: StandIn, home: Path
+) -> None:
     kept = passphrase.place(home)
     word = kept.read_text()
     kept.unlink()
@@ -231,9 +253,8 @@ def test_a_missing_passphrase_is_asked_for_and_never_made_anew(opened: Open, hom
 
 
 def test_a_wrong_or_an_empty_passphrase_is_told_in_one_line(
-    opened: Open, home: Path, tmp_path: Path
+    opened: Open, made: StandIn, home: Path, tmp_path: Path
 ) -> None:
-    opened().up()
     empty = tmp_path / "empty"
     empty.write_text("\n")
 

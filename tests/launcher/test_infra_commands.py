@@ -52,6 +52,30 @@ def environ(tmp_path: Path, engine: StandIn, monkeypatch: pytest.MonkeyPatch) ->
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[StandIn, Path]:
+    """A stand-in and a $LAUNCH_HOME after one `up`, for the tests that start there."""
+    folder = tmp_path_factory.mktemp("template")
+    engine, home = StandIn(folder / "stand-in"), folder / "home"
+    (folder / "tuna.yaml").write_text(RECIPE)
+    path = f"{engine.bin}:{os.environ['PATH']}"
+    subprocess.run(
+        [sys.executable, "-m", "launcher", "infra", "up", "tuna.yaml", "--yes"], check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LAUNCH_HOME": str(home), "PATH": path},
+        cwd=folder, capture_output=True,
+    )  # fmt: skip
+    return engine, home
+
+
+@pytest.fixture
+def made(
+    template: tuple[StandIn, Path], environ: dict[str, str], engine: StandIn, tmp_path: Path
+) -> StandIn:
+    """The stand-in after an `up` of the recipe."""
+    engine.copy(*template, tmp_path / "home")
+    return engine
+
+
 Told = tuple[int, str, str]
 Launch = Callable[..., Told]
 
@@ -165,28 +189,30 @@ def test_without_a_terminal_nothing_is_changed_unless_yes_is_said(
         assert code == 2
         assert "add --yes" in err
     assert engine.cloud == {}
-    launch("up", "tuna.yaml", "--yes")
-    before = engine.cloud
+
+
+def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
+    launch: Launch, made: StandIn
+) -> None:
+    before = made.cloud
 
     code, _, err = launch("destroy", "tuna.yaml")
 
     assert code == 2
     assert "add --yes" in err
-    assert engine.cloud == before
+    assert made.cloud == before
 
 
 def test_a_destroy_leaves_the_bucket_and_says_so_and_up_takes_it_back(
-    launch: Launch, engine: StandIn
+    launch: Launch, made: StandIn
 ) -> None:
-    launch("up", "tuna.yaml", "--yes")
-
     code, out, err = launch("destroy", "tuna.yaml", "--yes")
 
     assert code == 0
     assert out == "nothing is left of it\n"
     assert "gs://tuna-models and all in it stay" in err
-    assert [key for key in engine.cloud if "storage/bucket:" in key]
-    assert not [key for key in engine.cloud if "serviceaccount" in key]
+    assert [key for key in made.cloud if "storage/bucket:" in key]
+    assert not [key for key in made.cloud if "serviceaccount" in key]
     assert launch("destroy", "tuna.yaml", "--yes")[:2] == (
         0, "proj-1.tuna-models: nothing was made\n",
     )  # fmt: skip
@@ -210,16 +236,15 @@ def test_a_refusal_names_the_resource_and_what_to_do(launch: Launch, engine: Sta
     assert launch("up", "tuna.yaml", "--yes")[0] == 0
 
 
-def test_a_destroy_that_does_not_end_exits_7(launch: Launch, engine: StandIn) -> None:
-    launch("up", "tuna.yaml", "--yes")
-    engine.faults(fail={"account-trainer": "googleapi: Error 403: denied"})
+def test_a_destroy_that_does_not_end_exits_7(launch: Launch, made: StandIn) -> None:
+    made.faults(fail={"account-trainer": "googleapi: Error 403: denied"})
 
     code, _, err = launch("destroy", "tuna.yaml", "--yes")
 
     assert code == 7
     assert "account-trainer: googleapi: Error 403: denied" in err
     assert "launch infra destroy tuna.yaml" in err
-    engine.faults()
+    made.faults()
     assert launch("destroy", "tuna.yaml", "--yes")[0] == 0
 
 
@@ -265,9 +290,10 @@ def test_a_lock_of_a_living_process_takes_unlock_and_a_yes(
 
 
 def test_unlock_with_yes_breaks_the_lock_of_another_machine(
-    launch: Launch, engine: StandIn, tmp_path: Path
+    launch: Launch, made: StandIn, tmp_path: Path
 ) -> None:
-    engine.hold(tmp_path / "home" / "infra", "proj-1.tuna-models", "elsewhere", 1)
+    (tmp_path / "tuna.yaml").write_text(RECIPE + "infra: {storage_class: NEARLINE}\n")
+    made.hold(tmp_path / "home" / "infra", "proj-1.tuna-models", "elsewhere", 1)
     assert launch("up", "tuna.yaml", "--yes")[0] == 8
 
     code, _, err = launch("up", "tuna.yaml", "--yes", "--unlock")
@@ -328,15 +354,14 @@ def test_a_third_ctrl_c_kills_and_the_next_update_recovers(
 
 
 def test_a_destroy_on_a_terminal_wants_the_name_typed(
-    launch: Launch, environ: dict[str, str], engine: StandIn
+    environ: dict[str, str], made: StandIn
 ) -> None:
-    launch("up", "tuna.yaml", "--yes")
-    before = engine.cloud
+    before = made.cloud
 
     assert _typed(environ, "yes") == 0
-    assert engine.cloud == before
+    assert made.cloud == before
     assert _typed(environ, "tuna-models") == 0
-    assert not [key for key in engine.cloud if "serviceaccount" in key]
+    assert not [key for key in made.cloud if "serviceaccount" in key]
 
 
 def _typed(environ: dict[str, str], answer: str) -> int:
@@ -366,9 +391,8 @@ def _typed(environ: dict[str, str], answer: str) -> int:
 
 
 def test_a_wrong_passphrase_is_an_access_error(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
+    launch: Launch, made: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch("up", "tuna.yaml", "--yes")
     monkeypatch.setenv("PULUMI_CONFIG_PASSPHRASE", "another")
 
     code, _, err = launch("up", "tuna.yaml", "--yes")

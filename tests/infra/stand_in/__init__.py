@@ -11,7 +11,9 @@ right, and nothing about the engine or about Google.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,18 @@ class StandIn:
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         executable = self.bin / "pulumi"
+        places = [str(HERE), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         executable.write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(HERE)!r})\n"
+            f"#!{sys.executable} -SE\nimport sys\nsys.path += {places!r}\n"  # half the start-up
             f"import engine_stand_in\nsys.exit(engine_stand_in.main({str(folder)!r}))\n"
         )
         executable.chmod(0o755)
         self.faults()
+
+    def copy(self, made: StandIn, home: Path, into: Path) -> None:
+        """Take over the cloud of `made`, and its state and all else below `home`."""
+        self.cloud = made.cloud
+        shutil.copytree(home, into)
 
     def faults(self, **faults: Any) -> None:
         """`fail`: {name: message}; `die_after`: name (killed when the cloud has it and the state
