@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 
 from infra.google import Declared, Foundations, resource_class, resources
 
-_LOCATION = re.compile(r"[A-Z]+-[A-Z]+[0-9]+|US|EU|ASIA|[A-Z]{3}[0-9]|NAM4|EUR[0-9]")
+_LOCATION = re.compile(r"[A-Z]+-[A-Z]+[0-9]+|US|EU|ASIA|[A-Z]{3,4}[0-9]{1,2}")
 _ROLE = re.compile(r"roles/[A-Za-z]+(\.[A-Za-z]+)*|(projects|organizations)/[^/]+/roles/\w+")
 _MEMBER = re.compile(
     r"(user|group|serviceAccount):[^@\s:]+@[^@\s:]+|domain:[^@\s:]+|principal(Set)?://\S+"

@@ -29,7 +29,7 @@ from infra.google import (
 
 #: What the project was written for; the first is also what Automation needs here.
 REQUIREMENTS = ("pulumi>=3.231,<4", "pulumi-gcp>=10.0,<11")
-_SHORT = 64
+_SHORT = 68
 _HEADINGS = {
     SERVICE: "APIs. They stay on after a destroy: others of the project may use them.",
     BUCKET: "Checkpoints, logs and records of runs.",
@@ -78,7 +78,10 @@ def program_text(f: Foundations) -> str:
         before, heading = heading, _HEADINGS.get(one.type_token, _GRANTS)
         comment = f"# {heading}\n" if heading != before else ""
         blocks.append(comment + _call(one, variables))
-    exports = [f"pulumi.export({_literal(k)}, {_literal(v)})" for k, v in outputs(f).items()]
+    exports = [
+        f"pulumi.export({_fitted([_literal(name), _literal(value)])})"
+        for name, value in outputs(f).items()
+    ]
     return "\n\n".join([*blocks, "\n".join(exports)]) + "\n"
 
 
@@ -104,9 +107,12 @@ def _literal(value: Any) -> str:
         items, signs = [_literal(item) for item in value], "[]"
     else:
         return repr(value)
+    return f"{signs[0]}{_fitted(items)}{signs[1]}"
+
+
+def _fitted(items: Sequence[str]) -> str:
     line = ", ".join(items)
-    inner = line if len(line) <= _SHORT and "\n" not in line else _listed(items)
-    return f"{signs[0]}{inner}{signs[1]}"
+    return line if len(line) <= _SHORT and "\n" not in line else _listed(items)
 
 
 def _listed(items: Sequence[str]) -> str:

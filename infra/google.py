@@ -64,9 +64,10 @@ class Repository:
 
 @dataclass(frozen=True)
 class Foundations:
-    """All that the program declares. `name`: of the recipe, and so of the stack. What may be None
-    or empty is not declared. `accounts`: identities of jobs, each ID@PROJECT.iam... of `project`.
-    `missing`: what the recipe names elsewhere and has to be there, one line each."""
+    """All that the program declares. `name`: of the recipe; no resource has it, for the recipes of
+    one bucket share its foundations. What may be None or empty is not declared. `accounts`:
+    identities of jobs, each ID@PROJECT.iam.gserviceaccount.com of `project`. `missing`: what the
+    recipe names elsewhere and has to be there, one line each."""
 
     name: str
     project: str
@@ -231,7 +232,7 @@ def _account(f: Foundations, email: str) -> Declared:
     inputs = {
         "project": f.project,
         "account_id": account_id,
-        "display_name": f"launch: jobs of {f.name}",
+        "display_name": "launch: training jobs",
         "description": "The identity of training jobs; declared by launch.",
     }
     return Declared(f"account-{account_id}", ACCOUNT, identity, identity, inputs, _on(f, "iam"))

@@ -72,10 +72,7 @@ def of_recipe(recipe: Recipe, environ: Mapping[str, str]) -> Foundations:
             *_missing_secrets(secrets, project),
             *_missing_images(images, project),
         ),
-        labels={
-            "launch-recipe": label(recipe.name),
-            "launch-owner": label(home.owner(environ)),
-        },
+        labels={"managed-by": "launch", "launch-owner": label(home.owner(environ))},
     )
 
 

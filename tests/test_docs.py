@@ -17,7 +17,7 @@ from launcher import drafts
 from launcher.backends.base import Held, Phase
 from launcher.cli import app
 from launcher.errors import Exit
-from launcher.spec import Budget, Environment, Gate, Hardware, Local, Retry, Vertex, Wheel
+from launcher.spec import Budget, Environment, Gate, Hardware, Infra, Local, Retry, Vertex, Wheel
 from trainer.config import (
     NEEDS,
     Adapter,
@@ -66,6 +66,7 @@ SECTIONS = {
     "hardware.vertex": Vertex,
     "budget": Budget,
     "retry": Retry,
+    "infra": Infra,
     "gate": Gate,
 }
 _COMMAND = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*launch(?: |$)")
