@@ -43,10 +43,18 @@ def variables(home: Path, environ: Mapping[str, str]) -> dict[str, str]:
     return {FILE: str(kept)}
 
 
-def ensure(home: Path, environ: Mapping[str, str]) -> bool:
-    """Make one where neither the environment nor `home` has any. True: it was made now."""
+def ensure(home: Path, environ: Mapping[str, str], shared: bool) -> bool:
+    """Make one where neither the environment nor `home` has any. True: it was made now. Errors:
+    `Passphrase` for a state that is `shared`: one that only this machine has would be lost with it.
+    """
     if WORD in environ or FILE in environ or place(home).exists():
         return False
+    if shared:
+        raise Passphrase(
+            "the state is in a bucket, for others to use too, and there is no passphrase for it",
+            f"choose one, keep it where all who use the state can read it, and set {FILE} to its "
+            f"file, or {WORD}",
+        )
     home.mkdir(parents=True, exist_ok=True)
     temporary = home / f".passphrase.{secrets.token_hex(4)}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

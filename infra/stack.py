@@ -87,6 +87,7 @@ class Stack:
         self._selected: Optional[automation.Stack] = None
         local = home / "state"
         self.state = environ.get("PULUMI_BACKEND_URL") or state or f"file://{local}"
+        self._local = self.state.startswith("file:")
         self._folder = home / "work" / stack
         for folder in (local, self._folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +238,7 @@ class Stack:
             except automation.StackNotFoundError:
                 if not create:
                     return None
-                if passphrase.ensure(self.home, self._environ):
+                if passphrase.ensure(self.home, self._environ, shared=not self._local):
                     self._say(
                         f"made a passphrase for the state: {passphrase.place(self.home)}; keep a "
                         "copy, without it the state cannot be read"
@@ -325,7 +326,7 @@ class Stack:
         here = host == socket.gethostname()
         dead = here and not _lives(int(pid))
         # A host of the same name may share a bucket with this one: there, only what we started.
-        ours = self.state.startswith("file:") or self._command.last_pid() == int(pid)
+        ours = self._local or self._command.last_pid() == int(pid)
         died = ", which has died" if dead else ""
         text = f"{user}@{host} (process {pid}{died}) holds the state of {self.name} since {since}"
         return Locked(text, dead and ours)

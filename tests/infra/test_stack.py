@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("pulumi_gcp", reason="needs the extra `infra`")
 
 from infra import engine_cli, google, passphrase
 from infra.changes import Change
@@ -162,7 +166,7 @@ def test_a_lock_of_another_is_told_with_who_and_since_and_stays(
     opened: Open, made: StandIn, home: Path, host: str
 ) -> None:
     stack = opened()
-    made.hold(home, stack.name, host, os.getpid())
+    made.hold(home / "state", stack.name, host, os.getpid())
 
     with pytest.raises(Locked) as locked:
         stack.up()
@@ -184,7 +188,7 @@ def test_the_passphrase_is_made_once_at_random_for_nobody_else(
     assert len(word) >= 32
     assert kept.stat().st_mode & 0o777 == 0o600
     assert kept.read_text() == word
-    passphrase.ensure(tmp_path / "second", {})
+    passphrase.ensure(tmp_path / "second", {}, shared=False)
     assert passphrase.place(tmp_path / "second").read_text() != word
 
 
@@ -262,8 +266,40 @@ def test_the_engine_gets_a_home_and_a_state_of_its_own(
 
 
 def test_a_state_that_cannot_be_reached_is_an_error_with_the_engines_reason(opened: Open) -> None:
-    with pytest.raises(EngineError, match="keeps no state in gs://team/state"):
-        opened(PULUMI_BACKEND_URL="gs://team/state").preview()
+    with pytest.raises(EngineError, match="keeps no state in s3://team/state"):
+        opened(PULUMI_BACKEND_URL="s3://team/state").preview()
+
+
+def test_a_shared_state_needs_a_passphrase_that_others_have_too(
+    opened: Open, cli: StandIn, home: Path
+) -> None:
+    shared = {"PULUMI_BACKEND_URL": "gs://team/state"}
+
+    with pytest.raises(Passphrase, match="there is no passphrase for it") as missing:
+        opened(**shared).preview()
+
+    assert "PULUMI_CONFIG_PASSPHRASE_FILE" in missing.value.hint
+    assert not passphrase.place(home).exists()
+    known = {**shared, "PULUMI_CONFIG_PASSPHRASE": "of-the-team"}
+    opened(**known).up()
+    elsewhere = _stack(cli, home.with_name("other"), DEMO, known, [].append)
+    assert set(_words(elsewhere.preview()).values()) == {"same"}
+
+
+def test_in_a_shared_state_only_the_lock_of_what_we_started_is_stale(
+    opened: Open, cli: StandIn
+) -> None:
+    stack = opened(PULUMI_BACKEND_URL="gs://team/state", PULUMI_CONFIG_PASSPHRASE="of-the-team")
+    stack.preview()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    state = cli.folder / "buckets" / "team" / "state"
+    cli.hold(state, stack.name, socket.gethostname(), dead.pid)
+
+    with pytest.raises(Locked, match="which has died") as locked:
+        stack.up()
+
+    assert not locked.value.stale
 
 
 _project = st.from_regex(r"([a-z][a-z.]{0,8}:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", fullmatch=True)

@@ -16,7 +16,12 @@ from typing import IO, Any
 
 import pytest
 
+pytest.importorskip("pulumi_gcp", reason="needs the extra `infra`")
+pytest.importorskip("google.cloud.secretmanager_v1", reason="needs the extra `rehearse`")
+
 from launcher import cli
+from launcher.clock import ManualClock
+from launcher.rehearsal.google import Google
 from tests.infra.stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,8 +116,8 @@ class Process:
                 return
         pytest.fail(f"it ended without {text!r}: {self.seen}")
 
-    def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+    def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
+        self.process.send_signal(number)
 
     def end(self) -> int:
         """The exit code; the rest of what it says is in `seen`."""
@@ -270,7 +275,7 @@ def test_the_lock_of_another_machine_takes_unlock_and_a_yes(
     launch: Launch, made: StandIn, tmp_path: Path
 ) -> None:
     (tmp_path / "tuna.yaml").write_text(RECIPE + "infra: {storage_class: NEARLINE}\n")
-    made.hold(tmp_path / "home" / "infra", "proj-1.tuna-models", "elsewhere", 1)
+    made.hold(tmp_path / "home" / "infra" / "state", "proj-1.tuna-models", "elsewhere", 1)
 
     code, _, err = launch("up", "tuna.yaml", "--yes")
 
@@ -311,8 +316,10 @@ def test_a_third_ctrl_c_kills_and_the_next_update_recovers(
     engine.faults(pause_at="bucket", deaf=True)
     update = start("up", "tuna.yaml", "--yes")
     update.until("creating bucket")
-    for said in ("stopping", "aborting", "killed"):
-        update.interrupt()
+    for number, said in (
+        (signal.SIGINT, "stopping"), (signal.SIGTERM, "aborting"), (signal.SIGINT, "killed"),
+    ):  # fmt: skip
+        update.interrupt(number)
         update.until(said)
 
     assert update.end() == 130
@@ -402,6 +409,28 @@ def test_export_writes_a_project_for_the_same_stack(launch: Launch, tmp_path: Pa
     code, _, err = launch("export", "tuna.yaml", "--to", "own")
     assert code == 2
     assert "--to names another folder" in err
+
+
+@pytest.mark.parametrize("words", [(), ("--from-file", "token"), ("--from-env", "TOKEN")])
+def test_a_secret_gets_its_value_and_nobody_hears_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "tuna.yaml").write_text(
+        RECIPE + "secrets: {HF_TOKEN: 'secret-manager://proj-1/hf-token'}\n"
+    )
+    (tmp_path / "token").write_text("hf_0123\n")
+    monkeypatch.setenv("TOKEN", "hf_0123")
+    with Google(ManualClock(), project="proj-1") as server:
+        server.secrets.empty.add("proj-1/hf-token")
+        for name, value in server.environ().items():
+            monkeypatch.setenv(name, value)
+        with (tmp_path / "token").open() as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            code, out, err = launch("set-secret", "tuna.yaml", "hf-token", *words)
+
+    assert (code, err) == (0, "")
+    assert out == "secret-manager://proj-1/hf-token: version 1\n"
+    assert server.secrets.values["proj-1/hf-token"] == "hf_0123"
 
 
 def test_a_secret_that_the_recipe_does_not_name_is_refused(launch: Launch) -> None:

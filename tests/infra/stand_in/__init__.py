@@ -72,9 +72,9 @@ class StandIn:
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 
-    def hold(self, home: Path, stack: str, host: str, pid: int) -> None:
-        """Leave the lock file of an update by `pid` on `host` in the state below `home`."""
-        folder = home / "state" / ".pulumi" / "locks" / "organization" / "launch" / stack
+    def hold(self, state: Path, stack: str, host: str, pid: int) -> None:
+        """Leave the lock file of an update by `pid` on `host` in the folder of a state."""
+        folder = state / ".pulumi" / "locks" / "organization" / "launch" / stack
         folder.mkdir(parents=True, exist_ok=True)
         since = "2026-11-21T10:00:00Z"
         facts = {"pid": pid, "hostname": host, "username": "ann", "timestamp": since}

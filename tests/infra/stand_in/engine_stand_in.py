@@ -40,14 +40,15 @@ class Call:
 
 
 class State:
-    """A state file of the kind that a folder as a backend holds, with its locks and history."""
+    """A state file of the kind that a folder as a backend holds, with its locks and history; that
+    of a bucket lies in the stand-in's own folder."""
 
-    def __init__(self, project: str, stack: str) -> None:
+    def __init__(self, project: str, stack: str, folder: Path) -> None:
         url = os.environ["PULUMI_BACKEND_URL"]
         scheme, _, path = url.partition("://")
-        if scheme != "file":
+        if scheme not in ("file", "gs"):
             raise Refused(f"error: the stand-in keeps no state in {url}")
-        root = Path(path) / ".pulumi"
+        root = (Path(path) if scheme == "file" else folder / "buckets" / path) / ".pulumi"
         self.stack = stack
         self.file = root / "stacks" / project / f"{stack}.json"
         self.locks = root / "locks" / "organization" / project / stack
@@ -127,7 +128,7 @@ def _answer(call: Call, folder: Path) -> str:
     if call.words == ["version"]:
         return VERSION + "\n"
     stack = call.options.get("--stack", call.words[-1])
-    state = State(_project(), stack)
+    state = State(_project(), stack, folder)
     if call.words[:2] == ["stack", "init"]:
         state.init()
         return ""
