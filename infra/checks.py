@@ -37,6 +37,10 @@ _VALUES: dict[str, tuple[str, Any]] = {
     "Bucket.public_access_prevention": ("enforced or inherited",
                                         ("enforced", "inherited").__contains__),
     "Bucket.lifecycle_rules.action.type": (f"one of {', '.join(_ACTIONS)}", _ACTIONS.__contains__),
+    # Empty, it would be the beginning, or the end, of every name.
+    **dict.fromkeys(
+        ("Bucket.lifecycle_rules.condition.matches_prefixes",
+         "Bucket.lifecycle_rules.condition.matches_suffixes"), ("a part of a name", bool)),
     "Bucket.lifecycle_rules.condition.age": ("1 day or more", lambda days: days >= 1),
     "Bucket.soft_delete_policy.retention_duration_seconds": (
         "0, or 604800 (7 days) to 7776000 (90 days)",

@@ -51,6 +51,12 @@ def of_recipe(recipe: Recipe, environ: Mapping[str, str]) -> Foundations:
                 *(name for name, needed in used.items() if needed))  # fmt: skip
     found = _BUCKET.match(recipe.artifacts or "")
     bucket = found[1] if found else None
+    kept = _BUCKET.match(wanted.state or "")
+    if kept and kept[1] == bucket:
+        raise UsageError(
+            f"infra.state: gs://{bucket} is the bucket that these foundations make",
+            "keep the state in another bucket, one that is there, or leave it out",
+        )
     return Foundations(
         name=recipe.name,
         project=project,
@@ -67,6 +73,7 @@ def of_recipe(recipe: Recipe, environ: Mapping[str, str]) -> Foundations:
         operators=_once(wanted.operators),
         viewers=_once(wanted.viewers),
         missing=(
+            *((f"gs://{kept[1]}: has to be there; it keeps the state",) if kept else ()),
             *_missing_accounts(vertex, project),
             *_missing_buckets(recipe, stages, bucket),
             *_missing_secrets(secrets, project),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher import google
-from launcher.errors import BadRequest, UsageError
+from launcher.errors import BadRequest, Transient, UsageError
 
 #: The service takes no larger one.
 LARGEST = 65536
@@ -26,7 +26,8 @@ def set_value(project: str, name: str, value: str, environ: Mapping[str, str]) -
 
     One request, not repeated: a second one would be a second version, with the same value.
     Errors: `UsageError` for a value or a name that cannot be one, or a secret that is not there;
-    signals of `launcher.google` otherwise. None of them holds the value."""
+    `Transient` where the service does not confirm the value's checksum; other signals of
+    `launcher.google`. None of them holds the value."""
     if not _PROJECT.fullmatch(project) or not _NAME.fullmatch(name):
         raise UsageError(
             f"secret {project}/{name}: is no name of a secret",
@@ -44,7 +45,10 @@ def set_value(project: str, name: str, value: str, environ: Mapping[str, str]) -
     except BadRequest as signal:
         # Not with the words of the service, which may repeat what was sent.
         raise _refused(signal, project, name) from None
-    return str(answer["name"]).rpartition("/")[2]
+    version = str(answer["name"]).rpartition("/")[2]
+    if not answer.get("clientSpecifiedPayloadChecksum"):
+        raise Transient(f"{what}: version {version} was made unchecked; give the value again")
+    return version
 
 
 def from_stream(stream: BinaryIO, name: str) -> str:

@@ -66,14 +66,18 @@ class Secrets:
             raise HttpError(
                 400, f"The payload of [{asked.parent}] is larger than {_LARGEST} bytes."
             )
-        crc = asked.payload.data_crc32c
-        if "data_crc32c" in asked.payload and crc != library("google_crc32c").value(data):
+        sent = asked.payload.data_crc32c if "data_crc32c" in asked.payload else None
+        if sent not in (None, library("google_crc32c").value(data)):
             raise HttpError(400, f"The checksum of the payload of [{asked.parent}] does not match.")
         number = self.versions.get(key, 1 if key in self.values else 0) + 1
         self.versions[key], self.values[key] = number, data.decode()
         self.empty.discard(key)
         enabled = _types.SecretVersion.State.ENABLED
-        return _types.SecretVersion(name=f"{asked.parent}/versions/{number}", state=enabled)
+        return _types.SecretVersion(
+            name=f"{asked.parent}/versions/{number}",
+            state=enabled,
+            client_specified_payload_checksum=sent is not None,
+        )
 
 
 class Metadata:

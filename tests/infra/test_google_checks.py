@@ -90,6 +90,9 @@ def test_a_required_input_that_is_missing_is_told() -> None:
         ({"viewers": ("allUsers",)}, "bucket-storage.objectViewer-allUsers: member: 'allUsers'"),
         ({"expiries": (Expiry(0, "tmp/"),)},
          "bucket: lifecycle_rules[1].condition.age: 0 is not allowed; write 1 day or more"),
+        ({"expiries": (Expiry(7),)},
+         "bucket: lifecycle_rules[1].condition.matches_suffixes[0]: '' is not allowed; write a "
+         "part of a name"),
         ({"services": ("storage",)}, "service-storage: service: 'storage' is not allowed"),
         ({"secrets": ("a", "a")}, "secret-a: declared twice"),
     ],

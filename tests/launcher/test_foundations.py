@@ -78,6 +78,7 @@ def test_the_block_infra_says_how() -> None:
          "gs://shared: has to be there; the job's account needs roles/storage.objectViewer on it"),
         ("tensorboard=gs://boards/{run}",
          "gs://boards: has to be there; the job's account needs roles/storage.objectUser on it"),
+        ("infra.state=gs://states/launch", "gs://states: has to be there; it keeps the state"),
         ("model.name=gs://models/llama",
          "gs://models: has to be there; the job's account needs roles/storage.objectViewer on it"),
     ],
@@ -88,7 +89,9 @@ def test_what_lies_elsewhere_is_listed_and_not_declared(override: str, missing: 
     assert [line for line in found.missing if line.startswith(missing)], found.missing
     assert len(found.missing) == 1
     texts = str([(one.name, one.inputs) for one in google.resources(found)])
-    assert not {"other", "shared", "boards", "models"} & set(texts.replace("/", "'").split("'"))
+    assert not {"other", "shared", "boards", "models", "states"} & set(
+        texts.replace("/", "'").split("'")
+    )
 
 
 def test_images_of_google_need_nothing() -> None:
@@ -112,6 +115,11 @@ def test_the_project_comes_from_the_environment_where_the_recipe_names_none() ->
     assert found.project == "env-1"
     with pytest.raises(UsageError, match="the project is not known"):
         _of("hardware.vertex.project=null", environ={"LAUNCH_OWNER": "ann"})
+
+
+def test_the_state_is_not_kept_in_the_bucket_that_it_makes() -> None:
+    with pytest.raises(UsageError, match="gs://bkt is the bucket that these foundations make"):
+        _of("infra.state=gs://bkt/state")
 
 
 def test_a_recipe_without_a_stage_in_the_cloud_has_no_foundations() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import shutil
+import subprocess
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +20,10 @@ from launcher.clock import ManualClock
 from launcher.errors import Denied, LaunchError, Transient, UsageError
 from launcher.rehearsal.faults import Fault, Script
 from launcher.rehearsal.google import Google
-from launcher.rehearsal.http import HttpError, Request, Response, Server
+from launcher.rehearsal.http import HttpError, Request, Response, Server, answer
 from trainer import secret_manager
 
+GCLOUD = shutil.which("gcloud")
 VALUE = "hf_0123456789abcdef"
 PATH = "/v1/projects/proj/secrets/hf-token:addVersion"
 
@@ -31,6 +35,13 @@ def server() -> Iterator[Google]:
         yield server
 
 
+def _environ(server: Server) -> dict[str, str]:
+    return {
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": server.url,
+        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
+    }
+
+
 def test_a_value_becomes_the_newest_version_and_is_what_a_job_reads(
     server: Google, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +51,52 @@ def test_a_value_becomes_the_newest_version_and_is_what_a_job_reads(
     for name, value in server.environ().items():
         monkeypatch.setenv(name, value)
     assert secret_manager.read("HF_TOKEN", "proj/hf-token") == f"{VALUE}é"
+
+
+def test_googles_own_client_gives_a_value_the_same_way(
+    server: Google, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.environ().items():
+        monkeypatch.setenv(name, value)
+    client, payload = secret_manager._client(), {"data": VALUE.encode()}
+    asked = {"parent": "projects/proj/secrets/hf-token", "payload": payload}
+
+    version = client.add_secret_version(request=asked)
+
+    assert (version.name, version.state.name) == (
+        "projects/proj/secrets/hf-token/versions/1", "ENABLED",
+    )  # fmt: skip
+    assert server.secrets.values["proj/hf-token"] == VALUE
+    with pytest.raises(Exception, match="checksum"):
+        client.add_secret_version(request={**asked, "payload": {**payload, "data_crc32c": 1}})
+    assert secrets.set_value("proj", "hf-token", VALUE, server.environ()) == "2"
+
+
+def test_a_version_whose_checksum_nobody_looked_at_is_told() -> None:
+    made = answer({"name": "projects/1/secrets/t/versions/7"})
+    told = "version 7 was made unchecked; give the value again"
+    with Server(lambda request: made) as server, pytest.raises(Transient, match=told):
+        secrets.set_value("proj", "t", VALUE, _environ(server))
+
+
+@pytest.mark.skipif(GCLOUD is None, reason="needs gcloud")
+def test_the_official_command_line_gives_a_value_the_same_way(
+    server: Google, tmp_path: Path
+) -> None:
+    environ = {
+        **os.environ,
+        **server.environ(),
+        "CLOUDSDK_CONFIG": str(tmp_path),
+        "CLOUDSDK_CORE_PROJECT": "proj",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+    done = subprocess.run(
+        [str(GCLOUD), "secrets", "versions", "add", "hf-token", "--data-file=-"],
+        input=VALUE, env=environ, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert server.secrets.values["proj/hf-token"] == VALUE
 
 
 def test_a_secret_that_is_not_there_is_not_made(server: Google) -> None:
@@ -73,11 +130,8 @@ def test_an_answer_that_repeats_what_was_sent_is_not_repeated() -> None:
     def echo(request: Request) -> Response:
         raise HttpError(400, f"Invalid payload: {request.body.decode()} {VALUE}")
 
-    with Server(echo) as server:
-        environ = {"CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": server.url,
-                   "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true"}  # fmt: skip
-        with pytest.raises(UsageError) as caught:
-            secrets.set_value("proj", "hf-token", VALUE, environ)
+    with Server(echo) as server, pytest.raises(UsageError) as caught:
+        secrets.set_value("proj", "hf-token", VALUE, _environ(server))
 
     told = "".join(traceback.format_exception(caught.value))
     assert "the service does not take the value (400)" in told
