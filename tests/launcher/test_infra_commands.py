@@ -166,22 +166,22 @@ def test_a_plan_lists_every_resource_in_the_order_of_the_declaration(
     assert engine.cloud == {}
 
 
-def test_up_makes_it_once_and_says_what_recipes_use(launch: Launch, engine: StandIn) -> None:
-    code, out, _ = launch("up", "tuna.yaml", "--yes")
-    assert code == 0
-    assert "bucket: gs://tuna-models\n" in out
-    made = len(engine.cloud)
+def test_a_second_up_changes_nothing_and_says_what_recipes_use(
+    launch: Launch, made: StandIn
+) -> None:
+    before = made.cloud
 
     code, out, _ = launch("up", "tuna.yaml", "--json")  # nothing to change: nothing to ask
     assert code == 0
     document = json.loads(out)
     assert {change["change"] for change in document["changes"]} == {"same"}
     assert document["outputs"]["service_accounts"] == ["trainer@proj-1.iam.gserviceaccount.com"]
-    assert len(engine.cloud) == made
+    assert made.cloud == before
 
     code, out, _ = launch("status", "tuna.yaml", "--refresh")
     assert code == 0
-    assert f"proj-1.tuna-models: {made} resources" in out
+    assert f"proj-1.tuna-models: {len(before)} resources" in out
+    assert "bucket: gs://tuna-models\n" in out
     assert "last: up succeeded" in out
     assert "drift: none" in out
 
@@ -208,20 +208,17 @@ def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
     assert made.cloud == before
 
 
-def test_a_destroy_leaves_the_bucket_and_says_so_and_up_takes_it_back(
-    launch: Launch, made: StandIn
+def test_a_destroy_that_is_agreed_to_leaves_the_bucket_and_says_so(
+    launch: Launch, environ: dict[str, str], made: StandIn
 ) -> None:
-    code, out, err = launch("destroy", "tuna.yaml", "--yes")
+    code, told = _typed(environ, "tuna-models")
 
     assert code == 0
-    assert out == "nothing is left of it\n"
-    assert "gs://tuna-models and all in it stay" in err
+    assert "nothing is left of it" in told
+    assert "gs://tuna-models and all in it stay" in told
     assert [key for key in made.cloud if "storage/bucket:" in key]
     assert not [key for key in made.cloud if "serviceaccount" in key]
     assert launch("destroy", "tuna.yaml")[:2] == (0, "proj-1.tuna-models: nothing was made\n")
-    code, out, _ = launch("up", "tuna.yaml", "--yes", "--json")
-    assert code == 0
-    assert "bucket" in json.loads(out)["adopted"]
 
 
 def test_a_refusal_names_the_resource_and_what_to_do(launch: Launch, engine: StandIn) -> None:
@@ -343,18 +340,20 @@ def test_a_destroy_on_a_terminal_wants_the_name_typed(
 ) -> None:
     before = made.cloud
 
-    assert _typed(environ, "yes") == 0
+    code, told = _typed(environ, "yes")
+
+    assert code == 0
+    assert "nothing was deleted" in told
     assert made.cloud == before
-    assert _typed(environ, "tuna-models") == 0
-    assert not [key for key in made.cloud if "serviceaccount" in key]
 
 
-def _typed(environ: dict[str, str], answer: str) -> int:
-    """`launch infra destroy` on a terminal where `answer` is typed when it asks."""
+def _typed(environ: dict[str, str], answer: str) -> tuple[int, str]:
+    """`launch infra destroy` on a terminal where `answer` is typed when it asks: the exit code,
+    and what the terminal shows."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "launcher", "infra", "destroy", "tuna.yaml"],
-        env=environ, stdin=theirs, stderr=theirs, stdout=subprocess.DEVNULL, start_new_session=True,
+        env=environ, stdin=theirs, stderr=theirs, stdout=theirs, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
     seen = b""
@@ -365,10 +364,10 @@ def _typed(environ: dict[str, str], answer: str) -> int:
         os.write(ours, f"{answer}\n".encode())
         while select.select([ours], [], [], _LIMIT)[0]:
             try:
-                os.read(ours, 4096)
+                seen += os.read(ours, 4096)
             except OSError:  # the other end is closed
                 break
-        return process.wait(_LIMIT)
+        return process.wait(_LIMIT), seen.decode()
     finally:
         process.kill()
         process.wait()
