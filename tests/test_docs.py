@@ -202,7 +202,10 @@ def _refused(text: str, whole: bool = True) -> str:
     command = group.get_command(context, words[0])
     if command is None:
         return f"no command '{words[0]}'"
-    return _unparsed(command, context, words[1:], whole)
+    words = words[1:]
+    while hasattr(command, "commands") and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return _unparsed(command, context, words, whole)
 
 
 def _unparsed(command: Any, context: Any, words: list[str], whole: bool) -> str:
