@@ -78,8 +78,9 @@ def planned(recipe: Path, option: str, folder: Path) -> str:
     (bundle,) = (home / "bundles").iterdir()
     digest = bundle.name.partition(".")[0]
     text = done.stdout
-    for found, name in ((str(home), "<home>"), (str(folder), "<user>"), (sys.executable, "<python>"),
-                        (str(ROOT), "<repository>"), (digest, "<bundle>")):  # fmt: skip
+    names = {str(home): "<home>", str(folder): "<user>", sys.executable: "<python>",
+             str(ROOT): "<repository>", digest: "<bundle>"}  # fmt: skip
+    for found, name in names.items():
         text = text.replace(found, name)
     text = re.sub(r'("sha256": "<bundle>",\s+"bytes": )\d+', r'\1"<bytes>"', text)
     said = "".join(f"stderr: {line}\n" for line in done.stderr.splitlines())
