@@ -15,10 +15,11 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import LEAST, Claim, Load, claimed, worth
+from launcher.claim import Claim, Load, claimed
 from launcher.clear import clear, insist, made, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
+from launcher.money import LEAST, worth
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
@@ -28,6 +29,8 @@ from launcher.view import write_summary
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
 #: How long a teardown waits for a store that does not answer.
 DEAF = 60.0
+#: The longest that a job may save after its budget has been reached.
+BEYOND = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 #: None, or 128 + SIGINT, SIGKILL, SIGTERM: how a job that was asked to stop may die.
@@ -154,7 +157,7 @@ class Engine:
         if last is not None and last.phase is Phase.FAILED and last.cause == retry.JOB and marker:
             return Outcome(Phase.FAILED, last.why, Exit.JOB)
         if marker is not None and marker.get("by") == "budget":
-            return Outcome(Phase.CANCELLED, str(marker.get("reason")), Exit.BUDGET)
+            return Outcome(Phase.CANCELLED, self.claim.over_budget(), Exit.BUDGET)
         paused = last.why if last is not None and last.phase is Phase.CANCELLED else ""
         if marker is not None:
             reason = marker.get("reason")
@@ -172,7 +175,7 @@ class Engine:
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
         if left is None or left > least or own_fault:
             return None
-        return Outcome(Phase.CANCELLED, self.claim.budget_text(), Exit.BUDGET)
+        return Outcome(Phase.CANCELLED, self.claim.over_budget(), Exit.BUDGET)
 
     def _offers(self, job: JobState) -> list[Offer]:
         """What `budget.usd_per_hour` allows; an unknown price is not taken for a high one."""
@@ -363,10 +366,13 @@ class Engine:
         if marker is None:
             left = claim.budget_left(attempt.usd_per_hour)
             if left is not None and left <= 0:
-                claim.ask_to_stop("budget", claim.budget_text())
+                claim.ask_to_stop("budget", claim.over_budget())
             return
         spec = claim.spec(job, claim.offer(job, attempt))
         grace = float(spec.boot.get("grace_seconds", 600))
+        if marker.get("by") == "budget":
+            # Boot keeps time to save within the budget and was to be gone by now; this is beyond.
+            grace = min(grace, BEYOND)
         if claim.fold.stopping is None:
             claim.record("stop", by=marker.get("by"), reason=marker.get("reason"))
         if not self._told:
