@@ -20,6 +20,7 @@ from launcher.clear import clear, insist, made, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
+from launcher.notify import Herald
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
@@ -68,6 +69,7 @@ class Engine:
 
     def __init__(self, claim: Claim) -> None:
         self.claim, self.clock, self.recipe = claim, claim.clock, claim.recipe
+        self.herald = Herald(claim)
         self._told = False  # this process has asked the backend to hurry the job
         self._unsent: set[str] = set()  # intents of which no request has been applied unseen
         self._stopping = 0.0  # seconds that this process has waited for a job to stop
@@ -149,6 +151,7 @@ class Engine:
             return self._stopped(None)
         number = len(job.attempts) + 1
         self._intend(job, number, next(self._intents(job, number, offer)), offer)
+        self.herald.tell()
         return None
 
     def _stopped(self, last: Optional[Attempt]) -> Optional[Outcome]:
@@ -317,6 +320,7 @@ class Engine:
             self._see(job, attempt, seen)
             if not attempt.phase.over:
                 self._stop_when_asked(job, attempt)
+                self.herald.tell()
             if attempt.phase in NOT_STARTED and self.claim.patience(job) == 0:
                 why = f"not started within budget.wait ({self.recipe.budget.wait})"
                 self._phase(job, attempt, Phase.FAILED, attempt.held, why, cause=retry.CAPACITY)
@@ -450,6 +454,7 @@ class Engine:
         claim = self.claim
         claim.record("end", phase=outcome.phase, why=outcome.why, exit_code=int(outcome.exit_code))
         claim.say(f"{claim.run.name} {outcome.phase.value}: {outcome.why or 'done'}")
+        self.herald.finish()
         write_summary(claim.place, claim.run, claim.artifacts)
         return claim.run
 

@@ -175,7 +175,7 @@ class Fold:
         run.ended, run.exit_code, run.why, run.phase = None, None, "", Phase.PLANNED
         self.recipe = record.get("recipe", self.recipe)
         self.chosen.append(record)
-        run.budget = _given(self.recipe.get("budget"))
+        run.budget, run.warnings = _given(self.recipe.get("budget")), []
         if run.driver is not None:  # who opens a run again is about to drive it
             who = record["driver"]
             run.driver = Driver(who["host"], who["pid"], record["time"], run.driver.epoch)
