@@ -110,8 +110,9 @@ def _spans(
     the month, UTC. One that cost no time is one empty span."""
     lasted = duration(attempt, now)
     end = attempt.ended if attempt.ended is not None else now
-    start = end - lasted if lasted else (attempt.started if attempt.started is not None else end)
-    end = start + lasted
+    if not lasted:  # it waits, or never had a machine
+        end = attempt.started if attempt.started is not None else end
+    start = end - lasted
     if since is not None and end < since:
         return
     start = start if since is None else max(start, since)

@@ -72,4 +72,5 @@ def _cells(row: costs.Row) -> tuple[str, ...]:
     now = f"{console.usd(row.usd_per_hour)}/h" if row.usd_per_hour else "-"
     if row.unpriced_now:
         now = "unknown" if not row.usd_per_hour else f"over {now}"
-    return row.key, str(row.runs), f"{row.hours:,.2f}", console.usd(row.usd), unknown, now
+    paid = console.usd(row.usd if row.usd or not row.unpriced_hours else None)
+    return row.key, str(row.runs), f"{row.hours:,.2f}", paid, unknown, now
