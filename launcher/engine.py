@@ -327,7 +327,7 @@ class Engine:
             if not attempt.phase.over:
                 changed = attempt.phase is not before
                 interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
-                self.claim.rest(interval)
+                self.claim.rest(self._until_spent(attempt, interval))
                 self._stopping += interval if self._told else 0.0
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
@@ -371,6 +371,8 @@ class Engine:
             left = claim.budget_left(attempt.usd_per_hour)
             if left is not None and left <= 0:
                 claim.ask_to_stop("budget", claim.over_budget())
+            marker = claim.marker()
+        if marker is None:
             return
         spec = claim.spec(job, claim.offer(job, attempt))
         grace = float(spec.boot.get("grace_seconds", 600))
@@ -390,6 +392,12 @@ class Engine:
         if max(since, self._stopping) > grace + STOP_MARGIN:  # a clock may have been set back
             why = f"did not end within {grace:.0f} s of being asked: deleted"
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, why)
+
+    def _until_spent(self, attempt: Attempt, interval: float) -> float:
+        """The wait before the next look: not past the moment at which the budget is reached."""
+        left = self.claim.budget_left(attempt.usd_per_hour)
+        soon = left is not None and 0 < left < interval and not self._told
+        return max(left, FIRST_LOOK) if left is not None and soon else interval
 
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""
