@@ -17,7 +17,17 @@ from launcher import drafts
 from launcher.backends.base import Held, Phase
 from launcher.cli import app
 from launcher.errors import Exit
-from launcher.spec import Budget, Environment, Gate, Hardware, Local, Retry, Vertex, Wheel
+from launcher.spec import (
+    Budget,
+    Environment,
+    Gate,
+    Hardware,
+    Local,
+    Notify,
+    Retry,
+    Vertex,
+    Wheel,
+)
 from trainer.config import (
     NEEDS,
     Adapter,
@@ -66,6 +76,7 @@ SECTIONS = {
     "hardware.vertex": Vertex,
     "budget": Budget,
     "retry": Retry,
+    "notify": Notify,
     "gate": Gate,
 }
 _COMMAND = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*launch(?: |$)")

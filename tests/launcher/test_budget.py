@@ -21,11 +21,14 @@ from launcher.errors import Exit
 from launcher.fold import Fold
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Budget, Hardware, Retry
-from tests.launcher import runs
+from tests.launcher import rehearsed, runs
+from tests.launcher import test_vertex_engine as vertex
 from tests.launcher.runs import Scene, killed_at, scene
 from tests.test_end_to_end import Shell, live_processes, until
 from trainer.boot import Spec
 from trainer.supervise import _Watch
+
+from launcher.rehearsal.vertex import PREEMPTED, Stub  # isort: skip
 
 KD_L4 = Path(__file__).resolve().parents[2] / "recipes" / "kd_l4.yaml"
 NOW = 1_795_000_000.0
@@ -157,6 +160,22 @@ def test_a_second_attempt_has_what_the_first_has_left(tmp_path: Path) -> None:
     ]
     assert deadlines == [3600, pytest.approx(3600 - (first.ended - first.began), abs=35)]
     assert run.spent_usd is not None and run.spent_usd <= 3600 + 35
+
+
+def test_a_job_in_the_cloud_is_told_what_is_left_of_the_dollars(tmp_path: Path) -> None:
+    """Twenty minutes of the hour that the dollars pay for are gone when it is taken away."""
+    with rehearsed.scene(tmp_path / "home") as it:
+        it.home.mkdir()
+        (stage,) = vertex.recipe().stages
+        machine = replace(stage.hardware, usd_per_hour=12.0)
+        made = vertex.recipe(stages=(replace(stage, hardware=machine),), budget=Budget(usd=12))
+        it.server.vertex.fates.extend([Stub(600, 1, 1200, PREEMPTED), Stub(900, 1, 86_400)])
+        run = vertex.drive(it, made)
+        timeouts = [job["jobSpec"]["scheduling"]["timeout"] for job in it.server.vertex.created]
+        assert timeouts == ["3600s", "2400s"] and vertex.nothing_is_left(it)
+    assert (run.phase, run.exit_code) == (Phase.CANCELLED, Exit.BUDGET)
+    assert run.spent_usd is not None and 12 <= run.spent_usd <= 12 + 12 * TOLERANCE / 3600
+    assert run.why.startswith("stopped at budget.usd: 12.0") and "after 1 h 0 min" in run.why
 
 
 def test_boot_keeps_to_the_time_that_was_kept_for_saving(tmp_path: Path) -> None:

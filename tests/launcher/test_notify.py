@@ -84,9 +84,7 @@ def told(folder: Path, hook: Hook, *, on: tuple[Any, ...] = ALL, **given: Any) -
     script = given.pop("script", {})
     stages = given.pop("stages", 1)
     made = recipe(stages, **given)
-    made = Recipe(
-        **{**vars(made), "notify": (Notify(webhook="env://SLACK_URL", on=on),)}
-    )
+    made = Recipe(**{**vars(made), "notify": (Notify(webhook="env://SLACK_URL", on=on),)})
     it = scene(folder, made, **script)
     environ = {**it.env.environ, "SLACK_URL": hook.url}
     return Scene(Env(it.env.home, environ, it.env.clock, "me", sys.executable), it.world, it.run_id)
