@@ -14,12 +14,12 @@ from typing import Any, Literal, Optional
 from launcher.errors import UsageError
 from launcher.fold import duration
 from launcher.run import Attempt, JobState, Run
-from launcher.spec import seconds
 
 By = Literal["run", "recipe", "backend", "accelerator", "month", "owner"]
 #: What `--by` takes; runs themselves are listed without it.
 GROUPS: tuple[str, ...] = ("recipe", "backend", "accelerator", "month", "owner")
 _SPAN = re.compile(r"[0-9]+(\.[0-9]+)?[smhdw]\Z")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @dataclass
@@ -92,8 +92,7 @@ def since(text: str, now: float) -> float:
     """`7d` (or s, m, h, w) before `now`, or an ISO date or time; without a zone it is local time.
     UTC seconds. Errors: `UsageError`."""
     if _SPAN.match(text):
-        whole = float(text[:-1]) * 7 if text.endswith("w") else None
-        return now - (whole * 86400 if whole is not None else seconds(text))
+        return now - float(text[:-1]) * _SECONDS[text[-1]]
     try:
         when = datetime.fromisoformat(text)
     except ValueError as error:

@@ -4,20 +4,29 @@ attempts; the engine decides by it, and `status` shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Optional
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 from launcher.backends.base import Phase
 from launcher.fold import NOT_STARTED, duration, spent
 from launcher.run import Attempt, Run
-from launcher.spec import Budget
-from trainer.boot import reserve
+
+if TYPE_CHECKING:
+    from launcher.spec import Budget
 
 #: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
 LEAST = 60.0
 #: The share of `budget.usd` or `budget.hours` at which a run's notifications say so.
 ALMOST = 0.8
+
+
+class Caps(Protocol):
+    """What a budget limits in all: a `Budget` of the recipe, or what a run tells of it."""
+
+    @property
+    def usd(self) -> Optional[float]: ...
+    @property
+    def hours(self) -> Optional[float]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Limit:
         return f"{self.key}: {self.used:.2f} of {self.of:.2f} {unit}"
 
 
-def limits(run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]) -> list[Limit]:
+def limits(run: Run, budget: Caps, now: float, usd_per_hour: Optional[float]) -> list[Limit]:
     """The limits that hold for a run at this price, the one that is reached first in front. At a
     price that is unknown `budget.usd` leaves nothing once the known part has used it up, and does
     not hold before; what is free it does not limit."""
@@ -53,7 +62,7 @@ def limits(run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]) 
 
 
 def budget_left(
-    run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]
+    run: Run, budget: Caps, now: float, usd_per_hour: Optional[float]
 ) -> Optional[float]:
     """Seconds that the budget leaves a run at this price; None: no limit."""
     return next((limit.left for limit in limits(run, budget, now, usd_per_hour)), None)
@@ -64,6 +73,8 @@ def worth(left: Optional[float], before: Optional[Attempt], now: float) -> float
     kept to save in, for which alone it may have ended."""
     if before is None:
         return 0.0
+    from trainer.boot import reserve  # what only looks at runs does not load it
+
     return max(LEAST, reserve((left or 0.0) + duration(before, now)))
 
 
@@ -109,7 +120,8 @@ def outlook(run: Run, now: float) -> dict[str, Any]:
     facts: dict[str, Any] = {"usd_per_hour": rate}
     if newest is None or newest.ended is not None:
         return facts
-    first = next(iter(limits(run, budget_of(run.budget), now, newest.usd_per_hour)), None)
+    caps = _Given(run.budget.get("usd"), run.budget.get("hours"))
+    first = next(iter(limits(run, caps, now, newest.usd_per_hour)), None)
     if first is not None:
         facts["limit"] = asdict(first)
     eta = run.progress.get("eta_seconds")
@@ -130,17 +142,17 @@ def outlook(run: Run, now: float) -> dict[str, Any]:
     return facts
 
 
-def almost(run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]) -> Optional[Limit]:
+def almost(run: Run, budget: Caps, now: float, usd_per_hour: Optional[float]) -> Optional[Limit]:
     """The limit of which most is used, once that is `ALMOST` all of it."""
     known = limits(run, budget, now, usd_per_hour)
     most = max(known, key=lambda limit: limit.used / limit.of, default=None)
     return most if most is not None and most.used >= ALMOST * most.of else None
 
 
-def budget_of(raw: Mapping[str, Any]) -> Budget:
-    """The budget as a record has it; keys of another version are passed over."""
-    known = {item.name for item in fields(Budget)}
-    return Budget(**{key: value for key, value in raw.items() if key in known})
+@dataclass(frozen=True)
+class _Given:
+    usd: Optional[float]
+    hours: Optional[float]
 
 
 def _attempts(run: Run) -> list[Attempt]:

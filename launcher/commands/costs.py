@@ -8,7 +8,7 @@ from typing import Optional, get_args
 
 from launcher import api, console, costs
 from launcher.errors import Exit, UsageError
-from trainer.config import nearest
+from trainer.loading import nearest
 
 #: Runs listed without `--all`; the total counts all of them.
 _LISTED = 20

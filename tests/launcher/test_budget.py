@@ -151,7 +151,7 @@ def test_the_limit_that_woke_first_is_the_one_that_is_named(
 
 def test_a_second_attempt_has_what_the_first_has_left(tmp_path: Path) -> None:
     it, run = drive(tmp_path, 3600.0, {"looks": 200, "end": "preempted"}, {"looks": None}, usd=3600)
-    first, second = run.jobs[0].attempts
+    first, _ = run.jobs[0].attempts
     assert first.ended is not None and first.began is not None
     deadlines = [
         record["intent"]["request"]["boot"]["deadline_seconds"]
