@@ -22,7 +22,9 @@ from launcher.journal import Journal
 from launcher.notify import deliver
 from launcher.recipe import load as load_recipe
 from launcher.spec import Budget, Gate, Notify, Recipe
+from tests.launcher import rehearsed
 from tests.launcher.runs import Scene, killed_at, load, recipe, scene
+from tests.stub_jobs import eventually
 
 SECRET = "T0KEN-of-the-webhook"
 ALL = ("ended", "failed", "budget", "preempted", "leaked", "gate")
@@ -191,6 +193,21 @@ def test_an_address_that_cannot_be_used_is_not_repeated(
     assert deliver(Notify(webhook="env://SLACK_URL"), said, env) == why
 
 
+def test_an_address_in_secret_manager_is_read_when_it_is_used(tmp_path: Path, hook: Hook) -> None:
+    webhook = Notify(webhook="secret-manager://proj/hook")
+    said = {"event": "ended", "run": "thing-1"}
+    with rehearsed.scene(tmp_path) as it:
+        it.server.secrets.values["proj/hook"] = hook.url
+        assert deliver(webhook, said, it.env) == "" and hook.events() == ["ended"]
+        it.server.secrets.denied.add("proj/hook")
+        why = deliver(webhook, said, it.env)
+        assert "denied" in why.lower() and SECRET not in why
+        del it.server.secrets.values["proj/hook"]
+        it.server.secrets.denied.clear()
+        assert "hook" in deliver(webhook, said, it.env)
+    assert hook.tries == 1
+
+
 def test_a_deaf_hook_does_not_hold_the_run_up(tmp_path: Path, hook: Hook) -> None:
     """It is told of a preemption and never answers; the second attempt runs to its end."""
     hook.answers = [None] * 3
@@ -234,8 +251,15 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
     said = {"event": "ended", "run": "thing-1"}
     why = deliver(Notify(command=("sh", "-c", script)), said, env, patience=1.0)
     assert why.endswith("killed")
-    stat = Path(f"/proc/{note.read_text().strip()}/stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    eventually(lambda: not _lives(int(note.read_text())), "the end of its child")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_killed_at_any_instant_no_event_is_told_twice(tmp_path: Path, hook: Hook) -> None:
