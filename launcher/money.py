@@ -73,9 +73,7 @@ def worth(left: Optional[float], before: Optional[Attempt], now: float) -> float
     kept to save in, for which alone it may have ended."""
     if before is None:
         return 0.0
-    from trainer.boot import reserve  # what only looks at runs does not load it
-
-    return max(LEAST, reserve((left or 0.0) + duration(before, now)))
+    return max(LEAST, _kept(left or 0.0, before, now))
 
 
 def budget_text(budget: Budget) -> str:
@@ -129,8 +127,8 @@ def outlook(run: Run, now: float) -> dict[str, Any]:
         facts["end_seconds"] = eta
         if rate is not None and (paid := spent(run, now)) is not None:
             facts["end_usd"] = paid + rate * eta / 3600
-        if first is not None:
-            facts["limit_first"] = first.left < eta
+        if first is not None:  # it stops before, to have time to save
+            facts["limit_first"] = first.left - _kept(first.left, newest, now) < eta
         stage = run.progress.get("stage")
         if stage is not None and run.stages and run.stages[-1].id != stage:
             facts["stage"] = stage
@@ -147,6 +145,13 @@ def almost(run: Run, budget: Caps, now: float, usd_per_hour: Optional[float]) ->
     known = limits(run, budget, now, usd_per_hour)
     most = max(known, key=lambda limit: limit.used / limit.of, default=None)
     return most if most is not None and most.used >= ALMOST * most.of else None
+
+
+def _kept(left: float, attempt: Attempt, now: float) -> float:
+    """The seconds that a job with this much left keeps for saving, of all that it was given."""
+    from trainer.boot import reserve  # what only lists runs does not load it
+
+    return reserve(left + duration(attempt, now))
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,15 @@ class Herald:
         self._collect()
 
     def finish(self) -> None:
-        """`tell`, then wait until everything is delivered or given up."""
-        self.tell()
-        for delivery in self._under_way:
-            delivery.wait()
-        self._collect()
+        """`tell`, then wait until everything is delivered or given up. The run is over: a journal
+        that takes no more records changes nothing about how it ended."""
+        try:
+            self.tell()
+            for delivery in self._under_way:
+                delivery.wait()
+            self._collect()
+        except (LaunchError, OSError) as error:
+            self.claim.say(f"notify: {error}")
 
     def _send(self, event: Event) -> None:
         claim = self.claim

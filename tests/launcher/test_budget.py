@@ -310,6 +310,13 @@ def test_the_end_comes_before_the_cap_and_other_stages_are_not_counted() -> None
     )
 
 
+@pytest.mark.parametrize(("eta", "first"), [(6500.0, False), (6700.0, True)])
+def test_what_is_kept_for_saving_counts_as_the_cap(eta: float, first: bool) -> None:
+    """Two hours are left, of which the job keeps ten minutes."""
+    run = live({"eta_seconds": eta, "stage": "t"}, usd=3.0)
+    assert money.outlook(run, NOW)["limit_first"] is first
+
+
 def test_hours_alone_and_prices_that_nobody_knows() -> None:
     assert shown(live(hours=3, rate=0.0)).endswith("budget.hours 1.00 of 3.00 h, reached in 2h00m")
     run = live(usd=3.0, rate=None)

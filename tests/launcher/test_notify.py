@@ -302,6 +302,19 @@ def test_a_recipe_of_another_machine_tells_nobody_and_runs_nothing_here(
     assert capfd.readouterr().err.count("nobody is told") == 1
 
 
+def test_a_journal_that_another_driver_has_taken_tells_nobody_and_fails_nothing(
+    tmp_path: Path, hook: Hook, capfd: pytest.CaptureFixture[str]
+) -> None:
+    it = told(tmp_path, hook)
+    with claimed(it.run_id, it.env, load, None, take_over=True) as claim:
+        claim.record("end", phase=Phase.FAILED, why="it broke", exit_code=6)
+        other = Journal(tmp_path / "elsewhere", it.root, ManualClock())
+        other.read()
+        other.append("driver")
+        notify.Herald(claim).finish()
+    assert hook.tries == 0 and "notify: " in capfd.readouterr().err
+
+
 def test_no_address_in_anything_that_is_written(
     tmp_path: Path, hook: Hook, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
