@@ -19,7 +19,7 @@ from launcher.claim import Claim, Load, claimed
 from launcher.clear import clear, insist, made, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
-from launcher.money import LEAST, worth
+from launcher.money import LEAST, kept, worth
 from launcher.notify import Herald
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
@@ -327,7 +327,7 @@ class Engine:
             if not attempt.phase.over:
                 changed = attempt.phase is not before
                 interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
-                self.claim.rest(self._until_spent(attempt, interval))
+                self.claim.rest(self._until_spent(job, attempt, interval))
                 self._stopping += interval if self._told else 0.0
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
@@ -369,16 +369,16 @@ class Engine:
         claim, marker = self.claim, self.claim.marker()
         if marker is None:
             left = claim.budget_left(attempt.usd_per_hour)
-            if left is not None and left <= 0:
+            if left is not None and left <= self._kept(job, attempt):
                 claim.ask_to_stop("budget", claim.over_budget())
-            marker = claim.marker()
+                marker = claim.marker()
         if marker is None:
             return
         spec = claim.spec(job, claim.offer(job, attempt))
         grace = float(spec.boot.get("grace_seconds", 600))
         if marker.get("by") == "budget":
             # Boot keeps time to save within the budget and was to be gone by now; this is beyond.
-            grace = min(grace, BEYOND)
+            grace = min(grace, self._kept(job, attempt) + BEYOND)
         if claim.fold.stopping is None:
             claim.record("stop", by=marker.get("by"), reason=marker.get("reason"))
         if not self._told:
@@ -393,11 +393,21 @@ class Engine:
             why = f"did not end within {grace:.0f} s of being asked: deleted"
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, why)
 
-    def _until_spent(self, attempt: Attempt, interval: float) -> float:
-        """The wait before the next look: not past the moment at which the budget is reached."""
+    def _kept(self, job: JobState, attempt: Attempt) -> float:
+        """How long before the end of the budget the job is asked to save. Boot asks by itself, but
+        counts from its own start: a service counts from its machines', and waits for nobody."""
         left = self.claim.budget_left(attempt.usd_per_hour)
-        soon = left is not None and 0 < left < interval and not self._told
-        return max(left, FIRST_LOOK) if left is not None and soon else interval
+        if left is None or not self.claim.backend(job.backend).can.timeout:
+            return 0.0
+        return kept(left, attempt, self.clock.now())
+
+    def _until_spent(self, job: JobState, attempt: Attempt, interval: float) -> float:
+        """The wait before the next look: not past the moment at which the job is asked to save."""
+        left = self.claim.budget_left(attempt.usd_per_hour)
+        if left is None or self._told:
+            return interval
+        left -= self._kept(job, attempt)
+        return max(left, FIRST_LOOK) if 0 < left < interval else interval
 
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""

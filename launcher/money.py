@@ -73,7 +73,14 @@ def worth(left: Optional[float], before: Optional[Attempt], now: float) -> float
     kept to save in, for which alone it may have ended."""
     if before is None:
         return 0.0
-    return max(LEAST, _kept(left or 0.0, before, now))
+    return max(LEAST, kept(left or 0.0, before, now))
+
+
+def kept(left: float, attempt: Attempt, now: float) -> float:
+    """The seconds that a job with this much left keeps for saving, of all that it was given."""
+    from trainer.boot import reserve  # what only lists runs does not load it
+
+    return reserve(left + duration(attempt, now))
 
 
 def budget_text(budget: Budget) -> str:
@@ -128,7 +135,7 @@ def outlook(run: Run, now: float) -> dict[str, Any]:
         if rate is not None and (paid := spent(run, now)) is not None:
             facts["end_usd"] = paid + rate * eta / 3600
         if first is not None:  # it stops before, to have time to save
-            facts["limit_first"] = first.left - _kept(first.left, newest, now) < eta
+            facts["limit_first"] = first.left - kept(first.left, newest, now) < eta
         stage = run.progress.get("stage")
         if stage is not None and run.stages and run.stages[-1].id != stage:
             facts["stage"] = stage
@@ -145,13 +152,6 @@ def almost(run: Run, budget: Caps, now: float, usd_per_hour: Optional[float]) ->
     known = limits(run, budget, now, usd_per_hour)
     most = max(known, key=lambda limit: limit.used / limit.of, default=None)
     return most if most is not None and most.used >= ALMOST * most.of else None
-
-
-def _kept(left: float, attempt: Attempt, now: float) -> float:
-    """The seconds that a job with this much left keeps for saving, of all that it was given."""
-    from trainer.boot import reserve  # what only lists runs does not load it
-
-    return reserve(left + duration(attempt, now))
 
 
 @dataclass(frozen=True)

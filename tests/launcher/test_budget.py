@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import launcher.plan as planning
-from launcher import backends, console, home, money, recipe, records, view
+from launcher import backends, console, engine, home, money, recipe, records, view
 from launcher.backends.base import Env, Held, Phase
 from launcher.bundle import Bundle
 from launcher.clock import ManualClock
@@ -193,6 +193,23 @@ def test_a_job_in_the_cloud_is_told_what_is_left_of_the_dollars(tmp_path: Path) 
     assert (run.phase, run.exit_code) == (Phase.CANCELLED, Exit.BUDGET)
     assert run.spent_usd is not None and 12 <= run.spent_usd <= 12 + 12 * TOLERANCE / 3600
     assert run.why.startswith("stopped at budget.usd: 12.0") and "after 1 h 0 min" in run.why
+
+
+def test_a_service_that_ends_jobs_itself_is_not_waited_for(tmp_path: Path) -> None:
+    """Of an hour the job gets six minutes to save in, however late its boot began."""
+    with rehearsed.scene(tmp_path / "home") as it:
+        it.home.mkdir()
+        it.server.vertex.fates.append(Stub(5, 5, 86_400))
+        run_id = vertex.begin(it, vertex.recipe(budget=Budget(hours=1)))
+        run = engine.drive(run_id, it.env, vertex.load)
+        place = home.folder(it.env.home, run_id)
+        written = [json.loads(file.read_text()) for file in sorted((place / "journal").iterdir())]
+    (attempt,) = run.jobs[0].attempts
+    (asked,) = [record["time"] for record in written if record["kind"] == "stop"]
+    assert attempt.began is not None and attempt.ended is not None
+    assert asked - attempt.began == pytest.approx(3600 - 360, abs=20)
+    assert attempt.ended - attempt.began == pytest.approx(3600, abs=20), "it did not listen"
+    assert run.exit_code == Exit.BUDGET
 
 
 def test_boot_keeps_to_the_time_that_was_kept_for_saving(tmp_path: Path) -> None:
