@@ -16,28 +16,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import changes, home, retry
+from launcher import changes, home, money, retry
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
 from launcher.clock import Clock
 from launcher.errors import JournalDamaged, NotFromHere, Transient
-from launcher.fold import Fold, Record, duration, spent
+from launcher.fold import Fold, Record
 from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
-from launcher.spec import Budget, Hardware, Recipe, Stage, seconds
-from trainer.boot import reserve
+from launcher.spec import Hardware, Recipe, Stage, seconds
 from trainer.config import Problem, build, dotted, to_dict
 
 Load = Callable[[str], Backend]
+#: Seconds to the first look at a job, and the least between two.
+FIRST_LOOK = 0.25
 #: The longest single wait, so that a request to stop is seen soon.
 NAP = 2.0
 #: Seconds between two looks for the marker in a store.
 POLL = 5.0
-#: Seconds of budget that another attempt is worth: less would pay for a machine and no step.
-LEAST = 60.0
 #: A whole checkpoint: its manifest is written last.
 _MANIFEST = re.compile(r"checkpoints/step-(\d+)/MANIFEST\.json$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -322,12 +321,38 @@ class Claim:
             return None
         return max(0.0, seconds(wait) - (self.clock.now() - streak[0].started))
 
+    def kept(self, job: JobState, attempt: Attempt) -> float:
+        """How long before the end of the budget the job is asked to save. Boot asks by itself, but
+        counts from its own start: a service counts from its machines', and waits for nobody."""
+        left = self.budget_left(attempt.usd_per_hour)
+        if left is None or not self.backend(job.backend).can.timeout:
+            return 0.0
+        return money.kept(left, attempt, self.clock.now())
+
+    def before_it_is_spent(self, job: JobState, attempt: Attempt, interval: float) -> float:
+        """`interval`, or less: no wait goes past the moment at which the job is asked to save."""
+        left = self.budget_left(attempt.usd_per_hour)
+        if left is None:
+            return interval
+        left -= self.kept(job, attempt)
+        return max(left, FIRST_LOOK) if 0 < left < interval else interval
+
     def budget_left(self, usd_per_hour: Optional[float]) -> Optional[float]:
         """Seconds left, by `budget.hours` and by `budget.usd` at this price; None: no limit."""
-        return budget_left(self.run, self.recipe.budget, self.clock.now(), usd_per_hour)
+        return money.budget_left(self.run, self.recipe.budget, self.clock.now(), usd_per_hour)
 
-    def budget_text(self) -> str:
-        return budget_text(self.recipe.budget)
+    def over_budget(self) -> str:
+        """Why the run ends at its budget, with the figures of this moment."""
+        at = [(job, attempt) for job in self.run.jobs for attempt in job.attempts][-1:]
+        rate = at[0][1].usd_per_hour if at else None
+        step = self._step(at[0][0]) if at else None
+        return money.stopped(self.run, self.recipe.budget, self.clock.now(), rate, step)
+
+    def _step(self, job: JobState) -> Optional[int]:
+        """The last step of the stage that the job was in, by its own word; None: it gave none."""
+        unfinished = self.unfinished(job)
+        step = unfinished[1].get("global_step") if unfinished is not None else None
+        return step if isinstance(step, int) else None
 
     def _look_for_marker(self) -> Optional[dict[str, Any]]:
         name = "control/stop.json"
@@ -359,37 +384,6 @@ def _say(clock: Clock, text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.now()))
     sys.stderr.write(f"{stamp} {text}\n")
     sys.stderr.flush()
-
-
-def budget_left(
-    run: Run, budget: Budget, now: float, usd_per_hour: Optional[float]
-) -> Optional[float]:
-    """Seconds that the budget leaves a run at this price; None: no limit. At a price that is
-    unknown `budget.usd` leaves nothing once the known part has used it up."""
-    limits = []
-    if budget.hours is not None:
-        attempts = (attempt for job in run.jobs for attempt in job.attempts)
-        limits.append(budget.hours * 3600 - sum(duration(a, now) for a in attempts))
-    paid = spent(run, now) or 0.0
-    if budget.usd is not None and usd_per_hour:
-        limits.append((budget.usd - paid) / usd_per_hour * 3600)
-    elif budget.usd is not None and usd_per_hour is None and paid >= budget.usd:
-        limits.append(0.0)
-    return min(limits, default=None)
-
-
-def worth(left: Optional[float], before: Optional[Attempt], now: float) -> float:
-    """Seconds of budget that another attempt has to have. After `before`: more than what that one
-    kept to save in, for which alone it may have ended."""
-    if before is None:
-        return 0.0
-    return max(LEAST, reserve((left or 0.0) + duration(before, now)))
-
-
-def budget_text(budget: Budget) -> str:
-    parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
-             f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip
-    return f"the budget is spent ({', '.join(filter(None, parts))})"
 
 
 def recipe_of(raw: Mapping[str, Any], where: str) -> Recipe:

@@ -56,7 +56,7 @@ class _ReaderGone(Exception):
 _SECTIONS = {
     "Runs": (
         "up", "status", "logs", "stop", "resume", "attach", "teardown", "sweep", "pull", "report",
-        "tensorboard", "drive",
+        "tensorboard", "costs", "drive",
     ),
     "Recipes": ("plan", "validate", "init", "recipes", "schema"),
     "Foundations": ("infra",),
@@ -313,6 +313,25 @@ def tensorboard(
     from launcher.commands import show
 
     return show.tensorboard(run, port=port)
+
+
+@app.command()
+def costs(
+    since: Annotated[
+        Optional[str], typer.Option("--since", help="Only what was spent since: 7d, 2026-11-01.")
+    ] = None,
+    by: Annotated[
+        Optional[str],
+        typer.Option("--by", help="Group: recipe, backend, accelerator, month, owner."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every run.")] = False,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a table in CSV.")] = False,
+) -> int:
+    """Show what all runs have cost, and what they cost now."""
+    from launcher.commands import costs as commands
+
+    return commands.show(since=since, by=by, everything=everything, as_json=as_json, as_csv=as_csv)
 
 
 @app.command()

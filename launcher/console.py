@@ -186,6 +186,8 @@ def run_lines(run: Run, now: float) -> list[str]:
     last = run.progress
     if last and run.ended is None:
         lines += ["", "  " + progress(last)]
+    if to_come := outlook(run):
+        lines += ["", "  " + to_come]
     attempts = [(job, attempt) for job in run.jobs for attempt in job.attempts]
     if attempts:
         again = any(a.from_step is not None or a.restarts for _, a in attempts)
@@ -336,6 +338,27 @@ def spent(run: Run) -> str:
     """What a run has cost: `$3.20`, `at least $3.20` where some of its prices are unknown."""
     least = "at least " if run.unpriced and run.spent_usd else ""
     return least + usd(run.spent_usd)
+
+
+def outlook(run: Run) -> str:
+    """What a live run costs now, will have cost, and which limit of its budget comes first; empty:
+    nothing is known of that, or it is free and without limits."""
+    known = run.money
+    rate, end, cost = known.get("usd_per_hour"), known.get("end_seconds"), known.get("end_usd")
+    limit = known.get("limit") or {}
+    if not limit and not rate and not ("usd_per_hour" in known and rate is None):
+        return ""
+    words = ["price unknown" if rate is None else f"{usd(rate)} per hour now"]
+    if limit:
+        unit = "USD" if limit["key"] == "budget.usd" else "h"
+        reached = f"reached in {duration(limit['left'])}"
+        if known.get("limit_first") and end is not None:
+            reached += f", before its end in {duration(end)}"
+        words.append(f"{limit['key']} {limit['used']:.2f} of {limit['of']:.2f} {unit}, {reached}")
+    if end is not None and cost is not None:
+        what = f"at the end of stage {known['stage']}" if "stage" in known else "at its end"
+        words.append(f"about {usd(cost)} {what}, in {duration(end)}")
+    return plain(" · ".join(words))
 
 
 def duration(seconds: float) -> str:

@@ -15,20 +15,24 @@ from typing import Any, Optional
 
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
-from launcher.claim import LEAST, Claim, Load, claimed, worth
+from launcher.claim import FIRST_LOOK, Claim, Load, claimed
 from launcher.clear import clear, insist, made, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
+from launcher.money import LEAST, worth
+from launcher.notify import Herald
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Recipe
 from launcher.view import write_summary
 
-#: Seconds between two looks: at first, and at most (on this machine, elsewhere).
-FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
+#: Seconds between two looks, at most: on this machine, elsewhere.
+LOOK_LOCAL, LOOK_REMOTE = 2.0, 15.0
 #: How long a teardown waits for a store that does not answer.
 DEAF = 60.0
+#: The longest that a job may save after its budget has been reached.
+BEYOND = 60.0
 #: What a stopping job gets on top of its own grace before it is deleted.
 STOP_MARGIN = 30.0
 #: None, or 128 + SIGINT, SIGKILL, SIGTERM: how a job that was asked to stop may die.
@@ -66,6 +70,7 @@ class Engine:
 
     def __init__(self, claim: Claim) -> None:
         self.claim, self.clock = claim, claim.clock
+        self.herald = Herald(claim)
         self._told = False  # this process has asked the backend to hurry the job
         self._unsent: set[str] = set()  # intents of which no request has been applied unseen
         self._stopping = 0.0  # seconds that this process has waited for a job to stop
@@ -152,6 +157,7 @@ class Engine:
             return self._stopped(None)
         number = len(job.attempts) + 1
         self._intend(job, number, next(self._intents(job, number, offer)), offer)
+        self.herald.tell()
         return None
 
     def _stopped(self, last: Optional[Attempt]) -> Optional[Outcome]:
@@ -160,7 +166,7 @@ class Engine:
         if last is not None and last.phase is Phase.FAILED and last.cause == retry.JOB and marker:
             return Outcome(Phase.FAILED, last.why, Exit.JOB)
         if marker is not None and marker.get("by") == "budget":
-            return Outcome(Phase.CANCELLED, str(marker.get("reason")), Exit.BUDGET)
+            return Outcome(Phase.CANCELLED, self.claim.over_budget(), Exit.BUDGET)
         paused = last.why if last is not None and last.phase is Phase.CANCELLED else ""
         if marker is not None:
             reason = marker.get("reason")
@@ -178,7 +184,7 @@ class Engine:
         own_fault = last is not None and last.cause in (retry.JOB, retry.ACCESS, retry.REQUEST)
         if left is None or left > least or own_fault:
             return None
-        return Outcome(Phase.CANCELLED, self.claim.budget_text(), Exit.BUDGET)
+        return Outcome(Phase.CANCELLED, self.claim.over_budget(), Exit.BUDGET)
 
     def _offers(self, job: JobState) -> list[Offer]:
         """What `budget.usd_per_hour` allows; an unknown price is not taken for a high one."""
@@ -321,6 +327,7 @@ class Engine:
             self._see(job, attempt, seen)
             if not attempt.phase.over:
                 self._stop_when_asked(job, attempt)
+                self.herald.tell()
             waits = attempt.phase in NOT_STARTED and attempt.began is None
             if waits and self.claim.patience(job) == 0:
                 why = f"not started within budget.wait ({self.recipe.budget.wait})"
@@ -328,8 +335,11 @@ class Engine:
             if not attempt.phase.over:
                 changed = attempt.phase is not before
                 interval = FIRST_LOOK if changed else min(interval * 1.5, slowest)
-                self.claim.rest(interval)
-                self._stopping += interval if self._told else 0.0
+                if self._told:
+                    self.claim.rest(interval)
+                    self._stopping += interval
+                else:
+                    self.claim.rest(self.claim.before_it_is_spent(job, attempt, interval))
 
     def _see(self, job: JobState, attempt: Attempt, seen: Seen) -> None:
         """Record what a look shows, where it differs from what is known."""
@@ -372,11 +382,16 @@ class Engine:
         claim, marker = self.claim, self.claim.marker()
         if marker is None:
             left = claim.budget_left(attempt.usd_per_hour)
-            if left is not None and left <= 0:
-                claim.ask_to_stop("budget", claim.budget_text())
+            if left is not None and left <= claim.kept(job, attempt):
+                claim.ask_to_stop("budget", claim.over_budget())
+                marker = claim.marker()
+        if marker is None:
             return
         spec = claim.spec(job, claim.offer(job, attempt))
         grace = float(spec.boot.get("grace_seconds", 600))
+        if marker.get("by") == "budget":
+            # Boot keeps time to save within the budget and was to be gone by now; this is beyond.
+            grace = min(grace, claim.kept(job, attempt) + BEYOND)
         if claim.fold.stopping is None:
             claim.record("stop", by=marker.get("by"), reason=marker.get("reason"))
         if not self._told:
@@ -454,6 +469,7 @@ class Engine:
         claim = self.claim
         claim.record("end", phase=outcome.phase, why=outcome.why, exit_code=int(outcome.exit_code))
         claim.say(f"{claim.run.name} {outcome.phase.value}: {outcome.why or 'done'}")
+        self.herald.finish()
         write_summary(claim.place, claim.run, claim.artifacts)
         return claim.run
 

@@ -39,6 +39,8 @@ class Fold:
         self.offers: dict[tuple[int, int], Record] = {}  # where each attempt was placed
         self.before: dict[int, int] = {}  # job -> attempts made before the newest `resumed`
         self.stopping: Optional[float] = None  # when the driver saw the stop marker
+        self.resumed = 0  # how often the run was opened again
+        self.notified: set[str] = set()  # events that were told, or are being told
         self._run: Optional[Run] = None
         for record in records:
             self.apply(record)
@@ -93,6 +95,7 @@ class Fold:
             owner=record["owner"],
             root=record["root"],
             created=record["created"],
+            budget=_given(record["recipe"].get("budget")),
         )
         run.stages = [
             StageState(id=s["id"], stage=s["stage"], job=s["job"], folder=s["folder"])
@@ -118,6 +121,7 @@ class Fold:
                     place=offer["place"],
                     started=record["time"],
                     capacity=offer["capacity"],
+                    accelerator=offer.get("accelerator", ""),
                     usd_per_hour=offer["usd_per_hour"],
                     from_step=(record.get("from") or {}).get("step"),
                 )
@@ -177,11 +181,13 @@ class Fold:
         self.recipe = record.get("recipe", self.recipe)
         self.chosen.append(record)
         self.taken = max(self.taken, record.get("taken", 0))
+        run.budget, run.warnings = _given(self.recipe.get("budget")), []
         if run.driver is not None:  # who opens a run again is about to drive it
             who = record["driver"]
             run.driver = Driver(who["host"], who["pid"], record["time"], run.driver.epoch)
         self.before = {job.index: len(job.attempts) for job in run.jobs}
         self.stopping = None
+        self.resumed += 1
         for stage in run.stages:
             if stage.gate != "passed":
                 stage.gate = None
@@ -194,12 +200,20 @@ class Fold:
             self.recipe = record["recipe"]
             self.chosen.append(record)
             self.changed = record["time"]
+            self.run.budget = _given(self.recipe.get("budget"))
 
     def _on_end(self, record: Record) -> None:
         run = self.run
         run.ended, run.phase = record["time"], Phase(record["phase"])
         run.why, run.exit_code = record["why"], record["exit_code"]
         run.spent_usd, run.unpriced = spent(run, record["time"]), unpriced(run, record["time"])
+
+    def _on_notified(self, record: Record) -> None:
+        self.notified.add(record["id"])
+
+    def _on_undelivered(self, record: Record) -> None:
+        text = f"'{record['event']}' could not be told to {record['to']}: {record['why']}"
+        self.run.warnings.append(text)
 
     def _stage(self, stage_id: str) -> StageState:
         return next(stage for stage in self.run.stages if stage.id == stage_id)
@@ -255,6 +269,10 @@ def _note_begin(attempt: Attempt, seen: float) -> None:
         attempt.began = None if attempt.phase in NOT_STARTED else seen
     elif attempt.cause == "capacity" or attempt.phase is Phase.CANCELLED:
         attempt.began = attempt.ended
+
+
+def _given(raw: Any) -> dict[str, Any]:
+    return {key: value for key, value in (raw or {}).items() if value is not None}
 
 
 def run_of(raw: dict[str, Any]) -> Run:

@@ -45,6 +45,7 @@ class Attempt:
     exit_code: Optional[int] = None
     cause: str = ""  # what the engine decides by: capacity, preempted, infrastructure, job, ...
     capacity: str = ""  # of the offer: spot, standard, ...
+    accelerator: str = ""  # of the offer: L4:1, ...
     usd_per_hour: Optional[float] = None
     gone: list[str] = field(default_factory=list)  # names of refs confirmed absent
     from_step: Optional[int] = None  # of the newest whole checkpoint when it began; 0: of none
@@ -89,6 +90,8 @@ class Run:
     spent_usd: Optional[float] = None  # as far as prices are known; None: none is
     unpriced: bool = False  # it has cost more than `spent_usd`: some prices are not known
     idle: float = 0.0  # seconds between its ends and its resumptions
+    budget: dict[str, Any] = field(default_factory=dict)  # the limits that the recipe sets
+    money: dict[str, Any] = field(default_factory=dict)  # of a live one: `money.outlook`
     progress: dict[str, Any] = field(default_factory=dict)  # last metrics line, and eta_seconds
     warnings: list[str] = field(default_factory=list)
     #: Where its artifacts can be read on this machine, empty: at the root. Of no use to others.

@@ -16,10 +16,11 @@ from launcher import changes, home
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Env, Phase
 from launcher.bundle import Bundle
-from launcher.claim import budget_left, budget_text, recipe_of, worth
+from launcher.claim import recipe_of
 from launcher.errors import BudgetSpent, UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
+from launcher.money import budget_left, budget_text, worth
 from launcher.plan import (
     RunPlan,
     artifact_root,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import home, records
+from launcher import home, money, records
 from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
 from launcher.errors import LaunchError, Signal, UsageError
@@ -24,6 +24,7 @@ DEAF = "as last known"
 _AT_ONCE = 8
 #: What a restarted boot leaves: job, attempt, which restart.
 _RESTART = re.compile(r"(\d+)-(\d+)r(\d+)\.json")
+_STARTS = re.compile(r"\d+-\d+(?:r(\d+))?\.json")
 _RECORD = re.compile(r"\d{8}\.json")
 
 
@@ -90,11 +91,14 @@ def look(env: Env, facts: dict[str, Any], believe: bool = False) -> Run:
             write_summary(place, run, artifacts, share=not shared)
         return run
     run.driver = _driver(run, place, written)
-    if run.ended is None:
-        now = env.clock.now()
-        run.spent_usd, run.unpriced = spent(run, now), unpriced(run, now)
     run.progress = records.run_progress(run)
     note_restarts(run)
+    if run.ended is None:
+        now = env.clock.now()
+        if run.driver is None or run.driver.alive is False:
+            _note_end(run, now)
+        run.spent_usd, run.unpriced = spent(run, now), unpriced(run, now)
+        run.money = money.outlook(run, now)
     run.warnings += _warnings(env, run, place, written[-1]["time"])
     return run
 
@@ -129,6 +133,34 @@ def note_restarts(run: Run) -> None:
             at = (job.index, attempt.number)
             own = (int(m[3]) for m in found if (int(m[1]), int(m[2])) == at)
             attempt.restarts = max(own, default=0)
+
+
+def _note_end(run: Run, now: float) -> None:
+    """Of a job that ended while nobody drove: when, by what its boot has left. Whoever drives next
+    says what it means; until then it is not billed, and a warning tells why it ended."""
+    job = next((job for job in reversed(run.jobs) if job.attempts), None)
+    attempt = job.attempts[-1] if job is not None else None
+    if job is None or attempt is None or attempt.ended is not None:
+        return
+    files = (here(run) / "attempts").glob(f"{job.index:02d}-{attempt.number:04d}*.json")
+    starts = {int(m[1] or 0): file for file in files if (m := _STARTS.fullmatch(file.name))}
+    noted = _noted(starts[max(starts)]) if starts else {}
+    ended = noted.get("ended")
+    if not isinstance(ended, (int, float)):
+        return
+    attempt.ended = ended
+    run.warnings.append(
+        f"its job ended at {_clock(ended, now)}: {noted.get('why')} "
+        f"(exit code {noted.get('exit_code')})"
+    )
+
+
+def _noted(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:
@@ -242,6 +274,8 @@ def _driver(run: Run, place: Path, written: list[dict[str, Any]]) -> Optional[Dr
 
 
 def _warnings(env: Env, run: Run, place: Path, last: float) -> Iterator[str]:
+    if "uncapped" in run.money:
+        yield run.money["uncapped"]
     if run.held is Held.LEAKED:
         names = ", ".join(
             ref.name for job in run.jobs for attempt in job.attempts for ref in attempt.holding

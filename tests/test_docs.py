@@ -17,7 +17,18 @@ from launcher import drafts
 from launcher.backends.base import Held, Phase
 from launcher.cli import app
 from launcher.errors import Exit
-from launcher.spec import Budget, Environment, Gate, Hardware, Infra, Local, Retry, Vertex, Wheel
+from launcher.spec import (
+    Budget,
+    Environment,
+    Gate,
+    Hardware,
+    Infra,
+    Local,
+    Notify,
+    Retry,
+    Vertex,
+    Wheel,
+)
 from trainer.config import (
     NEEDS,
     Adapter,
@@ -67,6 +78,7 @@ SECTIONS = {
     "budget": Budget,
     "retry": Retry,
     "infra": Infra,
+    "notify": Notify,
     "gate": Gate,
 }
 _COMMAND = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*launch(?: |$)")

@@ -107,6 +107,7 @@ class Spec:
         self.boot = str(Path(__file__).resolve())
         grace, deadline = raw.get("grace_seconds"), raw.get("deadline_seconds")
         self.grace = 600.0 if grace is None else float(grace)
+        self.given = math.inf if deadline is None else float(deadline)
         self.deadline = math.inf if deadline is None else deadline - reserve(deadline)
         join = raw.get("join_seconds")
         self.join = 900.0 if join is None else float(join)

@@ -30,6 +30,7 @@ from trainer.boot import (
     environment,
     leave,
     note_process,
+    reserve,
     say,
     write_json,
 )
@@ -86,6 +87,13 @@ class _Watch:
         if not self.reason:
             self.reason, self.since = self._reason(), time.monotonic()
         return self.reason
+
+    @property
+    def grace(self) -> float:
+        """Seconds to save and leave in. At the deadline they are those that were kept for it, so
+        that the job is gone when its time is up; of a short one a minute all the same."""
+        kept = reserve(self.spec.given) if self.reason == "deadline" else math.inf
+        return min(self.spec.grace, max(kept, _LAST))
 
     def _reason(self) -> str:
         if (self.spec.folder / "control" / "stop.json").exists():
@@ -246,9 +254,9 @@ class _Job:
                 say(spec, f"{reason}: the trainer is asked to save and leave")
             if reason and not ended:
                 group.terminate()  # again: workers may only just have come to life
-                if now - watch.since > spec.grace:
+                if now - watch.since > watch.grace:
                     ended = "killed"
-                    say(spec, f"still running {spec.grace:g} s later: killed")
+                    say(spec, f"still running {watch.grace:g} s later: killed")
                     group.kill()
             elif now > until and not ended and waits():
                 ended = "late"
@@ -276,7 +284,7 @@ class _Job:
             say(self.spec, f"warning: {what}: {error}")
 
     def _close(self, code: int) -> list[str]:
-        grace = self.spec.grace
+        grace = self.watch.grace
         left = grace - (time.monotonic() - self.watch.since) if self.watch.reason else grace
         missing: list[str] = self.root.close(max(left, min(grace, _LAST)))
         if not missing and code == OK and not self.spec.node:

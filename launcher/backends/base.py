@@ -69,6 +69,7 @@ class Capabilities:
     follow: bool = False
     exec: bool = False
     native_retry: bool = False
+    timeout: bool = False  # the service itself ends a job when its time is up, saved or not
     idempotent_create: bool = False
     create: bool = True  # False: this version plans its jobs and does not send them
     drain: float = 1.0  # seconds after a job's end until its last log lines are there

@@ -73,6 +73,8 @@ def _next(run: Run) -> list[str]:
     """What to do about a run that did not succeed. A resumed run reads its own recipe, as it was
     recorded, and the files that it names, as they are by then."""
     resume, code = f"`launch resume {run.name}", _fault(run)
+    if run.exit_code == Exit.BUDGET and "launch resume" in run.why:
+        return [f"resumed, it {_resumption(run)}; a budget counts all attempts together"]
     if run.exit_code == Exit.BUDGET:
         keys = re.findall(r"budget\.\w+", run.why) or ["budget.hours"]
         more = " ".join(f"--set {key}=MORE" for key in dict.fromkeys(keys))

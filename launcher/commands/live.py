@@ -66,6 +66,8 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: floa
     for stage, cells in zip(run.stages, rows):
         table.add_row(*cells, _bar(run, stage, min(24, width - used - 2)))
     notes = [Text(console.plain(text), style="yellow") for text in run.warnings]
+    if to_come := console.outlook(run):
+        notes.insert(0, Text(to_come, style="dim"))
     if late:
         notes.append(Text(f"waiting for the last log lines: {late:.0f} s", style="dim"))
     if run.ended is None:

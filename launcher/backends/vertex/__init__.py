@@ -36,7 +36,8 @@ class VertexBackend:
 
     name = request.NAME
     can = Capabilities(
-        spot=True, nodes=True, follow=True, native_retry=True, drain=logs.DRAIN, settle=jobs.SETTLE
+        spot=True, nodes=True, follow=True, native_retry=True, timeout=True, drain=logs.DRAIN,
+        settle=jobs.SETTLE,
     )  # fmt: skip
 
     def check(self, env: Env) -> Iterable[Check]:
