@@ -23,7 +23,8 @@ BLOCKS = (
 SHARED = (*BLOCKS, "hardware")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
-       "budget", "retry", "env", "secrets", "artifacts", "tensorboard", *SHARED)  # fmt: skip
+       "budget", "retry", "env", "secrets", "artifacts", "tensorboard", "notify",
+       *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)
 NAME_RULE = "write a lower-case letter, then at most 39 of a-z, 0-9 and -"
 #: Folders that the artifact root needs for itself (docs/contracts.md).
@@ -59,8 +60,8 @@ def draft(tree: Node, path: str, sources: Sources) -> tuple[Node, list[Draft]]:
 
 
 def place_on(on: str, tree: Node, stages: list[Draft]) -> tuple[Node, list[Draft]]:
-    """`--on`: another backend. Places and the block of the old backend go; what `--set` gave
-    stays. On `local`: one node, standard capacity, `cpu:1` unless the recipe says another `cpu:N`,
+    """`--on`: another backend. Places, prices and the block of the old backend go; what `--set`
+    gave stays. On `local`: one node, standard capacity, `cpu:1` unless the recipe says another `cpu:N`,
     artifacts under $LAUNCH_HOME instead of a bucket, and secrets of Secret Manager from
     environment variables of the same name."""
     at = Position(f"--on {on}")
@@ -243,7 +244,7 @@ def _moved(hardware: Node, on: str, at: Position) -> dict[str, Node]:
     keys = dict(hardware.map)
     before = keys["backend"].value if "backend" in keys else "local"
     if before != on:
-        foreign = {"places", *backends.names()} - {on}
+        foreign = {"places", "usd_per_hour", *backends.names()} - {on}
         if on == "local":
             foreign |= {"capacity", "nodes", "environment"}
             accelerator = keys.get("accelerator")

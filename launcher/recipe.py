@@ -22,7 +22,7 @@ from launcher.drafts import NAME_RULE, Draft, absolute
 from launcher.errors import RecipeErrors
 from launcher.positions import Node, Position, Problems, locate, looks_secret, plain
 from launcher.sources import Sources
-from launcher.spec import NAME, Budget, Recipe, Retry, Stage
+from launcher.spec import NAME, Budget, Notify, Recipe, Retry, Stage
 from trainer.config import STAGES, KeyPath, Problem, build, dotted, missing_blocks, to_dict
 
 VERSION = 1
@@ -168,11 +168,12 @@ def _whole(
     top: dict[str, Any] = {}
     for key, kind in (("description", str), ("budget", Budget), ("retry", Retry),
                       ("env", Mapping[str, str]), ("artifacts", str),
-                      ("tensorboard", str)):  # fmt: skip
+                      ("tensorboard", str), ("notify", tuple[Notify, ...])):  # fmt: skip
         node = tree.get(key)
         if node is not None and node.value is not None:
             found: list[Problem] = []
             top[key] = build(kind, plain(node), (key,), found)
+            found = [(path, _untold(path, what)) for path, what in found]
             _report((p for p in found if not looks_secret(str(p[0][-1]))), tree, sources)
     empty = Node({}, tree.at)
     secrets, env = tree.get("secrets") or empty, tree.get("env") or empty
@@ -197,6 +198,12 @@ def _version_and_name(tree: Node, problems: Problems) -> None:
         problems.append((tree.at, "missing key `name`"))
     elif not isinstance(name.value, str) or not NAME.fullmatch(name.value):
         problems.append((name.at, f"name: {plain(name)!r} is not a name; {NAME_RULE}"))
+
+
+def _untold(path: KeyPath, what: str) -> str:
+    """What is wrong, without the value where that is the address of a webhook."""
+    told = path[0] == "notify" and "webhook" in path and what.startswith("expected")
+    return "expected env://NAME or secret-manager://PROJECT/NAME" if told else what
 
 
 def _report(found: Iterable[Problem], node: Node, sources: Sources) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from launcher import drafts
-from launcher.spec import NAME, Budget, Gate, Hardware, Retry
+from launcher.spec import NAME, Budget, Gate, Hardware, Notify, Retry
 from trainer.config import (
     STAGES,
     Data,
@@ -48,7 +48,7 @@ def json_schema() -> dict[str, Any]:
     from pydantic import TypeAdapter  # only `launch schema` pays for it
 
     definitions: dict[str, Any] = {}
-    for kind in (*_BLOCKS.values(), Gate):
+    for kind in (*_BLOCKS.values(), Gate, Notify):
         found = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
         definitions.update(found.pop("$defs", {}))
         definitions[kind.__name__] = found
@@ -78,6 +78,7 @@ def _recipe() -> dict[str, Any]:
         ),
         "artifacts": _optional(_text("Where a run's files go; {run} is the run's name.")),
         "tensorboard": _optional(_text("Another bucket folder for TensorBoard's files.")),
+        "notify": _optional({"type": "array", "items": {"$ref": "#/$defs/Notify"}}),
     }
     assert set(keys) == set(drafts.TOP)
     complete = {"required": ["launch", "name"]}

@@ -32,6 +32,13 @@ _DURATION = re.compile(r"^[0-9]+(\.[0-9]+)?[smhd]\Z")
 _VERSION = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){1,2}\Z")
 _MAJOR = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){0,2}\Z")
 _SHA256 = re.compile(r"^[0-9a-fA-F]{64}\Z")
+_WEBHOOK = re.compile(
+    r"(env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
+    r"(/[A-Za-z0-9_-]+)?)\Z"
+)
+EventName = Literal["ended", "failed", "budget", "preempted", "leaked", "gate"]
+#: What a price is called that the recipe itself gives (`hardware.usd_per_hour`).
+OWN_PRICE = "the recipe"
 CapacityName = Literal["spot", "standard", "flex", "reserved"]
 
 
@@ -105,13 +112,16 @@ class Environment(Strict):
 
 @dataclass(frozen=True)
 class Hardware(Strict):
-    """Where a stage runs. `accelerator` is `TYPE:COUNT` per node; `cpu:2` is two workers."""
+    """Where a stage runs. `accelerator` is `TYPE:COUNT` per node; `cpu:2` is two workers.
+    `usd_per_hour`: what an hour of one machine costs, where no table knows or another price was
+    agreed; it counts instead of every table, in all places and capacities."""
 
     backend: str = "local"
     accelerator: str = "cpu:1"
     nodes: int = 1
     capacity: tuple[CapacityName, ...] = ("standard",)
     places: tuple[str, ...] = ()
+    usd_per_hour: Optional[float] = None
     environment: Optional[Environment] = None
     local: Optional[Local] = None
     vertex: Optional[Vertex] = None
@@ -121,9 +131,16 @@ class Hardware(Strict):
             self,
             nodes=(self.nodes >= 1, "must be at least 1"),
             capacity=(bool(self.capacity), "must name at least one"),
+            usd_per_hour=(self.usd_per_hour is None or self.usd_per_hour > 0,
+                          "must be greater than 0"),
             accelerator=(bool(_ACCELERATOR.match(self.accelerator)),
                          "must look like L4:1, H100:8, v4-32 or cpu:2"),
         )  # fmt: skip
+
+    @property
+    def own_rate(self) -> Optional[float]:
+        """USD an hour of all nodes by the recipe's own word; None: it gives none."""
+        return None if self.usd_per_hour is None else self.usd_per_hour * self.nodes
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,33 @@ class Retry(Strict):
     def __post_init__(self) -> None:
         names = ("preempted", "capacity", "infrastructure", "job")
         require(self, **{n: (getattr(self, n) >= 0, "must not be negative") for n in names})
+
+
+@dataclass(frozen=True)
+class Notify(Strict):
+    """Whom the driver tells, and of what (`notify.py`). `webhook` is a reference to an address,
+    which is a secret; `command` is a program with its arguments, on PATH or with an absolute
+    path."""
+
+    webhook: Optional[str] = None
+    command: tuple[str, ...] = ()
+    on: tuple[EventName, ...] = ("ended", "failed", "budget", "leaked")
+
+    def __post_init__(self) -> None:
+        program = self.command[0] if self.command and self.command[0] else ""
+        one = bool(self.webhook) != bool(self.command)
+        require(
+            self,
+            webhook=(
+                one and (self.webhook is None or bool(_WEBHOOK.match(self.webhook))),
+                "must be a reference, because the address is a secret: env://NAME or "
+                "secret-manager://PROJECT/NAME" if one else "give either this or `command`",
+            ),
+            command=(not self.command or bool(program)
+                     and (program.startswith("/") or "/" not in program),
+                     "must begin with a program on PATH or an absolute path"),
+            on=(bool(self.on), "must name at least one event"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,6 +258,7 @@ class Recipe(Strict):
     secrets: Mapping[str, str] = field(default_factory=dict)
     artifacts: Optional[str] = None  # None: $LAUNCH_HOME/runs/<id>/artifacts (local backend only)
     tensorboard: Optional[str] = None  # gs:// or s3://; None: below `artifacts`, as the rest
+    notify: tuple[Notify, ...] = ()
     launch: int = 1
 
     @property

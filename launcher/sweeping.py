@@ -22,7 +22,7 @@ from trainer.store import Store, StoreError, open_store
 
 Found = TypeVar("Found")
 #: Records that say nothing about whether their run is over.
-_SILENT = ("driver", "ref", "gone")
+_SILENT = ("driver", "ref", "gone", "notified", "undelivered")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -41,6 +42,7 @@ from launcher.backends.base import (
 )
 from launcher.backends.local_logs import read_parts
 from launcher.errors import BadRequest, NoCapacity
+from launcher.spec import OWN_PRICE
 from trainer import boot
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ _MEANING = {
 
 
 class LocalBackend:
-    """The backend `local`. It costs nothing and has the capacity of this machine."""
+    """The backend `local`. It has the capacity of this machine, and costs nothing but what the
+    recipe says that it does."""
 
     name = "local"
     can = Capabilities(follow=True, exec=True, idempotent_create=True)
@@ -78,7 +81,7 @@ class LocalBackend:
         yield Check("local gpu", "pass" if found else "skip", ", ".join(found) or "none")
 
     def offers(self, spec: Hardware, env: Env) -> Iterable[Offer]:
-        """One free offer. `cpu:N` is N workers; other accelerators must be in this machine."""
+        """One offer. `cpu:N` is N workers; other accelerators must be in this machine."""
         if spec.nodes > 1:
             raise BadRequest("hardware.nodes", "the local backend has one machine")
         try:
@@ -90,7 +93,10 @@ class LocalBackend:
             if sum(_is(asked.kind.name, gpu) for gpu in here) < asked.count:
                 have = ", ".join(here) or "no GPU"
                 raise NoCapacity(PLACE, f"it has {have}; the recipe asks for {spec.accelerator}")
-        yield Offer(self.name, PLACE, spec.accelerator, usd_per_hour=0.0)
+        rate = spec.own_rate
+        source = "" if rate is None else OWN_PRICE
+        yield Offer(self.name, PLACE, spec.accelerator, usd_per_hour=rate or 0.0,
+                    price_source=source)  # fmt: skip
 
     def plan(self, spec: JobSpec, offer: Offer) -> Plan:
         request = {
@@ -129,13 +135,14 @@ class LocalBackend:
         held = tuple((ref, state) for ref in job.refs)
         result = _read(work / "result.json")
         if result is not None:
-            return _ended(result, work, held)
+            return replace(_ended(result, work, held), ended=_number(result.get("ended")))
         process = _read(work / "process.json")
         if boot_lives:
             running = process is not None and process.get("state") == "running"
             return Seen(Phase.RUNNING if running else Phase.STARTING, held)
         if process is not None:
-            return Seen(Phase.LOST, held, "boot was killed before it could say how the job ended")
+            why = "boot was killed before it could say how the job ended"
+            return Seen(Phase.LOST, held, why, ended=_last_beat(work))
         said = _last_line(work / "boot.out")
         if said:
             return Seen(Phase.FAILED, held, f"boot could not start: {said}", boot.ENVIRONMENT)
@@ -250,6 +257,17 @@ def _unfinished(job: Mapping[str, Any]) -> Optional[tuple[str, dict[str, Any]]]:
         meta = _read(boot.local_path(stage["output"]) / "run_meta.json") or {}
         if meta.get("completed") is not True:
             return stage["id"], meta
+    return None
+
+
+def _number(value: Any) -> Optional[float]:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _last_beat(work: Path) -> Optional[float]:
+    """When boot last showed that it lived, UTC seconds; None: it never did."""
+    with contextlib.suppress(OSError):
+        return (work / "heartbeat").stat().st_mtime
     return None
 
 

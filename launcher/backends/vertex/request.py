@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode
 from launcher import hardware
 from launcher.backends.base import Intent, JobSpec, Offer, Plan
 from launcher.errors import BadRequest, NoCapacity
-from launcher.spec import Hardware, Vertex
+from launcher.spec import OWN_PRICE, Hardware, Vertex
 from launcher.wheels import TORCH, is_remote
 
 NAME = "vertex"
@@ -98,7 +98,8 @@ os.execv(sys.executable, [sys.executable, paths[0], "run", *paths[1:]])
 
 def offers(spec: Hardware) -> Iterator[Offer]:
     """Capacities in the order of the recipe, and of each the places in the order of the
-    recipe. Prices are those of Compute Engine; what Vertex AI adds is not in the table."""
+    recipe. Prices are the recipe's own, else those of Compute Engine; what Vertex AI adds is not in
+    the table."""
     accelerator = hardware.parse(spec.accelerator)
     machine = _machine(spec)
     for capacity in spec.capacity:
@@ -108,6 +109,8 @@ def offers(spec: Hardware) -> Iterator[Offer]:
         for place in spec.places or DEFAULT_PLACES:
             price, source = _price(accelerator, machine, place, capacity)
             rate = None if price is None else price * spec.nodes
+            if spec.own_rate is not None:
+                rate, source = spec.own_rate, OWN_PRICE
             yield Offer(NAME, place, str(accelerator), capacity, rate, source, machine)
 
 
