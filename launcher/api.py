@@ -46,14 +46,17 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 
 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
-    """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
-    from launcher import wheels
+    """What `up` would create, whether it fits, how long it takes and what it costs. Creates nothing
+    outside $LAUNCH_HOME/bundles."""
+    from launcher import forecast, wheels
     from launcher.artifacts import missing_client
     from launcher.plan import make
     from launcher.start import commit_of
 
     loaded = wheels.resolved(validate(path, overrides, on))
-    made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
+    here = env()
+    made = make(loaded.recipe, here, commit=commit_of(loaded.path))
+    made = forecast.added(made, loaded.recipe, here.home)
     missing = missing_client(made.root)
     needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
     return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
@@ -70,7 +73,7 @@ def up(
     trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import bundle, driver, start, view, wheels
+    from launcher import bundle, driver, forecast, start, view, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
@@ -81,7 +84,7 @@ def up(
         if same is not None:
             return attach(same)
         loaded = wheels.resolved(loaded)
-        refuse(make(loaded.recipe, here, packed))
+        refuse(forecast.added(make(loaded.recipe, here, packed), loaded.recipe, here.home))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
     return status(run_id)

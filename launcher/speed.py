@@ -34,6 +34,10 @@ class Work:
     elements: float  # of activations, that are read and written between them
     calls: float  # blocks entered: what each of them costs however small it is
 
+    def shared(self, workers: int) -> Work:
+        """A worker's part of work that was counted for all of them."""
+        return Work(self.tokens / workers, self.flops / workers, self.elements / workers, self.calls)
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -54,7 +58,8 @@ CORE_SOURCE = "benchmarks/forecast.py on one core of an AMD EPYC, 2026-11-21"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The part of a device's peak that a step reaches. `basis`: of the row that counts most."""
+    """The part of a device's peak that a step reaches. `basis`: of the nearest row, or `assumed`
+    where assumed ones count for more than half; `source`: of the nearest row."""
 
     value: float
     basis: str  # measured, published or assumed
@@ -149,7 +154,9 @@ def efficiency(kind: Kind, task: str, parameters: float, tokens: float) -> Optio
     total = sum(weight for weight, _ in found)
     value = sum(weight * float(row["efficiency"]) for weight, row in found) / total
     _, nearest = max(found, key=lambda pair: pair[0])
-    return Efficiency(value, nearest["basis"], f"{nearest['source']}, {nearest['date']}")
+    assumed = sum(weight for weight, row in found if row["basis"] == "assumed") > total / 2
+    basis = "assumed" if assumed else nearest["basis"]
+    return Efficiency(value, basis, f"{nearest['source']}, {nearest['date']}")
 
 
 def calibrated(known: Sequence[tuple[Work, float]]) -> Costs:

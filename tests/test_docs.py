@@ -17,7 +17,7 @@ from launcher import drafts
 from launcher.backends.base import Held, Phase
 from launcher.cli import app
 from launcher.errors import Exit
-from launcher.spec import Budget, Environment, Gate, Hardware, Local, Retry, Vertex, Wheel
+from launcher.spec import Budget, Environment, Expected, Gate, Hardware, Local, Retry, Vertex, Wheel
 from trainer.config import (
     NEEDS,
     Adapter,
@@ -60,6 +60,7 @@ SECTIONS = {
     "export": Export,
     "smoke": Smoke,
     "hardware": Hardware,
+    "forecast": Expected,
     "hardware.environment": Environment,
     "hardware.environment.wheels": Wheel,
     "hardware.local": Local,

@@ -30,7 +30,7 @@ def up(
     path = shipped.find(recipe)
     planned = api.plan(path, overrides, on)
     refuse(planned)
-    if not _agreed(planned, "Start it?", yes=yes, as_json=as_json):
+    if not _agreed(planned, f"{_misfits(planned)}Start it?", yes=yes, as_json=as_json):
         return Exit.OK
     started = api.env().clock.now()
     run = api.up(path, overrides=overrides, on=on, new=new)
@@ -151,6 +151,14 @@ def _agreed(planned: RunPlan, question: str, *, yes: bool, as_json: bool) -> boo
         return True
     console.notice("nothing was started")
     return False
+
+
+def _misfits(planned: RunPlan) -> str:
+    """The stages that do not fit, by their forecast: what the question begins with."""
+    forecasts = [forecast for job in planned.jobs for forecast in job.forecasts]
+    names = [forecast.stage for forecast in forecasts if forecast.fits is False]
+    verb = "does" if len(names) == 1 else "do"
+    return f"{', '.join(names)} {verb} not fit, by the forecast. " if names else ""
 
 
 def _certain(run: Optional[str]) -> bool:

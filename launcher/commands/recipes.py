@@ -11,12 +11,14 @@ from launcher import api, console, shipped
 from launcher.errors import Exit
 
 
-def plan(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
+def plan(
+    recipe: str, overrides: Sequence[str], on: Optional[str], *, explain: bool, as_json: bool
+) -> int:
     planned = api.plan(shipped.find(recipe), overrides, on)
     if as_json:
         console.document(planned.to_json())
     else:
-        for line in planned.lines():
+        for line in (*planned.lines(), *(planned.explanation() if explain else ())):
             console.say(line)
     return planned.refusal.exit_code if planned.refusal is not None else Exit.OK
 
