@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,7 +203,7 @@ def measure(case: Case, work: Path) -> float:
             stages.run_stage(config, job, process, say, lambda: False)
         except Enough:
             pass
-    steps = [after - before for before, after in zip(times, times[1:])][-MEASURED:]
+    steps = [after - before for before, after in pairwise(times)][-MEASURED:]
     return statistics.median(steps)
 
 

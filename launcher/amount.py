@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,10 +169,12 @@ def _count_files(sources: tuple[Source, ...]) -> Counted:
 
 def _files(path: Path) -> Iterator[Path]:
     """As the trainer reads `data.train.path`: a file, a folder, or a glob."""
-    found = [path] if path.is_file() else []
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".txt"))
-    yield from found or (Path(name) for name in sorted(glob.glob(str(path), recursive=True)))
+        yield from sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".txt"))
+    elif path.is_file() or not path.is_absolute():
+        yield path
+    else:
+        yield from sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def _lines(file: Path, limit: int) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """What a run will take: memory, speed, hours and dollars of each stage, before anything is created.
 
-Memory comes from `fit`, the work of a step from `speed`, how much is read from `amount`, prices from
-the offers. A figure that cannot be had is absent, and `unknown` says why; nothing is guessed. What
-is assumed is called so.
+Memory comes from `fit`, the work of a step from `speed`, how much is read from `amount`, prices
+from the offers. A figure that cannot be had is absent, and `unknown` says why; nothing is guessed.
+What is assumed is called so.
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ def _with_memory(
         changes = fit.changes(stage, accelerator, nodes, models)
         for change in changes:
             words = settings(change, stage.id, recipe.pipeline)
-            lines.append(f"it would fit with {change.what}: {gib(change.memory.bytes)} GiB; {words}")
+            lines.append(
+                f"it would fit with {change.what}: {gib(change.memory.bytes)} GiB; {words}"
+            )
     return replace(made, memory=found, changes=changes, explain=tuple(lines))
 
 
@@ -232,7 +234,9 @@ def _computed(
 ) -> Forecast:  # fmt: skip
     kind, lines = accelerator.kind, list(made.explain)
     each = work.flops / work.tokens
-    lines.append(f"speed: {each / 1e9:.4g} GFLOP a token, {work.tokens:,.0f} tokens a worker's step")
+    lines.append(
+        f"speed: {each / 1e9:.4g} GFLOP a token, {work.tokens:,.0f} tokens a worker's step"
+    )
     if kind.vendor == "cpu":
         seconds = speed.CORE.seconds(work)
         lines.append(f"speed: {seconds:.3g} s a step, {workers} worker(s) ({speed.CORE_SOURCE})")
@@ -241,12 +245,16 @@ def _computed(
     else:
         precision = stage.model.precision if stage.model is not None else "auto"
         if not kind.bf16_tflops or precision == "fp32":
-            why = f"the peak of {kind.name} in {'fp32' if kind.bf16_tflops else 'fp16'} is not known"
+            why = (
+                f"the peak of {kind.name} in {'fp32' if kind.bf16_tflops else 'fp16'} is not known"
+            )
             return replace(made, unknown=(*made.unknown, f"speed: {why}"), explain=tuple(lines))
         main = models.get("model") or models["teacher"]
         found = speed.efficiency(kind, task(stage), main.parameters, in_flight(stage, work))
         if found is None:
-            return replace(made, unknown=(*made.unknown, f"speed: no efficiency of {kind.name} is known"))
+            return replace(
+                made, unknown=(*made.unknown, f"speed: no efficiency of {kind.name} is known")
+            )
         basis, source = found.basis, found.source
         rate = kind.bf16_tflops * 1e12 * found.value / each * workers
         lines.append(
@@ -305,9 +313,7 @@ def _with_hours(
     return replace(made, hours=(one, one), explain=(*made.explain, line))
 
 
-def _budget_notes(
-    stages: Sequence[tuple[Forecast, Sequence[Offer]]], budget: Budget
-) -> list[str]:
+def _budget_notes(stages: Sequence[tuple[Forecast, Sequence[Offer]]], budget: Budget) -> list[str]:
     """Where the hours or the dollars of the budget end the run: at the offers tried first, and at
     the dearest ones."""
     found: dict[str, str] = {}
@@ -351,8 +357,8 @@ def _sum(ranges: Sequence[Optional[Range]]) -> Optional[Range]:
 
 def _round(step: float) -> int:
     """Two digits of a step: more would say more than is known."""
-    digits = max(0, len(str(int(step))) - 2)
-    return int(step / 10**digits) * 10**digits
+    unit = int("1" + "0" * max(0, len(str(int(step))) - 2))
+    return int(step / unit) * unit
 
 
 def _three(value: float) -> str:

@@ -88,7 +88,9 @@ def _of_backend(
         if not own and fits is not True:
             continue
         for offer in offers:
-            yield _ranked(index, list(forecasts.values()), offer, fits, own and name == asked.backend)
+            yield _ranked(
+                index, list(forecasts.values()), offer, fits, own and name == asked.backend
+            )
 
 
 def _asked_of(asked: Hardware, name: str, any_accelerator: bool) -> Iterator[Hardware]:

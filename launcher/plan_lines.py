@@ -39,7 +39,11 @@ def explanation(plan: RunPlan) -> list[str]:
         for forecast in job.forecasts:
             said = [*forecast.explain, *(f"not known: {why}" for why in forecast.unknown)]
             if said:
-                found += ["", f"{forecast.stage} ({forecast.kind})", *(f"  {line}" for line in said)]
+                found += [
+                    "",
+                    f"{forecast.stage} ({forecast.kind})",
+                    *(f"  {line}" for line in said),
+                ]
     sources = [o.price_source for job in plan.jobs for o in job.offers if o.price_source]
     if sources:
         found += ["", "prices", *(f"  {source}" for source in dict.fromkeys(sources))]
@@ -79,7 +83,10 @@ def time_text(forecast: Forecast) -> Optional[str]:
     if basis == "measured" or basis == "given":
         basis += f" {forecast.source}" if basis == "measured" else " by the recipe"
     parts += [f"({basis})"] if basis else []
-    return f"{' '.join(parts)}: {hours_text(forecast.hours)}" if parts else hours_text(forecast.hours)
+    hours = hours_text(forecast.hours)
+    if basis.startswith("given") and len(parts) == 1:
+        return f"{hours} ({basis})"
+    return f"{' '.join(parts)}: {hours}" if parts else hours
 
 
 def price_text(offer: Offer) -> str:

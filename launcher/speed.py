@@ -2,8 +2,8 @@
 
 The arithmetic follows from the shapes of the models. What part of its peak a device reaches cannot
 be computed: data/efficiency.csv holds what was measured or published, with source and date, and
-where there is neither, what is assumed, marked as such. A processor has no useful peak: there a step
-costs the sum of what its kinds of work cost (`Costs`), which benchmarks/forecast.py measures.
+where there is neither, what is assumed, marked as such. A processor has no useful peak: there a
+step costs the sum of what its kinds of work cost (`Costs`), which benchmarks/forecast.py measures.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import csv
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from typing import Any, Optional
@@ -36,7 +36,9 @@ class Work:
 
     def shared(self, workers: int) -> Work:
         """A worker's part of work that was counted for all of them."""
-        return Work(self.tokens / workers, self.flops / workers, self.elements / workers, self.calls)
+        return Work(
+            self.tokens / workers, self.flops / workers, self.elements / workers, self.calls
+        )
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Costs:
     call: float
 
     def seconds(self, work: Work) -> float:
-        return sum(cost * amount for cost, amount in zip(astuple(self), _amounts(work)))
+        costs = (self.flop, self.element, self.call)
+        return sum(cost * amount for cost, amount in zip(costs, _amounts(work)))
 
 
 #: benchmarks/forecast.py on one core of an AMD EPYC (AVX2), torch 2.13, fp32, 2026-11-21.
@@ -111,7 +114,7 @@ def training_flops(shape: Shape, model: Any, context: float) -> float:
     same of a model that is there). An embedding is looked up, unless it is the head too."""
     products = 0.0
     for name, weights in _products(shape).items():
-        frozen = model.adapter is not None or _frozen(name, model)
+        frozen = model.adapter is not None or _frozen(name, shape, model)
         products += (4 if frozen else 6) * weights
     if model.adapter is not None:
         products += 6 * learned(shape, model)
@@ -130,7 +133,7 @@ def learned(shape: Shape, model: Any) -> float:
     """Parameters that learn: those of the adapter, else all that `freeze` leaves."""
     if model.adapter is None:
         return float(
-            sum(math.prod(d) for n, d in shape.tensors().items() if not _frozen(n, model))
+            sum(math.prod(d) for n, d in shape.tensors().items() if not _frozen(n, shape, model))
         )
     adapted = _targets(shape, model.adapter)
     return float(model.adapter.rank * sum(map(sum, adapted)) * shape.layers)
@@ -211,8 +214,11 @@ def _products(shape: Shape) -> dict[str, float]:
     return found
 
 
-def _frozen(name: str, model: Any) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in model.freeze)
+def _frozen(name: str, shape: Shape, model: Any) -> bool:
+    """Whether `freeze` names this parameter; a tied one has two names."""
+    tied = shape.tied and name == "model.embed_tokens.weight"
+    names = (name, "lm_head.weight") if tied else (name,)
+    return any(fnmatchcase(each, pattern) for each in names for pattern in model.freeze)
 
 
 def _ends(name: str, targets: Iterable[str]) -> bool:

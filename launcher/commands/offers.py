@@ -9,10 +9,12 @@ from launcher import api, console, shipped
 from launcher.errors import Exit, UsageError
 from launcher.forecast import NOT_COUNTED, hours_text
 from launcher.offering import Ranked, rank
-from launcher.plan_lines import dollars_text, price_text
+from launcher.plan_lines import dollars_text
 
-_HEAD = ["", "backend", "place", "machine", "accelerator", "capacity", "fits", "tokens/s", "hours",
-         "USD/h", "USD in all"]  # fmt: skip
+_HEAD = ("", "BACKEND", "PLACE", "MACHINE", "ACCELERATOR", "CAPACITY", "FITS", "TOKENS/S", "HOURS",
+         "USD/H", "USD IN ALL")  # fmt: skip
+#: Columns of numbers.
+_RIGHT = range(7, 11)
 
 
 def offers(
@@ -22,7 +24,9 @@ def offers(
     path = shipped.find(recipe)
     found = rank(api.validate(path, overrides).recipe, api.env(), any_accelerator)
     shown = [
-        row for _, rows in groupby(found.ranked, key=lambda one: one.job) for row in list(rows)[:limit]
+        row
+        for _, rows in groupby(found.ranked, key=lambda one: one.job)
+        for row in list(rows)[:limit]
     ]
     if as_json:
         console.document(
@@ -51,7 +55,7 @@ def offers(
 def _print(job: int, rows: list[Ranked]) -> None:
     console.say(f"job {job}: {', '.join(rows[0].stages)}")
     body = [_cells(row) for row in rows]
-    for line in console.columns(_HEAD, body):
+    for line in console.columns(_HEAD, body, _RIGHT):
         console.say(f"  {line}")
 
 
@@ -60,10 +64,11 @@ def _cells(row: Ranked) -> list[str]:
     about = "~" if row.assumed else ""
     fits = {True: "yes", False: "no", None: "?"}[row.fits]
     rate = row.tokens_per_second
-    price = "?" if offer.usd_per_hour is None else price_text(offer).removesuffix(" USD/h")
+    price = "?" if offer.usd_per_hour is None else f"{offer.usd_per_hour:.2f}"
     total = "?" if row.usd is None else about + dollars_text(row.usd).removesuffix(" USD")
     return [
         "*" if row.recipe else "", offer.backend, offer.place, offer.machine or "-",
         offer.accelerator, offer.capacity, fits, "?" if rate is None else f"{about}{rate:,.0f}",
-        "?" if row.hours is None else about + hours_text(row.hours).removesuffix(" h"), price, total,
+        "?" if row.hours is None else about + hours_text(row.hours).removesuffix(" h"),
+        price, total,
     ]  # fmt: skip
