@@ -55,7 +55,7 @@ class Costs:
 
 
 #: benchmarks/forecast.py on one core of an AMD EPYC (AVX2), torch 2.13, fp32, 2026-11-21.
-CORE = Costs(flop=1.2e-11, element=9.2e-10, call=5.3e-4)
+CORE = Costs(flop=1.16e-11, element=8.6e-10, call=4.4e-4)
 CORE_SOURCE = "benchmarks/forecast.py on one core of an AMD EPYC, 2026-11-21"
 
 
