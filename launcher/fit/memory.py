@@ -1,0 +1,189 @@
+"""The memory of one device at its peak, for every kind of stage."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import Optional
+
+from launcher.fit import step as steps
+from launcher.fit.parts import COMMUNICATION, CONTEXT, SLACK, Memory, Part, count, usable
+from launcher.fit.step import Step
+from launcher.hardware import Accelerator
+from launcher.shapes import Shape, Shapes
+from launcher.spec import Stage
+from trainer.config import Model
+
+TRAINING = ("pretrain", "sft", "kd")
+#: Rows of a forward pass of stage `evaluate` (trainer/stages.py); halved when they do not fit.
+_EVALUATED_ROWS = 8
+#: Bytes of a buffer of logits of stage `targets` (trainer/teacher_pass.py).
+_TARGETS_BUFFER = 64 * 2**20
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def memory(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) -> Optional[Memory]:
+    """The memory of one device of `accelerator` at its peak, of a stage on `nodes` of them; None:
+    not known, and `unknown` says why."""
+    if unknown(stage, accelerator, shapes) is not None:
+        return None
+    workers = accelerator.count * nodes
+    if stage.stage in TRAINING:
+        step = step_of(stage, accelerator, nodes, shapes)
+        moment, parts = steps.peak(step)
+        notes = tuple(_notes(stage, step))
+    else:
+        moment, notes = "the forward pass", ()
+        parts = _reading(stage, accelerator, shapes)
+    still = {"weights", "adapter", "optimizer", "teacher", "start", "gradients"}
+    goes = sum(part.bytes for part in parts if part.name not in still)
+    if accelerator.kind.vendor == "nvidia":
+        parts = [*parts, *_outside(goes, workers)]
+    return Memory(tuple(parts), usable(accelerator.kind), moment, notes)
+
+
+def unknown(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> Optional[str]:
+    """Why `memory` has no answer, in a phrase; None when it has."""
+    if stage.stage in ("merge", "export", "tokenizer"):
+        return f"stage {stage.stage} runs on the CPU"
+    if stage.stage == "smoke":
+        return "stage smoke trains no language model"
+    if accelerator.kind.vendor == "tpu":
+        return "the trainer does not run on TPUs yet"
+    wanted = ["model"] if stage.stage in TRAINING else []
+    if stage.targets is not None or (stage.kd is not None and stage.kd.teacher is not None):
+        wanted.append("teacher")
+    if stage.evaluate is not None:
+        wanted += [f"evaluate.{label}" for label in stage.evaluate.models]
+    missing = [part for part in wanted if part not in shapes]
+    if missing:
+        named = ", ".join(missing)
+        return f"the shape of {named} is not known on this machine; fetch its config.json first"
+    return None
+
+
+def checkpoint_bytes(stage: Stage, shapes: Shapes) -> Optional[float]:
+    """Bytes of one whole checkpoint of a training stage: its weights (an adapter: that alone) and
+    AdamW's two moments of what learns, in fp32. None: it writes none, or the shape is not known."""
+    if stage.stage not in TRAINING or "model" not in shapes or stage.model is None:
+        return None
+    model, shape = stage.model, shapes["model"]
+    step = Step(shape, 1, 1, True, False, False, False, _learns(model, shape),
+                *_adapter(model, shape))  # fmt: skip
+    weights = step.adapted if model.adapter is not None else shape.parameters
+    return 4.0 * weights + 8.0 * step.trained
+
+
+def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) -> Step:
+    """What of a training stage decides its memory; its shapes must be known."""
+    assert stage.model is not None and stage.train is not None
+    model, train, shape = stage.model, stage.train, shapes["model"]
+    kd = stage.kd
+    online = kd is not None and kd.mode == "online"
+    keeps = kd is not None and kd.keep_logits is not None
+    eager = model.attention == "eager" or shape.attention == "eager"
+    automatic = isinstance(train.micro_batch, str)
+    rank, targets = _adapter(model, shape)
+    return Step(
+        shape=shape,
+        rows=1 if isinstance(train.micro_batch, str) else train.micro_batch,
+        length=stage.data.sequence_length,
+        half=_half(model, accelerator),
+        checkpointing=model.gradient_checkpointing,
+        masked=stage.data.packing and model.attention != "flash_attention_2",
+        eager=eager,
+        learns=_learns(model, shape),
+        rank=rank,
+        targets=targets,
+        # `auto` may end with the whole batch in one piece, or with single rows that add up.
+        accumulate=2 if automatic and (train.global_batch or 1) > 1 else train.accumulate,
+        workers=accelerator.count * nodes,
+        heads=1 + (kd is not None and not online) + keeps,
+        dense=online or keeps,
+        teacher=shapes.get("teacher") if online else None,
+        start=keeps,
+        on_cpu=accelerator.kind.vendor == "cpu",
+    )
+
+
+def _half(model: Optional[Model], accelerator: Accelerator) -> bool:
+    """Whether products run in 16 bits: what the trainer's `precision: auto` decides."""
+    precision = model.precision if model is not None else "auto"
+    has_bf16 = accelerator.kind.vendor == "nvidia" and accelerator.kind.capability >= 8
+    return precision in ("bf16", "fp16") or (precision == "auto" and has_bf16)
+
+
+def _learns(model: Model, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The parameters of the model itself that are trained."""
+    if model.adapter is not None:
+        return {}
+    tensors = shape.tensors()
+    tied = {"model.embed_tokens.weight": "lm_head.weight"} if shape.tied else {}
+
+    def frozen(name: str) -> bool:
+        names = (name, tied.get(name, name))
+        return any(fnmatchcase(n, pattern) for n in names for pattern in model.freeze)
+
+    return {name: size for name, size in tensors.items() if not frozen(name)}
+
+
+def _adapter(model: Model, shape: Shape) -> tuple[int, tuple[str, ...]]:
+    if model.adapter is None:
+        return 0, ()
+    there = {name.split(".")[-2] for name in shape.layer() if name.endswith("_proj.weight")}
+    wanted = model.adapter.targets
+    if wanted == "auto":
+        return model.adapter.rank, tuple(name for name in _PROJECTIONS if name in there)
+    ends = {target.rpartition(".")[2] for target in wanted}
+    return model.adapter.rank, tuple(n for n in _PROJECTIONS if n in ends and n in there)
+
+
+def _notes(stage: Stage, step: Step) -> list[str]:
+    assert stage.train is not None and stage.model is not None
+    notes = []
+    if isinstance(stage.train.micro_batch, str):
+        notes.append("micro_batch auto: counted as one row, the least; the job tries for more")
+    if step.masked and not step.eager:
+        notes.append("attention through SDPA with a mask; with flash-attn it takes less")
+    if step.shape.experts:
+        notes.append("experts are counted roughly: each token's, with no room for uneven routing")
+    if step.eager:
+        notes.append("eager attention keeps whole matrices of scores; counted roughly")
+    return notes
+
+
+def _reading(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> list[Part]:
+    """A model that is only read: its weights once, and one forward pass."""
+    size = 2 if _half(stage.model, accelerator) else 4
+    if stage.targets is not None:
+        shape, rows = shapes["teacher"], stage.targets.micro_batch
+        buffers = 3 * max(_TARGETS_BUFFER, 16 * 4 * shape.vocabulary)
+    else:
+        read = [shapes[part] for part in shapes if part.startswith("evaluate.")]
+        shape, rows = max(read, key=lambda other: other.parameters), _EVALUATED_ROWS
+        buffers = (
+            2 * steps.CPU_BUFFER if accelerator.kind.vendor == "cpu" else (2 * steps.DEVICE_BUFFER)
+        )
+    tokens = rows * stage.data.sequence_length
+    each = steps.transient(shape) * size / 2 + size * shape.hidden
+    parts = [
+        Part("weights", shape.parameters * size,
+             f"{count(shape.parameters)} parameters x {size} bytes"),
+        Part("forward pass", tokens * each, f"{count(tokens)} tokens x {each:,.0f} bytes"),
+        Part("chunks of logits", float(buffers), "buffers of the head's products"),
+    ]  # fmt: skip
+    if size == 2 and shape.attention == "eager":
+        scores = rows * shape.heads * stage.data.sequence_length**2 * 6
+        parts.append(Part("scores of attention", scores, "heads x tokens x tokens x 6 bytes"))
+    return [part for part in parts if math.isfinite(part.bytes)]
+
+
+def _outside(goes: float, workers: int) -> list[Part]:
+    """What the allocator does not count as allocated."""
+    parts = [
+        Part("allocator", SLACK * goes, f"{SLACK:.0%} of what comes and goes (assumed)", True),
+        Part("CUDA context", CONTEXT, "kernels and cuBLAS's workspace (assumed)", True),
+    ]
+    if workers > 1:
+        parts.append(Part("NCCL", COMMUNICATION, "buffers between workers (assumed)", True))
+    return parts

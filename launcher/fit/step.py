@@ -1,0 +1,335 @@
+"""The peak of one training step, as the trainer takes it.
+
+What is counted follows trainer/: parameters that learn are fp32, and matrix products run under
+autocast, so that every linear layer's weight has a 16-bit copy until its backward pass and the
+residual stream is fp32; the base of an adapter is 16-bit throughout. AdamW keeps two fp32 moments.
+Logits exist a chunk at a time, and the losses sum the gradients of hidden states and head in the
+forward pass. Sizes below are bytes of one token unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+from launcher.fit.parts import MIB, Part, count
+from launcher.shapes import Shape
+
+#: Bytes of one fp32 buffer of logits (trainer/losses/chunks.py), on a CPU and elsewhere.
+CPU_BUFFER, DEVICE_BUFFER = 128 * MIB, 512 * MIB
+#: The largest flat piece in which gradients are summed over workers (trainer/runtime.py).
+BUCKET = 64 * MIB
+#: The linear layers of a block: what they read, and the bytes of that input.
+_INPUTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What of a stage decides its memory. `half`: 16-bit autocast (or an adapter's 16-bit base);
+    `masked`: packed rows through SDPA or eager attention, which need a mask; `learns`: the
+    dimensions of the parameters that are trained, by name, without an adapter's; `targets`: the
+    linear layers of a block that have an adapter of `rank` (0: none); `heads`: passes through the
+    head whose gradients are held at once; `dense`: one of them compares with another's logits."""
+
+    shape: Shape
+    rows: int
+    length: int
+    half: bool
+    checkpointing: bool
+    masked: bool
+    eager: bool
+    learns: Mapping[str, tuple[int, ...]]
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    accumulate: int = 1
+    workers: int = 1
+    heads: int = 1
+    dense: bool = False
+    teacher: Optional[Shape] = None
+    start: bool = False  # the model it began as stays beside it (kd.keep_logits)
+    on_cpu: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an activation of a matrix product."""
+        return 2 if self.half else 4
+
+    @property
+    def adapted(self) -> int:
+        """Parameters of the adapters."""
+        sizes = _linear(self.shape)
+        return self.shape.layers * sum(self.rank * sum(sizes[name]) for name in self.targets)
+
+    @property
+    def trained(self) -> int:
+        return self.adapted + sum(math.prod(size) for size in self.learns.values())
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of a parameter of the model itself."""
+        return 2 if self.rank and self.half else 4
+
+
+def peak(step: Step) -> tuple[str, list[Part]]:
+    """The moment of a step at which most is allocated, and all that is then."""
+    held = _held(step)
+    moments = dict(_moments(step))
+    moment = max(moments, key=lambda name: sum(part.bytes for part in moments[name]))
+    parts = [part for part in [*held, *moments[moment]] if part.bytes > 0]
+    return moment, parts
+
+
+def layer_activations(step: Step) -> float:
+    """What one block keeps for its backward pass: the inputs of products, of RMSNorm (in fp32), of
+    attention and of the gated MLP, as Transformers' modules save them."""
+    shape, half = step.shape, step.half
+    hidden, inner = shape.hidden, shape.intermediate * max(shape.experts_per_token, 1)
+    query, pair = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide = step.wide
+    inputs: float
+    if step.rank:
+        # Per norm its fp32 input; a base that learns nothing keeps no inputs, each A its own.
+        norms = 2 * 4 * hidden
+        inputs = sum(_adapter_input(step, name) for name in step.targets)
+        outputs = wide * step.rank * len(step.targets)
+    else:
+        # Per norm its fp32 input and result; under autocast each product has a copy of its input.
+        norms = 2 * 2 * 4 * hidden
+        inputs = 5 * wide * hidden if half else 2 * wide * hidden
+        inputs += wide * inner  # of the last product; attention's result is counted below
+        outputs = 0
+    kept = 3 * wide * inner  # gate, its activation, and up
+    keys = query if step.masked or step.eager else pair  # with a mask, heads are repeated
+    attention = wide * (2 * query + 2 * keys) + 4 * shape.heads + 8
+    if step.eager:  # scores, and their softmax in fp32 and 16 bits
+        attention += shape.heads * step.length * (4 + 2 * wide)
+    if step.masked:
+        attention += wide * step.length
+    if shape.family.startswith("qwen3"):  # queries and keys have norms of their own
+        attention += (4 + (0 if step.rank else wide)) * (query + pair)
+        attention += 4 * (shape.heads + shape.kv_heads)
+    return norms + inputs + outputs + kept + attention
+
+
+def transient(shape: Shape) -> float:
+    """What a block of a model that is only read has in hand at most (measured: 8.4 hidden + 6
+    intermediate)."""
+    return 8.4 * shape.hidden + 6 * shape.intermediate * max(shape.experts_per_token, 1)
+
+
+def chunk_buffers(step: Step) -> tuple[float, str]:
+    """Bytes of the logits, and what is made of them, that exist together; and why."""
+    vocabulary, hidden = step.shape.vocabulary, step.shape.hidden
+    budget = CPU_BUFFER if step.on_cpu else DEVICE_BUFFER
+    rows = min(max(16, budget // (4 * vocabulary)), step.tokens)
+    first, second = (4 * vocabulary * size for size in (rows, min(rows, step.tokens - rows)))
+    if not step.half:
+        buffers = (3 if step.dense else 1) * first  # used again by the next chunk
+        return buffers + 8 * hidden * rows, _chunks(buffers, first, rows, vocabulary)
+    # The last chunk's gradient is still there when the next logits are made; in `first`, the
+    # gradient has a 16-bit copy, and that of the hidden states is fp32.
+    if step.dense:
+        buffers = max(3.0 * first, 2.0 * first + 2 * second)
+    else:
+        buffers = max(1.5 * first, first + second)
+    return buffers + 6 * hidden * rows, _chunks(buffers, first, rows, vocabulary)
+
+
+def _chunks(buffers: float, one: float, rows: int, vocabulary: int) -> str:
+    return f"{buffers / one:.2g} buffers of {rows:,} rows x {count(vocabulary)} tokens x 4 bytes"
+
+
+def _held(step: Step) -> list[Part]:
+    """What is there from the first step to the last."""
+    shape, trained = step.shape, step.trained
+    size = step.base_bytes
+    why = "fp32" if size == 4 else "16 bits: an adapter's base"
+    parts = [_product("weights", shape.parameters, size, f"parameters x {size} bytes ({why})")]
+    if step.rank:
+        parts.append(_product("adapter", step.adapted, 4, "parameters x 4 bytes (fp32)"))
+    parts.append(_product("optimizer", trained, 8, "parameters x 8 bytes (AdamW's moments, fp32)"))
+    frozen = 2 if step.half else 4
+    for name, other in (("teacher", step.teacher), ("start", shape if step.start else None)):
+        if other is None:
+            continue
+        parts.append(_product(name, other.parameters, frozen, f"parameters x {frozen} bytes"))
+        states = step.tokens * other.hidden * frozen * step.accumulate
+        how = f"{count(step.tokens * step.accumulate)} tokens x {other.hidden:,} x {frozen} bytes"
+        parts.append(Part(f"hidden states of the {name}", states, how))
+    if step.accumulate > 1:
+        parts.append(_product("gradients", trained, 4, "parameters x 4 bytes (fp32)"))
+    return parts
+
+
+def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
+    """The moments that can be the peak, and what each has beside `_held`."""
+    layers = step.shape.layers
+    kept, copies = _kept(step), _copies(step)
+    backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
+    gradients = _gradients(step)
+    yield "the loss", [kept, *copies, *_tail(step), *_loss(step)]
+    if step.rank and not step.checkpointing:
+        hidden, inner = step.shape.hidden, step.shape.intermediate
+        size = step.tokens * (8.5 * hidden + 6.5 * inner) * step.wide / 2
+        yield "the forward pass", [kept, *copies, Part("forward pass", size, "of the last block")]
+    if step.checkpointing:
+        again = Part(
+            "activations of one block",
+            step.tokens * (layer_activations(step) - _between(step)),
+            f"computed again: {count(step.tokens)} tokens x {layer_activations(step):,.0f} bytes",
+        )
+        one = [Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in copies]
+        head = _head_gradients(step)
+        yield "the last block's backward pass", [kept, again, *one, head, backward]
+        rest = Part(kept.name, kept.bytes / layers, "the first block's input")
+        most = _without(step, gradients, "model.layers.0.")
+        yield "the first block's backward pass", [rest, again, *one, most, backward]
+    else:
+        yield "the last block's backward pass", [kept, *copies, _head_gradients(step), backward]
+    yield "the end of the backward pass", [gradients, *_embedding(step)]
+    if step.workers > 1:
+        flat = min(BUCKET, gradients.bytes or step.trained * 4)
+        yield "the sum over workers", [gradients, Part("bucket", flat, "of the gradients")]
+
+
+def _kept(step: Step) -> Part:
+    """What all blocks keep until the backward pass."""
+    layers, tokens = step.shape.layers, step.tokens
+    if step.checkpointing:
+        each, what = _between(step), "the inputs of"
+    else:
+        each, what = layer_activations(step), "of"
+    size = tokens * layers * each
+    if step.rank and not step.checkpointing and step.half:
+        size -= 4 * step.shape.hidden * tokens  # the first norm's input learns nothing
+    how = f"{what} {layers} blocks: {count(tokens)} tokens x {each:,.0f} bytes each"
+    return Part("activations", max(size, 0), how)
+
+
+def _between(step: Step) -> float:
+    """The residual stream: fp32 unless the embedding is 16-bit."""
+    return step.shape.hidden * (2 if step.rank and step.half else 4)
+
+
+def _tail(step: Step) -> list[Part]:
+    """What lies after the last block: the final norm's, the hidden states, positions and mask."""
+    hidden, wide = step.shape.hidden, step.wide
+    each = (4 if step.rank else 8) * hidden + wide * hidden
+    size = step.tokens * (each + 2 * step.shape.head_dim * (2 if step.rank and step.half else 4))
+    if step.masked and step.checkpointing:
+        size += step.rows * step.length**2  # bool
+    return [Part("final norm and hidden states", size, f"{count(step.tokens)} tokens")]
+
+
+def _copies(step: Step) -> list[Part]:
+    """16-bit copies of fp32 weights that autocast makes and the backward pass needs."""
+    if not step.half:
+        return []
+    shape = step.shape
+    if step.rank:
+        return [_product("16-bit copies", step.adapted, 2, "parameters of the adapters x 2 bytes")]
+    block = sum(math.prod(size) for size in shape.layer().values() if len(size) > 1)
+    return [_product("16-bit copies", shape.layers * block, 2, "weights of blocks x 2 bytes")]
+
+
+def _loss(step: Step) -> list[Part]:
+    """The loss in its forward pass, which sums the gradients."""
+    shape = step.shape
+    buffers, how = chunk_buffers(step)
+    parts = [_head_gradients(step), Part("chunks of logits", buffers, how)]
+    parts.append(
+        Part(
+            "gradient of the hidden states",
+            step.heads * step.tokens * shape.hidden * step.wide,
+            f"{count(step.tokens)} tokens x {shape.hidden:,} x {step.wide} bytes",
+        )
+    )
+    if step.half and not step.rank:
+        table = shape.vocabulary * shape.hidden
+        parts.append(_product("16-bit head", table, 2, "parameters x 2 bytes"))
+    return parts
+
+
+def _head_gradients(step: Step) -> Part:
+    shape = step.shape
+    name = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+    size = step.heads * shape.vocabulary * shape.hidden * (name in step.learns)
+    return _product("gradient of the head", size, 4, "parameters x 4 bytes (fp32)")
+
+
+def _working(step: Step) -> float:
+    """Bytes that the backward pass of a block takes for the time being (measured)."""
+    hidden, inner = step.shape.hidden, step.shape.intermediate
+    inner *= max(step.shape.experts_per_token, 1)
+    matrix = hidden * step.shape.intermediate
+    if step.rank:
+        each = 8.0 * hidden + 4.0 * inner
+        if step.checkpointing:
+            each = 8.3 * hidden + 6.5 * inner
+        return step.tokens * each * step.wide / 2
+    grows = 10 * matrix if step.checkpointing else 2 * matrix
+    return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows
+
+
+def _gradients(step: Step) -> Part:
+    """The gradients at the end of the backward pass, but for the embedding's; with `accumulate`
+    they are held all the time."""
+    learns = {k: v for k, v in step.learns.items() if k != "model.embed_tokens.weight"}
+    size = step.adapted + sum(math.prod(dimensions) for dimensions in learns.values())
+    if step.accumulate > 1:
+        size = 0
+    return _product("gradients", size, 4, "parameters x 4 bytes (fp32)")
+
+
+def _without(step: Step, gradients: Part, prefix: str) -> Part:
+    """`gradients` without those of one block, with that of a tied head."""
+    mine = sum(math.prod(d) for name, d in step.learns.items() if name.startswith(prefix))
+    size = max(gradients.bytes / 4 - mine, 0)
+    if step.shape.tied:
+        size += _head_gradients(step).bytes / 4
+    return _product("gradients", size, 4, "parameters x 4 bytes (fp32)")
+
+
+def _embedding(step: Step) -> list[Part]:
+    """The embedding's gradient is made whole, and where it is the head too, added to that one's."""
+    if "model.embed_tokens.weight" not in step.learns:
+        return []
+    table = step.shape.vocabulary * step.shape.hidden
+    if step.shape.tied:
+        how = "parameters x 4 bytes (fp32), as embedding, as head, and their sum"
+        return [
+            Part(
+                "gradient of the embedding", (2 + step.heads) * 4 * table, count(table) + " " + how
+            )
+        ]
+    stream = Part("gradient of the stream", 4 * step.shape.hidden * step.tokens, "fp32")
+    return [_product("gradient of the embedding", table, 4, "parameters x 4 bytes"), stream]
+
+
+def _linear(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The linear layers of one block by their last name: [out, in]."""
+    return {
+        name.split(".")[-2]: size
+        for name, size in shape.layer().items()
+        if len(size) == 2 and name.endswith("_proj.weight")
+    }
+
+
+def _adapter_input(step: Step, name: str) -> float:
+    """Under autocast each A keeps a copy of its input; in fp32 one serves those that read it."""
+    size = _linear(step.shape)[name][1]
+    first = {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    if step.half:
+        return 2 * size
+    # In fp32 attention's result is counted there, and q, k and v share one input.
+    return 4 * size if name in first - {"o_proj"} else 0
+
+
+def _product(name: str, number: float, size: int, what: str) -> Part:
+    return Part(name, number * size, f"{count(number)} {what}")
