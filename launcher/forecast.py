@@ -8,6 +8,7 @@ What is assumed is called so.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,10 +31,13 @@ Range = tuple[float, float]
 #: Stages whose time is not forecast: minutes, mostly of reading and writing.
 _BRIEF = ("tokenizer", "evaluate", "merge", "export", "smoke")
 #: What comes on top of the hours of a forecast.
-NOT_COUNTED = "queues, preemption, retries, evaluation, checkpoints and loading come on top"
+NOT_COUNTED = (
+    "queues, preemption, retries, evaluation, checkpoints, loading and communication between "
+    "devices come on top"
+)
 NO_BUDGET = Budget()
 #: Parts of `fit.Memory` that are weights.
-_WEIGHTS = ("weights", "teacher")
+_WEIGHTS = ("weights", "teacher", "start")
 _STAGE = re.compile(r"\$\{stage:([^}]*)\}")
 
 
@@ -99,7 +103,7 @@ def added(plan: RunPlan, recipe: Recipe, launch_home: Path) -> RunPlan:
             one = of_stage(recipe, stages[name], job.offers, launch_home, made)
             made[name] = one
             pairs.append((one, job.offers))
-            if refusal is None and (over := hopeless(one, recipe.pipeline)) is not None:
+            if refusal is None and (over := hopeless(one)) is not None:
                 refusal = Refusal(*over, int(Exit.USAGE))
         jobs.append(replace(job, forecasts=tuple(made[name] for name in job.stages)))
     whole = of_run(pairs, recipe.budget)
@@ -146,7 +150,7 @@ def dollars(hours: Optional[Range], offers: Sequence[Offer]) -> Optional[Range]:
     return hours[0] * min(rates), hours[1] * max(rates)
 
 
-def hopeless(forecast: Forecast, pipeline: bool) -> Optional[tuple[str, str]]:
+def hopeless(forecast: Forecast) -> Optional[tuple[str, str]]:
     """The error and the hint for a stage whose weights alone exceed the device; None: they do not,
     as far as is known."""
     memory = forecast.memory
@@ -157,14 +161,13 @@ def hopeless(forecast: Forecast, pipeline: bool) -> Optional[tuple[str, str]]:
         return None
     what = (f"{forecast.stage}: the weights alone are {gib(weights)} GiB, and a device has "
             f"{gib(memory.limit)}")  # fmt: skip
-    helps = [settings(change, forecast.stage, pipeline) for change in forecast.changes]
+    helps = [settings(change) for change in forecast.changes]
     return what, f"it fits with {helps[0]}" if helps else "take a larger accelerator"
 
 
-def settings(change: Change, stage: str, pipeline: bool) -> str:
+def settings(change: Change) -> str:
     """A change as the words of a command line."""
-    prefix = f"pipeline.{stage}." if pipeline else ""
-    return " ".join(_quoted(f"{prefix}{setting}") for setting in change.settings)
+    return " ".join(_quoted(setting) for setting in change.settings)
 
 
 def gib(size: float) -> str:
@@ -190,15 +193,17 @@ def _with_memory(
         missing = (f"memory: {why}",) if why else ()
         return replace(made, unknown=(*made.unknown, *missing), explain=tuple(lines))
     lines += [f"memory: {gib(part.bytes)} GiB {part.name}: {part.how}" for part in found.parts]
-    total = f"memory: {gib(found.bytes)} GiB in all"
+    during = f", during {found.moment}" if found.moment else ""
+    total = f"memory: {gib(found.bytes)} GiB in all{during}"
     if found.limit is not None:
         total += f", of {gib(found.limit)} GiB that a process can use"
     lines += [total, *(f"memory: {note}" for note in found.notes)]
     changes: tuple[Change, ...] = ()
     if found.fits is False:
-        changes = fit.changes(stage, accelerator, nodes, models)
+        prefix = f"pipeline.{stage.id}." if recipe.pipeline else ""
+        changes = fit.changes(stage, accelerator, nodes, models, prefix)
         for change in changes:
-            words = settings(change, stage.id, recipe.pipeline)
+            words = settings(change)
             lines.append(
                 f"it would fit with {change.what}: {gib(change.memory.bytes)} GiB; {words}"
             )
@@ -366,5 +371,6 @@ def _three(value: float) -> str:
 
 
 def _quoted(setting: str) -> str:
-    plain = re.fullmatch(r"[\w.,:/=+@%-]+", setting)
-    return f"--set {setting}" if plain else f'--set "{setting}"'
+    if re.fullmatch(r"[\w.,:/=+@%-]+", setting):
+        return f"--set {setting}"
+    return f"--set {shlex.quote(setting)}" if '"' in setting else f'--set "{setting}"'

@@ -80,7 +80,7 @@ def _of_backend(
             left.setdefault(name, str(error))
             continue
         own = spec.accelerator == asked.accelerator
-        moved = [replace(stage, hardware=spec) for stage in stages]
+        moved = [_moved(stage, spec) for stage in stages]
         forecasts: dict[str, Forecast] = {}
         for stage in moved:
             forecasts[stage.id] = forecast.of_stage(recipe, stage, offers, env.home, forecasts)
@@ -112,6 +112,21 @@ def _asked_of(asked: Hardware, name: str, any_accelerator: bool) -> Iterator[Har
                 capacity=capacities, usd_per_hour=None,
                 vertex=None if asked.vertex is None else replace(asked.vertex, machine=None),
             )  # fmt: skip
+
+
+def _moved(stage: Stage, spec: Hardware) -> Stage:
+    """The stage on other hardware, with as many rows in a step, where they can be shared evenly:
+    with more devices each does fewer micro-batches."""
+    train = stage.train
+    if train is not None and not isinstance(train.micro_batch, str):
+        now, then = _workers(stage.hardware), _workers(spec)
+        if train.accumulate * now % then == 0:
+            train = replace(train, accumulate=train.accumulate * now // then)
+    return replace(stage, hardware=spec, train=train)
+
+
+def _workers(spec: Hardware) -> int:
+    return hardware.parse(spec.accelerator).count * spec.nodes
 
 
 def _ranked(

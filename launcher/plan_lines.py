@@ -52,7 +52,7 @@ def explanation(plan: RunPlan) -> list[str]:
     return found
 
 
-def memory_text(forecast: Forecast, pipeline: bool) -> Optional[str]:
+def memory_text(forecast: Forecast) -> Optional[str]:
     """`16.1 of 22.5 GiB, 6.4 free`, or what is missing and the change that helps most simply."""
     memory = forecast.memory
     if memory is None or memory.limit is None or memory.margin is None:
@@ -63,7 +63,7 @@ def memory_text(forecast: Forecast, pipeline: bool) -> Optional[str]:
     if not forecast.changes:
         return f"{text}: does not fit"
     change = forecast.changes[0]
-    words = settings(change, forecast.stage, pipeline)
+    words = settings(change)
     return f"{text}: does not fit; {words} makes it {gib(change.memory.bytes)}"
 
 
@@ -110,7 +110,7 @@ def _job_lines(job: JobPlan, several: bool) -> Iterator[str]:
     yield f"  needs {job.accelerator}{nodes} ({job.backend})"
     for forecast in job.forecasts:
         of = f" of {forecast.stage}" if several else ""
-        if (memory := memory_text(forecast, several)) is not None:
+        if (memory := memory_text(forecast)) is not None:
             yield f"  memory{of}: {memory}"
         if (time := time_text(forecast)) is not None:
             yield f"  time{of}: {time}"

@@ -48,6 +48,8 @@ def offers(
         console.notice(f"left out: {reason}")
     if any(row.assumed for row in shown):
         console.notice("~ the speed is assumed (docs/forecast.md); dollars follow from it")
+    if len({(row.offer.accelerator.partition(":")[2]) for row in shown}) > 1:
+        console.notice("with other numbers of devices: as many rows in a step (train.accumulate)")
     console.notice(f"not counted: {NOT_COUNTED}")
     return Exit.OK
 

@@ -392,6 +392,15 @@ def test_the_plan_says_what_does_not_fit_and_the_change_that_makes_it_fit(
     ) in capsys.readouterr().out.splitlines()
 
 
+def test_a_change_is_written_as_a_shell_takes_it() -> None:
+    import shlex
+
+    memory = Memory((), None)
+    for setting in ("a.b=1", "model.freeze=[]", 'model.freeze=["model.embed_tokens.*"]'):
+        words = forecast.settings(Change("", (setting,), memory))
+        assert shlex.split(words) == ["--set", setting]
+
+
 def test_up_asks_with_the_misfit_in_the_question(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

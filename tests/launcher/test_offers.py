@@ -53,6 +53,12 @@ def test_what_fits_comes_first_then_what_costs_least(tmp_path: Path, sized: None
         assert row.usd[0] == pytest.approx(row.hours[0] * row.offer.usd_per_hour)
 
 
+def test_more_devices_do_the_same_work_in_less_time(tmp_path: Path, sized: None) -> None:
+    found = offering.rank(shipped("kd_l4"), environment(tmp_path), any_accelerator=True).ranked
+    hours = {row.offer.accelerator: row.hours[1] for row in found if row.hours is not None}
+    assert hours["A100-40GB:8"] == pytest.approx(hours["A100-40GB:1"] / 8)
+
+
 def test_only_the_recipes_own_accelerator_is_offered_unless_asked(
     tmp_path: Path, sized: None
 ) -> None:
