@@ -129,6 +129,7 @@ def chunk_buffers(step: Step) -> tuple[float, str]:
     budget = CPU_BUFFER if step.on_cpu else DEVICE_BUFFER
     rows = min(max(16, budget // (4 * vocabulary)), step.tokens)
     first, second = (4 * vocabulary * size for size in (rows, min(rows, step.tokens - rows)))
+    buffers: float
     if not step.half:
         buffers = (3 if step.dense else 1) * first  # used again by the next chunk
         return buffers + 8 * hidden * rows, _chunks(buffers, first, rows, vocabulary)

@@ -1,0 +1,321 @@
+"""The forecast of memory (launcher/fit) against what torch counts for the trainer's own step.
+
+    python benchmarks/memory.py                  every case: forecast, counted, error
+    python benchmarks/memory.py --case 1b-full   one case, or those whose names begin so
+    python benchmarks/memory.py --check          exits 1 when a case is off by more than 10%
+    python benchmarks/memory.py --write          results/memory.json
+
+A model of full size is made of fake tensors, which have shapes and dtypes but no memory, and takes
+one whole step through the trainer's code: teacher pass, forward, loss, backward, clipping, AdamW,
+with as much ballast as its moments take. torch.distributed's MemTracker counts the storages that
+exist after every operation. No GPU is needed, nor the weights; a case takes 10 to 40 s of a core.
+
+What differs from a GPU. The tensors are a CPU's, since torch built without CUDA cannot
+differentiate a GPU's fakes; the losses are told to do what they do on CUDA without Triton.
+Attention is the CPU's fused kernel: like those of CUDA it keeps queries, keys, values, its result
+and a logarithm a head and token, and no scores. Where autograd adds two gradients, torch without a
+tracker writes over one of them; with it there is a third, so that a step whose peak is the gradient
+of a tied embedding is counted up to 5% too high. Context, communication and the allocator's slack
+are not counted, and not compared.
+
+Constants of the forecast that are measured, not derived (what a block's forward and backward pass
+have in hand), were read off models cut to two and four blocks; no case here is such a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional
+from unittest.mock import patch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "memory.json"
+LIMIT = 0.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step of one model. `stored`: distillation from a teacher's stored answers."""
+
+    name: str
+    model: str
+    length: int
+    rows: int
+    checkpointing: bool = False
+    adapter: bool = False
+    teacher: Optional[str] = None
+    stored: bool = False
+    accumulate: int = 1
+    packing: bool = True
+    precision: Literal["bf16", "fp32"] = "bf16"
+    freeze: tuple[str, ...] = ()
+
+
+_1B, _8B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
+CASES = (
+    Case("1b-full-1024", _1B, 1024, 8),
+    Case("1b-full-2048", _1B, 2048, 8),
+    Case("1b-full-2048-checkpointing", _1B, 2048, 16, True),
+    Case("1b-full-4096-checkpointing", _1B, 4096, 16, True),
+    Case("1b-full-1024-accumulate", _1B, 1024, 2, accumulate=4),
+    Case("1b-full-1024-padded", _1B, 1024, 8, packing=False),
+    Case("1b-lora-2048", _1B, 2048, 4, adapter=True),
+    Case("1b-kd8b-1024", _1B, 1024, 8, teacher=_8B),
+    Case("1b-kd8b-2048-checkpointing", _1B, 2048, 8, True, teacher=_8B),
+    Case(
+        "1b-kd8b-2048-frozen", _1B, 2048, 1, True, teacher=_8B, accumulate=8,
+        freeze=("model.embed_tokens.*",),
+    ),
+    Case("1b-kd-stored-1024", _1B, 1024, 8, stored=True),
+    Case("8b-full-1024", _8B, 1024, 1),
+    Case("8b-full-2048-checkpointing", _8B, 2048, 8, True),
+    Case("8b-lora-1024", _8B, 1024, 4, adapter=True),
+    Case("8b-lora-2048", _8B, 2048, 1, adapter=True),
+    Case("8b-lora-2048-checkpointing", _8B, 2048, 8, True, adapter=True),
+    Case("qwen3-0.6b-full-2048", "Qwen/Qwen3-0.6B", 2048, 4),
+    Case("1b-fp32-full-1024", _1B, 1024, 4, precision="fp32"),
+    Case("1b-fp32-lora-1024-checkpointing", _1B, 1024, 4, True, True, precision="fp32"),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--case", default="", help="only the cases whose names begin so")
+    parser.add_argument("--check", action="store_true", help="exit 1 over the limit")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args()
+    sys.path.insert(0, str(REPOSITORY))
+    rows = []
+    print(f"{'case':32} {'forecast':>9} {'counted':>9}  error   moment")
+    for case in CASES:
+        if not case.name.startswith(options.case):
+            continue
+        began = time.process_time()
+        row = compare(case)
+        rows.append({**row, "cpu_seconds": round(time.process_time() - began, 1)})
+        print(
+            f"{case.name:32} {row['forecast'] / 1e9:6.2f} GB {row['counted'] / 1e9:6.2f} GB"
+            f"  {row['error']:+6.1%} {row['moment']}",
+            flush=True,
+        )
+    if options.write:
+        import torch
+        import transformers
+
+        about = {"torch": torch.__version__, "transformers": transformers.__version__}
+        RESULTS.write_text(json.dumps({"v": 1, **about, "limit": LIMIT, "cases": rows}, indent=1))
+    worst = max((abs(row["error"]) for row in rows), default=1.0)
+    print(f"largest error {worst:.1%}, limit {LIMIT:.0%}")
+    return int(options.check and worst > LIMIT)
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """The forecast of a case and what is counted, in bytes, and the error of the forecast."""
+    from launcher import fit, hardware, shapes
+
+    stage = stage_of(case)
+    accelerator = hardware.parse("H100:1")
+    found = fit.memory(stage, accelerator, 1, shapes.of_stage(stage, (stage,), REPOSITORY))
+    assert found is not None
+    counted = count(case)
+    error = found.allocated / counted - 1
+    return {
+        "case": case.name, "forecast": round(found.allocated), "counted": counted,
+        "error": round(error, 4), "moment": found.moment,
+    }  # fmt: skip
+
+
+def stage_of(case: Case) -> Any:
+    """The stage of a recipe that a case is."""
+    from launcher.spec import Stage
+    from trainer.config import Adapter, Data, Distill, Model, Train
+
+    kd = None
+    if case.stored:
+        kd = Distill(mode="precompute", targets="stored")
+    elif case.teacher is not None:
+        kd = Distill(teacher=case.teacher)
+    return Stage(
+        id="step",
+        stage="sft" if kd is None else "kd",
+        model=Model(
+            name=case.model,
+            precision=case.precision,
+            freeze=case.freeze,
+            gradient_checkpointing=case.checkpointing,
+            adapter=Adapter(rank=16) if case.adapter else None,
+        ),
+        data=Data(sequence_length=case.length, packing=case.packing),
+        train=Train(steps=1, micro_batch=case.rows, accumulate=case.accumulate),
+        kd=kd,
+    )
+
+
+def count(case: Case) -> int:
+    """Bytes of all storages at the peak of one step."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from trainer import models, probe
+    from trainer.batch import Batch
+    from trainer.objectives.distill import DistillOnline
+    from trainer.objectives.next_token import NextToken
+    from trainer.optimizer import clip, make_optimizer, unscale
+    from trainer.runtime import Runtime
+    from trainer.step import backward, normalisers, prepare
+
+    stage, runtime = stage_of(case), Runtime(torch.device("cpu"), case.precision)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        _configure(case, Path(folder))
+        stack.enter_context(_as_on_cuda(case, Path(folder)))
+        stack.enter_context(FakeTensorMode())
+        model = models.load_model(stage.model, None, runtime, seed=0)
+        objective: Any = NextToken()
+        if case.stored:
+            objective = _stored(stage.kd, runtime)
+        elif case.teacher is not None:
+            teacher = models.load_frozen(case.teacher, runtime, models.PLAIN_ATTENTION)
+            objective = DistillOnline(stage.kd, teacher, runtime)
+        optimizer = make_optimizer(model, stage.train)
+        tracker = _tracker()
+        tracker.track_external(model)
+        if getattr(objective, "teacher", None) is not None:
+            tracker.track_external(objective.teacher)
+        stack.enter_context(tracker)
+        stack.enter_context(_values())
+        kept = probe.ballast(model, runtime, optimizer)
+        ids = torch.zeros((case.rows, case.length), dtype=torch.int64)
+        group = [Batch(ids.clone(), ids.clone(), ids.clone()) for _ in range(case.accumulate)]
+        batches = prepare(objective, group, runtime, 0)
+        backward(model, objective, batches, normalisers(batches, runtime), runtime, log=True)
+        norm = unscale(model, 1.0)
+        kept.clear()
+        clip(model, norm, stage.train.clip)
+        optimizer.step()
+        return int(sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()))
+
+
+def _configure(case: Case, folder: Path) -> None:
+    """Configurations of the models, in Transformers' own words."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    from launcher import shapes
+
+    for name in filter(None, (case.model, case.teacher)):
+        shape = shapes.of_reference(name, folder)
+        assert shape is not None
+        made = Qwen3Config if shape.family == "qwen3" else LlamaConfig
+        made(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate,
+            tie_word_embeddings=shape.tied,
+        ).save_pretrained(folder / name)
+
+
+@contextlib.contextmanager
+def _as_on_cuda(case: Case, folder: Path) -> Iterator[None]:
+    """Models without files, and losses that do on a CPU what they do on CUDA without Triton."""
+    import torch
+    import transformers
+
+    from trainer import models
+    from trainer.losses import chunks, heads, linear, rows
+
+    def load(reference: str, dtype: Any, attention: Any) -> Any:
+        configuration = transformers.AutoConfig.from_pretrained(folder / reference)
+        kind = models.pick_attention(configuration, attention)
+        return transformers.AutoModelForCausalLM.from_config(
+            configuration, dtype=dtype, attn_implementation=kind
+        )
+
+    with contextlib.ExitStack() as stack:
+        for changed in (
+            patch.object(models, "load_pretrained", load),
+            # Moving fake parameters to where they are is refused; there is nothing to move.
+            patch.object(torch.nn.Module, "_apply", lambda self, fn, recurse=True: self),
+            patch.object(chunks, "CPU_BUFFER", chunks.DEVICE_BUFFER),
+            patch.object(heads, "_mixed_output", lambda device: True),
+            patch.object(heads, "_mixed_accumulation", lambda device: True),
+            patch.object(linear, "rows_for", lambda device, dtype: rows.TorchRows()),
+        ):
+            stack.enter_context(changed)
+        if not case.packing:  # one document a row, which tensors without values cannot show
+            masks = transformers.masking_utils
+            stack.enter_context(
+                patch.object(masks, "find_packed_sequence_indices", lambda positions: None)
+            )
+        yield
+
+
+def _tracker() -> Any:
+    """Torch's MemTracker without its statistics of modules: its hooks fail on parameters that
+    learn nothing and on a module that runs twice. What it counts is the same."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Storages(MemTracker):
+        def _pre_fw_hook(self, *arguments: Any) -> None:
+            return None
+
+        _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+    return Storages()
+
+
+def _values() -> Any:
+    """Answers where the trainer looks at a value, which fake tensors do not have: flags are true,
+    numbers 0, and every position has a target."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Values(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return args[0].dtype == torch.bool or 0
+            if function is torch.ops.aten.nonzero.default:
+                return torch.zeros((args[0].numel(), args[0].dim()), dtype=torch.int64)
+            return function(*args, **(kwargs or {}))
+
+    return Values()
+
+
+def _stored(kd: Any, runtime: Any) -> Any:
+    """Distillation from stored answers, 16 to a token, without the store."""
+    import torch
+
+    from trainer.objectives.distill_stored import DistillStored
+
+    class Answers:
+        sampled, name = True, "none"
+
+    class Stored(DistillStored):
+        def prepare(self, batch: Any, step: int) -> Any:
+            tokens = len(batch.labels)
+            batch.extra.update(
+                ids=torch.zeros((tokens, 16), dtype=torch.int64),
+                p=torch.zeros((tokens, 16)),
+                teacher_status=torch.ones(tokens, dtype=torch.bool),
+            )
+            weight = torch.tensor(float(tokens), dtype=torch.float64)
+            batch.weights.update(ce=weight, kd=weight)
+            return batch
+
+    return Stored(kd, Answers(), runtime)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Will it fit: the memory of one device, what it is made of, and what would make it fit. How well
+the numbers agree with what torch counts is tests/trainer/test_memory_model.py's business."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher import fit, hardware, recipe, shapes
+from launcher.fit.parts import usable
+from launcher.spec import Hardware, Stage, Vertex
+from trainer.config import (
+    Adapter,
+    Data,
+    Distill,
+    Evaluate,
+    KeepLogits,
+    Merge,
+    Model,
+    Targets,
+    Train,
+)
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ONE_B, EIGHT_B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
+SHAPES = {
+    name: shape
+    for name in (ONE_B, EIGHT_B)
+    if (shape := shapes.of_reference(name, Path("/nowhere"))) is not None
+}
+L4, A100, H100 = (hardware.parse(name) for name in ("L4", "A100-40GB", "H100"))
+
+
+def sft(name: str = ONE_B, length: int = 2048, rows: Any = 4, **model: Any) -> Stage:
+    train = Train(steps=1, micro_batch=rows, global_batch=64 if rows == "auto" else None)
+    made = Model(name=name, **{"precision": "bf16", **model})
+    return Stage("s", "sft", model=made, data=Data(sequence_length=length), train=train)
+
+
+def of(stage: Stage, accelerator: hardware.Accelerator = H100, nodes: int = 1) -> fit.Memory:
+    found = fit.memory(stage, accelerator, nodes, shapes.of_stage(stage, (stage,), Path()))
+    assert found is not None
+    return found
+
+
+def parts(memory: fit.Memory) -> dict[str, float]:
+    return {part.name: part.bytes for part in memory.parts}
+
+
+def test_an_8b_adapter_at_2048_fits_an_a100_of_40_gb_and_not_an_l4() -> None:
+    stage = sft(EIGHT_B, rows=1, adapter=Adapter(rank=16))
+    on_a100, on_l4 = of(stage, A100), of(stage, L4)
+    assert parts(on_a100)["weights"] == pytest.approx(16.06e9, rel=1e-3)
+    assert parts(on_a100)["adapter"] == 4 * 41_943_040
+    assert on_a100.fits and on_a100.margin == pytest.approx(7.6e9, abs=0.3e9)
+    assert on_l4.fits is False and on_l4.margin == pytest.approx(-10.8e9, abs=0.3e9)
+    # Its weights alone would fit, and with checkpointing all of it does.
+    changes = fit.changes(stage, L4, 1, shapes.of_stage(stage, (stage,), Path()))
+    assert changes[0].settings == ("model.gradient_checkpointing=true",)
+    assert changes[0].memory.margin == pytest.approx(4e9, abs=1e9)
+
+
+def test_full_training_takes_sixteen_bytes_a_parameter_and_more() -> None:
+    found = of(sft(rows=1, length=256))
+    number = SHAPES[ONE_B].parameters
+    assert parts(found)["weights"] == 4 * number
+    assert parts(found)["optimizer"] == 8 * number
+    assert found.allocated > 16 * number
+    assert found.bytes == pytest.approx(sum(parts(found).values()))
+    assert found.allocated < found.bytes
+
+
+def test_frozen_parameters_have_no_moments() -> None:
+    stage = sft(freeze=("model.embed_tokens.*",))
+    table = SHAPES[ONE_B].vocabulary * SHAPES[ONE_B].hidden
+    assert parts(of(stage))["optimizer"] == 8 * (SHAPES[ONE_B].parameters - table)
+    by_the_other_name = sft(freeze=("lm_head.*",))  # tied
+    assert parts(of(by_the_other_name)) == parts(of(stage))
+
+
+def test_an_online_teacher_lies_beside_the_student_and_a_stored_one_does_not() -> None:
+    plain = sft(rows=1)
+    online = replace(plain, stage="kd", kd=Distill(teacher=EIGHT_B))
+    stored = replace(plain, stage="kd", kd=Distill(mode="precompute", targets="answers"))
+    near = replace(online, kd=Distill(teacher=EIGHT_B, keep_logits=KeepLogits()))
+    assert parts(of(online))["teacher"] == 2 * SHAPES[EIGHT_B].parameters
+    assert "teacher" not in parts(of(stored))
+    assert of(plain).bytes < of(stored).bytes < of(online).bytes < of(near).bytes
+    assert parts(of(near))["start"] == 2 * SHAPES[ONE_B].parameters
+
+
+def test_fp32_where_the_card_has_no_bf16() -> None:
+    stage = sft(EIGHT_B, adapter=Adapter(), precision="auto")
+    weights = SHAPES[EIGHT_B].parameters
+    assert parts(of(stage, hardware.parse("T4")))["weights"] == 4 * weights
+    assert parts(of(stage, L4))["weights"] == 2 * weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 64),
+    length=st.sampled_from([128, 1024, 4096]),
+    adapter=st.booleans(),
+    checkpointing=st.booleans(),
+    precision=st.sampled_from(["bf16", "fp32"]),
+)
+def test_more_rows_take_no_less_and_checkpointing_no_more(
+    rows: int, length: int, adapter: bool, checkpointing: bool, precision: str
+) -> None:
+    def taken(rows: int, checkpointing: bool) -> float:
+        stage = sft(
+            length=length, rows=rows, precision=precision, gradient_checkpointing=checkpointing,
+            adapter=Adapter() if adapter else None,
+        )  # fmt: skip
+        found = of(stage)
+        assert all(part.bytes > 0 for part in found.parts)
+        return found.bytes
+
+    assert taken(rows, checkpointing) <= taken(2 * rows, checkpointing)
+    assert taken(rows, checkpointing) < taken(512 * rows, checkpointing)
+    assert taken(2 * rows, True) <= taken(2 * rows, False) * 1.001
+
+
+def test_micro_batch_auto_counts_as_one_row_and_says_so() -> None:
+    stage = sft(rows="auto")
+    found = of(stage)
+    assert any("auto" in note for note in found.notes)
+    assert (
+        found.bytes == of(replace(stage, train=Train(steps=1, micro_batch=1, accumulate=2))).bytes
+    )
+
+
+def test_several_workers_add_what_they_exchange_through() -> None:
+    assert of(sft(), hardware.parse("H100:8")).bytes - of(sft()).bytes == pytest.approx(0.5e9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "why"),
+    [
+        (Stage("m", "merge", merge=Merge(adapter="a")), "on the CPU"),
+        (sft("someone/unheard-of"), "shape of model is not known"),
+        (Stage("t", "targets", targets=Targets(teacher="x/y")), "shape of teacher"),
+    ],
+)
+def test_what_is_not_known_is_said_and_not_guessed(stage: Stage, why: str) -> None:
+    known = shapes.of_stage(stage, (stage,), Path())
+    assert fit.memory(stage, L4, 1, known) is None
+    assert why in str(fit.unknown(stage, L4, known))
+    assert fit.changes(stage, L4, 1, known) == ()
+
+
+def test_reading_models_takes_the_largest_once() -> None:
+    stage = Stage("e", "evaluate", evaluate=Evaluate(models={"a": ONE_B, "b": EIGHT_B}))
+    found = of(stage)
+    assert parts(found)["weights"] == 2 * SHAPES[EIGHT_B].parameters
+    targets = Stage("t", "targets", targets=Targets(teacher=EIGHT_B, micro_batch=4))
+    assert of(targets, L4).fits
+
+
+def test_a_cpus_memory_is_not_known() -> None:
+    found = of(sft(), hardware.parse("cpu:1"))
+    assert (found.limit, found.margin, found.fits) == (None, None, None)
+    assert parts(found)["weights"] == 4 * SHAPES[ONE_B].parameters
+
+
+@pytest.mark.parametrize("kind", [k for k in hardware.KINDS if k.vendor == "nvidia"])
+def test_a_process_can_use_a_little_less_than_the_card_has(kind: hardware.Kind) -> None:
+    found = usable(kind)
+    assert found is not None
+    assert 0.9 < found / (kind.memory_gib * 2**30) < 1
+
+
+def test_a_checkpoint_holds_weights_and_moments() -> None:
+    def size(stage: Stage) -> Any:
+        return fit.checkpoint_bytes(stage, shapes.of_stage(stage, (stage,), Path()))
+
+    assert size(sft()) == 12 * SHAPES[ONE_B].parameters
+    assert size(sft(adapter=Adapter(rank=16))) == 12 * 11_272_192
+    assert size(Stage("m", "merge", merge=Merge(adapter="a"))) is None
+
+
+def test_each_change_is_one_setting_that_gives_the_memory_it_says() -> None:
+    path = RECIPES / "kd_l4.yaml"
+    (stage,) = recipe.load(path).recipe.stages
+    known = shapes.of_stage(stage, (stage,), RECIPES)
+    changes = fit.changes(stage, hardware.parse(stage.hardware.accelerator), 1, known)
+    assert [change.what for change in changes] == ["an adapter of rank 16", "A100-40GB:1"]
+    for change in changes:
+        (changed,) = recipe.load(path, change.settings).recipe.stages
+        accelerator = hardware.parse(changed.hardware.accelerator)
+        found = fit.memory(changed, accelerator, 1, shapes.of_stage(changed, (changed,), RECIPES))
+        assert found == change.memory
+        assert found.fits
+
+
+def test_the_largest_micro_batch_that_fits_keeps_the_global_batch() -> None:
+    stage = sft(rows=64, length=1024)
+    (first, *_) = fit.changes(stage, H100, 1, shapes.of_stage(stage, (stage,), Path()))
+    rows = int(first.settings[0].rpartition("=")[2])
+    assert first.settings == (f"train.micro_batch={rows}", f"train.accumulate={64 // rows}")
+    twice = replace(stage, train=Train(steps=1, micro_batch=2 * rows, accumulate=32 // rows))
+    assert first.memory.fits and not of(twice).fits
+
+
+def test_where_nothing_alone_is_enough_the_smallest_combination() -> None:
+    stage = replace(sft(rows=64, length=4096), hardware=Hardware(accelerator="L4:1"))
+    known = shapes.of_stage(stage, (stage,), Path())
+    (change,) = fit.changes(stage, L4, 1, known, prefix="pipeline.s.")
+    assert change.settings[0] == "pipeline.s.model.gradient_checkpointing=true"
+    assert all(setting.startswith("pipeline.s.") for setting in change.settings)
+    assert len(change.settings) > 1 and change.memory.fits
+
+
+def test_a_larger_accelerator_has_a_machine_on_that_backend() -> None:
+    vertex = Hardware(backend="vertex", accelerator="L4:1", vertex=Vertex(machine="g2-standard-8"))
+    stage = replace(sft(EIGHT_B, rows=8), hardware=vertex)
+    known = shapes.of_stage(stage, (stage,), Path())
+    larger = [c for c in fit.changes(stage, L4, 1, known) if "accelerator" in c.settings[0]]
+    assert all(c.settings[0] != "hardware.accelerator=H100-NVL:1" for c in larger)
+    full = replace(sft(EIGHT_B, rows=1, length=1024), hardware=vertex)
+    (change,) = fit.changes(full, L4, 1, known)[-1:]
+    accelerator = hardware.parse(change.settings[0].partition("=")[2])
+    if "hardware" in change.settings[0]:
+        machine = hardware.machine(accelerator, "gcp")
+        assert change.settings[1] == f"hardware.vertex.machine={machine}"
