@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Iterator
@@ -56,14 +57,23 @@ def _recorded(launch_home: Path, run_id: str, word: str) -> Iterator[tuple[dict[
     for folder in folders:
         try:
             text = (folder / "00000001.json").read_text()
-            created = json.loads(text) if f'"{word}"' in text else {}
-        except (OSError, ValueError):
+        except (OSError, UnicodeDecodeError):
             continue
-        problems: list[Any] = []
-        recipe = build(Recipe, created.get("recipe"), (), problems) if created else None
-        if recipe is not None and not problems:
+        recipe = _recipe(text) if f'"{word}"' in text else None
+        if recipe is not None:
             yield facts, recipe
             return
+
+
+@functools.lru_cache(maxsize=_RUNS)  # `offers` asks about the same runs for every accelerator
+def _recipe(text: str) -> Optional[Recipe]:
+    """The recipe in a run's first record; None: another version wrote it, or it is damaged."""
+    problems: list[Any] = []
+    try:
+        recipe: Recipe = build(Recipe, json.loads(text).get("recipe"), (), problems)
+    except ValueError:
+        return None
+    return None if problems else recipe
 
 
 def _same(stage: Stage, models: Shapes, other: Stage, recipe: Recipe) -> bool:

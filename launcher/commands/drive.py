@@ -30,8 +30,11 @@ def up(
     path = shipped.find(recipe)
     planned = api.plan(path, overrides, on)
     refuse(planned)
-    if not _agreed(planned, f"{_misfits(planned)}Start it?", yes=yes, as_json=as_json):
+    misfits = _misfits(planned)
+    if not _agreed(planned, f"{misfits}Start it?", yes=yes, as_json=as_json):
         return Exit.OK
+    if misfits and yes:
+        console.notice(f"warning: {misfits.strip()} It is started all the same")
     started = api.env().clock.now()
     run = api.up(path, overrides=overrides, on=on, new=new)
     if run.created < started:

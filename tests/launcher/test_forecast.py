@@ -12,7 +12,8 @@ import pytest
 
 from launcher import amount, api, cli, console, forecast, hardware, measured, shapes, speed
 from launcher.backends.base import Offer
-from launcher.errors import Exit
+from launcher.commands import drive
+from launcher.errors import Exit, RecipeErrors
 from launcher.fit import Change, Memory, Part
 from launcher.forecast import Forecast
 from launcher.spec import Budget, Expected, Recipe, Stage
@@ -220,6 +221,29 @@ def test_rows_that_are_not_packed_need_the_length_of_an_example() -> None:
     assert amount.of_stage(stage(data=data, forecast=told), 1).tokens == 800 * 128, "cut at a row"
 
 
+@pytest.mark.parametrize(
+    ("block", "what"),
+    [
+        ("{examples_per_hour: [7200, 4800]}", "must be two numbers, the lower first"),
+        ("{examples_per_hour: [4800]}", "must be two numbers, the lower first"),
+        ("{examples: 0}", "must be at least 1"),
+        ("{example: 5}", "examples"),
+    ],
+)
+def test_a_forecast_block_that_makes_no_sense_is_an_error(block: str, what: str) -> None:
+    with pytest.raises(RecipeErrors, match=what):
+        api.validate(REPOSITORY / "recipes" / "kd_h100.yaml", [f"forecast={block}"])
+
+
+def test_stages_of_a_pipeline_take_the_block_from_the_top(tmp_path: Path) -> None:
+    text = (REPOSITORY / "recipes" / "kd_l4_precompute.yaml").read_text()
+    (tmp_path / "kd_l4.yaml").write_text((REPOSITORY / "recipes" / "kd_l4.yaml").read_text())
+    (tmp_path / "r.yaml").write_text(text + "\nforecast: {examples: 7}\n")
+    first, second = api.validate(tmp_path / "r.yaml").recipe.stages
+    assert first.forecast == Expected(examples=100_000, tokens_per_example=1000)
+    assert second.forecast == Expected(examples=7)
+
+
 # Hours and dollars.
 
 
@@ -415,6 +439,23 @@ def test_up_asks_with_the_misfit_in_the_question(
     monkeypatch.setattr(console, "confirm", no)
     assert cli.run(["up", "kd-l4"]) == Exit.OK
     assert asked == ["kd does not fit, by the forecast. Start it?"]
+
+
+def test_with_yes_a_misfit_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Started(Exception):
+        pass
+
+    def up(*given: Any, **more: Any) -> None:
+        raise Started
+
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    monkeypatch.setattr(api, "up", up)
+    with_forecast(monkeypatch, misfit(31.2, 16.1))
+    with pytest.raises(Started):
+        drive.up("kd-l4", (), None, detach=True, yes=True, new=False, as_json=True)
+    assert "warning: kd does not fit, by the forecast." in capsys.readouterr().err
 
 
 def test_weights_that_alone_exceed_the_device_are_refused_also_with_yes(
