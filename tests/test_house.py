@@ -115,7 +115,8 @@ def test_a_wheel_holds_every_package_and_the_shipped_recipes() -> None:
     assert set(packaging["packages"]) == in_tree | {"launcher.recipes"}
     assert packaging["package-dir"] == {"launcher.recipes": "recipes"}
     assert packaging["package-data"]["launcher.recipes"] == ["*.yaml"]
-    data = [path for path in (ROOT / "launcher").rglob("*") if path.suffix in (".csv", ".typed")]
+    kinds = (".csv", ".json", ".typed")
+    data = [path for path in (ROOT / "launcher").rglob("*") if path.suffix in kinds]
     patterns = packaging["package-data"]["launcher"]
     missing = [p for p in data if not any(p in (ROOT / "launcher").glob(g) for g in patterns)]
     assert data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fnmatch import fnmatchcase
 from typing import Optional
 
@@ -175,7 +174,7 @@ def _reading(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> list[Par
     if size == 2 and shape.attention == "eager":
         scores = rows * shape.heads * stage.data.sequence_length**2 * 6
         parts.append(Part("scores of attention", scores, "heads x tokens x tokens x 6 bytes"))
-    return [part for part in parts if math.isfinite(part.bytes)]
+    return parts
 
 
 def _outside(goes: float, workers: int) -> list[Part]:

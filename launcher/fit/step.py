@@ -21,8 +21,6 @@ from launcher.shapes import Shape
 CPU_BUFFER, DEVICE_BUFFER = 128 * MIB, 512 * MIB
 #: The largest flat piece in which gradients are summed over workers (trainer/runtime.py).
 BUCKET = 64 * MIB
-#: The linear layers of a block: what they read, and the bytes of that input.
-_INPUTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -323,13 +321,12 @@ def _linear(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _adapter_input(step: Step, name: str) -> float:
-    """Under autocast each A keeps a copy of its input; in fp32 one serves those that read it."""
+    """Under autocast each A keeps a copy of its input. In fp32 there is none: q, k and v share
+    one input, gate and up another, and that of o is attention's result, counted there."""
     size = _linear(step.shape)[name][1]
-    first = {"q_proj", "o_proj", "gate_proj", "down_proj"}
     if step.half:
         return 2 * size
-    # In fp32 attention's result is counted there, and q, k and v share one input.
-    return 4 * size if name in first - {"o_proj"} else 0
+    return 4 * size if name in ("q_proj", "gate_proj", "down_proj") else 0
 
 
 def _product(name: str, number: float, size: int, what: str) -> Part:
