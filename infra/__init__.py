@@ -1,2 +1,2 @@
-"""What outlives a run: buckets, identities, secrets, clusters. Nothing is declared here yet;
-`launcher` may import this package, never the other way round."""
+"""What outlives a run: buckets, identities, secrets, registries, declared with Pulumi. `launcher`
+may import this package, never the other way round."""

@@ -24,6 +24,7 @@ from launcher.run import Run
 
 if TYPE_CHECKING:
     from launcher.artifacts import Artifacts
+    from launcher.difference import Difference
     from launcher.plan import RunPlan
     from launcher.recipe import Loaded
 
@@ -62,6 +63,24 @@ def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = No
     return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
 
 
+def difference(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    on: Optional[str] = None,
+    against: Optional[Which] = None,
+) -> Optional[Difference]:
+    """How a recipe differs from the newest live run of its name, owner and cloud project, or from
+    the run `against`; None: there is none. Errors: those of a journal or store that cannot be
+    read."""
+    from launcher import amend, bundle, wheels
+
+    here, loaded = env(), wheels.resolved(validate(path, overrides, on))
+    packed = bundle.build(here.home)
+    if against is not None:
+        return amend.differ(here, status(against), loaded, packed)
+    return amend.find(here, loaded, packed)
+
+
 def up(
     path: str | Path,
     *,
@@ -70,20 +89,22 @@ def up(
     new: bool = False,
 ) -> Run:
     """Start a run, in a driver process of its own, and return it. A live run of the same recipe,
-    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`.
+    trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`; so
+    is one that differs only in what a live run takes up in place (`difference`), and it does so.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import bundle, driver, forecast, start, view, wheels
+    from launcher import amend, bundle, driver, forecast, start, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
     packed = bundle.build(here.home)
     with home.up_lock(here.home):
-        wanted = None if new else start.fingerprint(loaded, packed, here)
-        same = next(view.live_like(here, wanted), None) if wanted else None
-        if same is not None:
-            return attach(same)
         loaded = wheels.resolved(loaded)
+        found = None if new else amend.find(here, loaded, packed, requests=False)
+        if found is not None and found.in_place and found.blocks():
+            amend.leave(here, found, loaded.canonical)
+        if found is not None and (found.same or found.in_place):
+            return attach(found.run)
         refuse(forecast.added(make(loaded.recipe, here, packed), loaded.recipe, here.home))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
@@ -193,7 +214,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
             raise held_elsewhere(vars(seen.driver), seen.name)
         if given:
             text = f"{seen.name} is not over: its recipe cannot change now"
-            raise UsageError(text, f"`launch stop {seen.name}`, then resume it with --set")
+            hint = f"`launch stop {seen.name}`, then resume it with --set"
+            raise UsageError(text, f"{hint}; `launch up RECIPE` changes a budget without a stop")
         return attach(seen.id)
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
@@ -345,17 +367,22 @@ def _artifacts(run: Run) -> Artifacts:
 
 
 def _clear_without_journal(run: Run, here: Env) -> None:
-    """Delete what the run's backends find under its label. Errors: `Leaked`, also where a backend
-    cannot be asked although the journal, as far as it is known, says that the run holds something.
-    """
+    """Delete what the run's backends find under its label, where this machine has created jobs and
+    where the run is known to have some. Errors: `Leaked`, also where a backend cannot be asked
+    although the journal, as far as it is known, says that the run holds something."""
     from launcher import backends
+    from launcher.backends.base import CanFind
     from launcher.clear import remove, unanswered
 
     theirs = replace(here, owner=run.owner)
     for name in dict.fromkeys(job.backend for job in run.jobs):
         backend = backends.load(name)
+        attempts = (attempt for job in run.jobs if job.backend == name for attempt in job.attempts)
+        known = [ref for attempt in attempts for ref in attempt.refs]
         try:
             found = list(backend.sweep(theirs))
+            if known and isinstance(backend, CanFind):
+                found += [r for r in backend.of_run(run.id, known, theirs) if r not in found]
         except (Signal, OSError) as error:
             raise unanswered([run], error) or error from error
         for ref in found:
@@ -364,6 +391,7 @@ def _clear_without_journal(run: Run, here: Env) -> None:
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "env", "event_files", "list_runs", "logs", "plan", "pull",
-    "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up", "validate", "wait",
+    "Held", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs", "logs",
+    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up",
+    "validate", "wait",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import home, retry
+from launcher import changes, home, retry
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer
 from launcher.bundle import Bundle
@@ -29,7 +29,7 @@ from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Budget, Hardware, Recipe, Stage, seconds
 from trainer.boot import reserve
-from trainer.config import Problem, build, dotted
+from trainer.config import Problem, build, dotted, to_dict
 
 Load = Callable[[str], Backend]
 #: The longest single wait, so that a request to stop is seen soon.
@@ -259,6 +259,27 @@ class Claim:
                 self.artifacts.patience = patience
         return self._marker
 
+    def take_up(self) -> None:
+        """Record the changes of the recipe that were left for this driver. One that makes no
+        recipe is recorded too, so that it is not read again."""
+        from launcher.start import as_yaml  # which needs this module
+
+        while (
+            self.run.ended is None
+            and (left := changes.waiting(self.place, self.fold.taken)) is not None
+        ):
+            number, blocks = left
+            try:
+                recipe = recipe_of({**self.fold.recipe, **blocks}, f"change {number}")
+            except JournalDamaged as error:
+                self.say(str(error))
+                self.record("changed", number=number, refused=str(error))
+                continue
+            self.record("changed", number=number, recipe=to_dict(recipe), blocks=[*blocks])
+            self.recipe = recipe
+            self.artifacts.write("recipe.yaml", as_yaml(recipe))
+            self.say(f"the recipe has changed: {', '.join(blocks) or 'nothing'}")
+
     def look_anew(self) -> None:
         """Before a decision: the next `marker` asks the store, however new its last answer is."""
         self._asked = None
@@ -287,6 +308,7 @@ class Claim:
     def pause(self, wait: float) -> None:
         """Wait, but not past a request to stop."""
         while wait > 0 and self.marker() is None:
+            self.take_up()
             nap, before = min(NAP, wait), self.clock.now()
             self.clock.sleep(nap)
             wait -= max(nap, self.clock.now() - before)  # a clock may have been set back

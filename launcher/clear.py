@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Optional, TypeVar
 
-from launcher import retry
-from launcher.backends.base import Backend, CanFind, Env, Held, Phase, Ref
-from launcher.claim import NAP, Claim
+from launcher import backends, retry
+from launcher.backends.base import Backend, CanFind, CanSayHow, Env, Held, Phase, Ref
+from launcher.claim import NAP, Claim, Load
 from launcher.clock import Clock
 from launcher.errors import Leaked, Signal, Transient
 from launcher.run import Attempt, JobState, Run
@@ -106,7 +106,7 @@ def unanswered(runs: Iterable[Run], error: Exception) -> Optional[Leaked]:
         attempts = [attempt for job in run.jobs for attempt in job.attempts]
         refs = [ref for attempt in attempts for ref in attempt.holding if ref.billable]
         held += refs or [run.name]
-        commands += [*_by_hand(refs), f"launch teardown {run.name}"]
+        commands += [*_by_hand(refs, backends.load), f"launch teardown {run.name}"]
     if not held:
         return None
     leak = Leaked(held, [*dict.fromkeys(commands)])
@@ -231,9 +231,12 @@ def _leaked(
     claim: Claim, about: list[Ref] | list[str], commands: Optional[list[str]] = None
 ) -> Leaked:
     """The backend's own commands where a ref carries some, and ours."""
-    own = _by_hand(item for item in about if isinstance(item, Ref))
+    own = _by_hand((item for item in about if isinstance(item, Ref)), claim.backend)
     return Leaked([*about], [*(commands or own), f"launch teardown {claim.run.name}"])
 
 
-def _by_hand(refs: Iterable[Ref]) -> list[str]:
-    return [str(ref.data["delete_command"]) for ref in refs if "delete_command" in ref.data]
+def _by_hand(refs: Iterable[Ref], load: Load) -> list[str]:
+    """The commands that the backends name: a journal's own word is not shown as one to type."""
+    found = ((load(ref.backend), ref) for ref in refs)
+    told = (b.by_hand(ref) for b, ref in found if isinstance(b, CanSayHow))
+    return [*filter(None, told)]

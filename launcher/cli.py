@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from launcher import cli_recipes
+from launcher import cli_infra, cli_recipes
 from launcher.arguments import (
     DetachOption,
     JsonOption,
@@ -59,6 +59,7 @@ _SECTIONS = {
         "tensorboard", "drive",
     ),
     "Recipes": ("plan", "offers", "validate", "init", "recipes", "schema"),
+    "Foundations": ("infra",),
     "This machine": ("doctor",),
 }  # fmt: skip
 
@@ -323,6 +324,7 @@ def drive(run: RunArgument) -> int:
 
 
 cli_recipes.add(app)
+app.add_typer(cli_infra.app, name="infra")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,7 +6,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from launcher.arguments import JsonOption, OnOption, RecipeArgument, SetOption, recipe_names
+from launcher.arguments import (
+    JsonOption,
+    OnOption,
+    RecipeArgument,
+    SetOption,
+    recipe_names,
+    run_names,
+)
 
 
 def add(app: typer.Typer) -> None:
@@ -23,12 +30,18 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show the arithmetic of the forecast.")
     ] = False,
+    against: Annotated[
+        Optional[str],
+        typer.Option(metavar="RUN", help="Compare with this run.", autocompletion=run_names),
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what `up` would create, whether it fits, how long it takes and what it costs."""
+    """Say what `up` would create, what it takes and costs, and how it differs from a live run."""
     from launcher.commands import recipes
 
-    return recipes.plan(recipe, overrides or (), on, explain=explain, as_json=as_json)
+    return recipes.plan(
+        recipe, overrides or (), on, explain=explain, against=against, as_json=as_json
+    )
 
 
 def offers(

@@ -5,18 +5,22 @@ Reads only (and tries whether $LAUNCH_HOME takes a file); imports none of the pa
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from launcher import backends
-from launcher.backends.base import Check, Env
+from launcher.backends.base import CanExamine, Check, Env
 from launcher.errors import LaunchError
+
+if TYPE_CHECKING:
+    from launcher.recipe import Loaded
 
 _NEEDED = (3, 10)
 _GIB = 1024**3
@@ -49,22 +53,39 @@ _EXTRAS = {
     ),
 }
 #: The extra that a backend cannot do without on this machine.
-_EXTRA_OF = {"local": "train"}
+_EXTRA_OF = {"local": "train", "vertex": "google"}
+#: Seconds for the wheels of a recipe to be looked up in their mirrors; for all that asks others.
+_WHEELS, _SECONDS = 8.0, 12.0
 
 
 def examine(env: Env, recipe: Optional[Path] = None) -> Iterator[Check]:
-    """Rows about Python, $LAUNCH_HOME, disk, extras, then the recipe (when given) and the backends
-    it uses (without a recipe: `local`)."""
+    """Rows about Python, $LAUNCH_HOME, disk, extras, tools, then the recipe (when given), what it
+    will write, its secrets and wheels, and the backends it uses (without a recipe: `local`)."""
+    from launcher import abreast, doctor_tools
+
     yield _python()
     yield _home(env.home)
     yield _disk(env.home)
-    used, rows = _recipe(recipe) if recipe else ({"local"}, [])
+    loaded, rows = _recipe(recipe) if recipe else (None, [])
+    used = {s.hardware.backend for s in loaded.recipe.stages} if loaded else {"local"}
     needed = {_EXTRA_OF[name] for name in used if name in _EXTRA_OF}
     for extra, packages in _EXTRAS.items():
         yield _extra(extra, packages, needed=extra in needed)
-    yield from rows
+    ask: dict[str, Callable[[], list[Check]]] = {
+        "tools": lambda: list(doctor_tools.rows(used, env.environ)),
+        "recipe": lambda: list(_of_recipe(loaded, env)) if loaded else [],
+    }
     for name in sorted(used):
-        yield from _backend(name, env)
+        ask[name] = functools.partial(_backend, name, env, loaded)
+    for name, found in abreast.ask(ask, _SECONDS).items():
+        if name == "recipe":
+            yield from rows
+        if isinstance(found, abreast.Late):
+            yield Check(name, "warn", str(found), "try again in a while")
+        elif isinstance(found, Exception):
+            raise found
+        else:
+            yield from found
 
 
 def _python() -> Check:
@@ -114,8 +135,8 @@ def _extra(extra: str, packages: Sequence[tuple[str, str]], needed: bool) -> Che
     return Check(f"extra {extra}", "fail" if needed else "skip", detail, fix)
 
 
-def _recipe(path: Path) -> tuple[set[str], list[Check]]:
-    """The backends that the recipe uses, and a row about its validity."""
+def _recipe(path: Path) -> tuple[Optional[Loaded], list[Check]]:
+    """The recipe, unless it is invalid, and a row about its validity."""
     from launcher import api
 
     try:
@@ -124,23 +145,63 @@ def _recipe(path: Path) -> tuple[set[str], list[Check]]:
         lines = str(problem).splitlines()
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         fix = f"`launch validate {path}` lists all of them" if more else problem.hint
-        return {"local"}, [Check("recipe", "fail", lines[0] + more, fix)]
+        return None, [Check("recipe", "fail", lines[0] + more, fix)]
     stages = loaded.recipe.stages
     names = ", ".join(stage.id for stage in stages)
     rows = [Check("recipe", "pass", f"{path}: {names}")]
     fix = "set it in the environment, or the key with --set, unless that is what you mean"
     rows += [Check("recipe", "warn", note, fix) for note in loaded.notes()]
-    return {s.hardware.backend for s in stages}, rows
+    return loaded, rows
 
 
-def _backend(name: str, env: Env) -> Iterator[Check]:
+def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
+    """What the recipe brings along, wherever it runs."""
+    from launcher import doctor_disk
+
+    yield from doctor_disk.rows(loaded.recipe, loaded.path.absolute().parent, env)
+    for name, source in loaded.recipe.secrets.items():
+        variable = source.removeprefix("env://")
+        if variable != source and not env.environ.get(variable):
+            detail = f"{name} is taken from the variable {variable}, which is not set"
+            yield Check("secret", "fail", detail, f"export {variable}=...")
+    if any(s.hardware.environment and s.hardware.environment.wheels for s in loaded.recipe.stages):
+        yield _wheels(loaded)
+
+
+def _wheels(loaded: Loaded) -> Check:
+    """Whether every wheel of hardware.environment can be found, and fits what the image has."""
+    from launcher import abreast, wheels
+
+    found = abreast.ask({"": lambda: wheels.resolved(loaded)}, _WHEELS)[""]
+    if isinstance(found, abreast.Late):
+        return Check("wheels", "warn", f"the mirror gives {found}", "try again in a while")
+    if isinstance(found, LaunchError):
+        lines = str(found).splitlines()
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        fix = found.hint or "`launch plan` names what there is and what is wanted"
+        return Check("wheels", "fail", lines[0] + more, fix)
+    if isinstance(found, Exception):
+        raise found
+    wanted = {w for s in found.recipe.stages if s.hardware.environment
+              for w in s.hardware.environment.wheels}  # fmt: skip
+    told = sorted(f"{w.name} {w.version or ''} ({str(w.sha256)[:12]}...)" for w in wanted)
+    return Check("wheels", "pass", ", ".join(told))
+
+
+def _backend(name: str, env: Env, loaded: Optional[Loaded]) -> list[Check]:
+    found = []
     try:
-        for row in backends.load(name).check(env):
-            yield Check(f"{name}: {row.name}", row.result, row.detail, row.fix)
+        backend = backends.load(name)
+        rows = backend.check(env)
+        if loaded is not None and isinstance(backend, CanExamine):
+            rows = backend.examine(loaded.recipe, env)
+        for row in rows:
+            found.append(Check(f"{name}: {row.name}", row.result, row.detail, row.fix))
     except LaunchError as problem:
-        yield Check(name, "fail", str(problem), problem.hint)
+        found.append(Check(name, "fail", str(problem), problem.hint))
     except ImportError as problem:
-        yield Check(name, "fail", str(problem), f"pip install 'launch-llm[{name}]'")
+        found.append(Check(name, "fail", str(problem), f"pip install 'launch-llm[{name}]'"))
+    return found
 
 
 def _present(module: str) -> bool:

@@ -22,7 +22,7 @@ BLOCKS = (
 )  # fmt: skip
 SHARED = (*BLOCKS, "hardware", "forecast")
 #: Keys of a recipe, and of an entry of its pipeline.
-TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate",
+TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate", "infra",
        "budget", "retry", "env", "secrets", "artifacts", "tensorboard", "notify",
        *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)

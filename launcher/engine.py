@@ -22,6 +22,7 @@ from launcher.fold import NOT_STARTED, worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
+from launcher.spec import Recipe
 from launcher.view import write_summary
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
@@ -64,10 +65,14 @@ class Engine:
     """One claimed run: `drive` or `teardown`."""
 
     def __init__(self, claim: Claim) -> None:
-        self.claim, self.clock, self.recipe = claim, claim.clock, claim.recipe
+        self.claim, self.clock = claim, claim.clock
         self._told = False  # this process has asked the backend to hurry the job
         self._unsent: set[str] = set()  # intents of which no request has been applied unseen
         self._stopping = 0.0  # seconds that this process has waited for a job to stop
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.claim.recipe
 
     def drive(self) -> Run:
         try:
@@ -125,10 +130,11 @@ class Engine:
         """Begin the next attempt with its first intent, or say why there is none."""
         claim, fresh = self.claim, self.claim.fresh(job)
         claim.look_anew()
+        claim.take_up()
         last = fresh[-1] if fresh else None
         outcome = self._stopped(last) or self._spent(last)
         if outcome is None and last is not None:
-            outcome = retry.give_up(fresh, self.recipe.retry)
+            outcome = retry.give_up(fresh, self.recipe.retry, claim.fold.changed)
         if outcome is not None:
             return outcome
         try:
@@ -302,6 +308,7 @@ class Engine:
         slowest = LOOK_LOCAL if job.backend == "local" else LOOK_REMOTE
         interval, deaf = FIRST_LOOK, 0
         while not attempt.phase.over:
+            self.claim.take_up()
             try:
                 seen = self._look(job, attempt)
                 deaf = 0
@@ -314,7 +321,8 @@ class Engine:
             self._see(job, attempt, seen)
             if not attempt.phase.over:
                 self._stop_when_asked(job, attempt)
-            if attempt.phase in NOT_STARTED and self.claim.patience(job) == 0:
+            waits = attempt.phase in NOT_STARTED and attempt.began is None
+            if waits and self.claim.patience(job) == 0:
                 why = f"not started within budget.wait ({self.recipe.budget.wait})"
                 self._phase(job, attempt, Phase.FAILED, attempt.held, why, cause=retry.CAPACITY)
             if not attempt.phase.over:
@@ -350,6 +358,8 @@ class Engine:
             step = f" at step {meta['global_step']}" if "global_step" in meta else ""
             if meta.get("stopped") in ("until", "stop"):
                 return Phase.CANCELLED, f"stage '{stage_id}' paused{step}"
+            if self.claim.marker() is not None:  # asked before the trainer could say anything
+                return Phase.CANCELLED, f"stage '{stage_id}' stopped{step}"
             return Phase.FAILED, f"exit code 0, but stage '{stage_id}' is not complete{step}"
         ended_by_us = seen.phase in (Phase.PREEMPTED, Phase.LOST) or (
             seen.phase is Phase.FAILED and seen.exit_code in _SIGNALS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Optional
 
@@ -28,8 +29,10 @@ class Fold:
     def __init__(self, records: Iterable[Record]) -> None:
         self.created: Record = {}
         self.bundle: Record = {}
-        self.recipe: Record = {}  # in force: of `created`, or of the newest `resumed`
+        self.recipe: Record = {}  # in force: of `created`, the newest `resumed` or `changed`
         self.chosen: list[Record] = []  # the records that decided what the recipe is
+        self.taken = 0  # the number of the newest change that a driver has taken up
+        self.changed = -math.inf  # when the recipe of the live run was last changed
         self.intended: dict[tuple[int, int, str], Record] = {}  # the records of intents
         self.open: dict[tuple[int, int], dict[str, Record]] = {}  # intents without a ref
         self.intents: dict[tuple[int, int], list[Record]] = {}
@@ -127,6 +130,8 @@ class Fold:
     def _on_ref(self, record: Record) -> None:
         attempt = self.attempt(record["job"], record["attempt"])
         ref = ref_of(record["ref"])
+        if ref.run != self.run.id:  # what is written down here is deleted one day
+            raise ValueError(f"{ref.name} belongs to another run")
         waiting = self.open.get((record["job"], record["attempt"]), {})
         waiting.pop(ref.name, None)
         attempt.refs = [r for r in attempt.refs if r.name != ref.name] + [ref]
@@ -171,6 +176,7 @@ class Fold:
         run.ended, run.exit_code, run.why, run.phase = None, None, "", Phase.PLANNED
         self.recipe = record.get("recipe", self.recipe)
         self.chosen.append(record)
+        self.taken = max(self.taken, record.get("taken", 0))
         if run.driver is not None:  # who opens a run again is about to drive it
             who = record["driver"]
             run.driver = Driver(who["host"], who["pid"], record["time"], run.driver.epoch)
@@ -181,6 +187,13 @@ class Fold:
                 stage.gate = None
             if stage.phase is not Phase.SUCCEEDED:
                 stage.phase = Phase.PLANNED
+
+    def _on_changed(self, record: Record) -> None:
+        self.taken = record["number"]
+        if "recipe" in record:
+            self.recipe = record["recipe"]
+            self.chosen.append(record)
+            self.changed = record["time"]
 
     def _on_end(self, record: Record) -> None:
         run = self.run

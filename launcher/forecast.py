@@ -76,7 +76,7 @@ class Forecast:
             facts["memory"].update(bytes=self.memory.bytes, margin=self.memory.margin)
         for written, change in zip(facts["changes"], self.changes):
             written["memory"].update(bytes=change.memory.bytes, margin=change.memory.margin)
-        return {**facts, "fits": self.fits}
+        return {name: steady(value) for name, value in {**facts, "fits": self.fits}.items()}
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,15 @@ def hopeless(forecast: Forecast) -> Optional[tuple[str, str]]:
 def settings(change: Change) -> str:
     """A change as the words of a command line."""
     return " ".join(_quoted(setting) for setting in change.settings)
+
+
+def steady(value: Any) -> Any:
+    """`value` with ten digits of each number in it: logarithms differ in the last between machines."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}")
+    if isinstance(value, Mapping):
+        return {name: steady(each) for name, each in value.items()}
+    return [steady(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def gib(size: float) -> str:

@@ -72,7 +72,11 @@ def credentials(environ: Mapping[str, str]) -> Any:
     if environ.get("CLOUDSDK_AUTH_DISABLE_CREDENTIALS", "").lower() in ("1", "true", "yes"):
         return _anonymous()
     with signals("Google credentials", ""):
-        return _default_credentials()
+        try:
+            return _default_credentials()
+        except (PermissionError, IsADirectoryError) as error:  # what names them
+            why = f"{error.filename}: {error.strerror}"
+            raise Denied(f"Google credentials: {why}", LOGIN) from error
 
 
 def session(environ: Mapping[str, str]) -> Any:
@@ -94,9 +98,9 @@ def dated(
     session: Any, method: str, url: str, what: str, place: str, **given: Any
 ) -> tuple[Any, Optional[float]]:
     """As `call`, and when that was by the service's clock: UTC seconds, whole ones; None where it
-    does not say. Errors: signals."""
+    does not say. `given` goes to the session; `timeout` (seconds) may be in it. Errors: signals."""
     with signals(what, place):
-        response = session.request(method, url, timeout=TIMEOUT, **given)
+        response = session.request(method, url, **{"timeout": TIMEOUT, **given})
         if response.status_code >= 400:
             raise library("google.api_core.exceptions").from_http_response(response)
         try:

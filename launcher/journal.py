@@ -28,7 +28,7 @@ from launcher.run import Run
 
 VERSION = 1
 #: Notes of the newest claim, and of the newest recipe, that this home was about to write.
-_NOTES = {"driver": "claim.json", "resumed": "opened.json"}
+_NOTES = {"driver": "claim.json", "resumed": "opened.json", "changed": "changed.json"}
 #: What every record has, whatever its kind.
 _ENVELOPE: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -201,12 +201,13 @@ class Journal:
 
     def _copied(self, record: Record) -> bool:
         """Whether a record of a shared disk may be copied here, where the copy says that this home
-        wrote it: of claims only the newest is ever asked about, an intent is sent as it is."""
+        wrote it: of claims only the newest is ever asked about, an intent is sent as it is, and a
+        change counts only where it was asked for."""
         place = self.copy.parent
         if record["kind"] == "driver":
             newest = parsed(_bytes(place / _NOTES["driver"])).get("seq")
             return (isinstance(newest, int) and newest > record["seq"]) or ours(place, record)
-        return record["kind"] != "intent" or ours(place, record)
+        return record["kind"] not in ("intent", "changed") or ours(place, record)
 
     def _restore(self, number: int, heal: bool) -> None:
         """A record that only its copy still holds: somebody has removed it from the store."""

@@ -68,9 +68,10 @@ class Reader:
         """The backend's lines; of an attempt that is over and of which it has none, or that it may
         not show, those that boot has left in the store."""
         handle = JobHandle(run.id, job.name, attempt.number, run.root, tuple(attempt.refs))
+        refused = False
         if not position.from_store:
             over = run.ended is not None
-            query, refused = LogQuery(self.worker, position.cursor, self.since, over), False
+            query = LogQuery(self.worker, position.cursor, self.since, over)
             try:
                 yield from backends.load(job.backend).logs(handle, query, self.env)
             except Denied:
@@ -85,6 +86,14 @@ class Reader:
             artifacts.refresh(LOGS)
             query = LogQuery(self.worker, position.cursor, self.since)
             yield from read_parts(artifacts.folder / "logs", handle, query)
+            if not position.cursor and not refused and self._late(job, attempt):
+                position.from_store = False  # nothing there either: the service's may still come
+
+    def _late(self, job: JobState, attempt: Attempt) -> bool:
+        """Whether the first lines of an attempt that is over may still arrive. (The service noted
+        its end, by its own clock.)"""
+        since = self.env.clock.now() - (attempt.ended or 0.0)
+        return 0 <= since < backends.load(job.backend).can.drain
 
 
 def read(

@@ -84,6 +84,10 @@ class RunPlan:
         facts = asdict(self)
         for written, job in zip(facts["jobs"], self.jobs):
             written["forecasts"] = [forecast.to_json() for forecast in job.forecasts]
+        if self.forecast is not None:
+            from launcher.forecast import steady
+
+            facts["forecast"] = steady(facts["forecast"])
         return {"v": JSON_VERSION, **facts}
 
     def lines(self) -> list[str]:

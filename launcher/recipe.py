@@ -22,7 +22,7 @@ from launcher.drafts import NAME_RULE, Draft, absolute
 from launcher.errors import RecipeErrors
 from launcher.positions import Node, Position, Problems, locate, looks_secret, plain
 from launcher.sources import Sources
-from launcher.spec import NAME, Budget, Notify, Recipe, Retry, Stage
+from launcher.spec import NAME, Budget, Infra, Notify, Recipe, Retry, Stage
 from trainer.config import STAGES, KeyPath, Problem, build, dotted, missing_blocks, to_dict
 
 VERSION = 1
@@ -30,9 +30,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Loaded:
-    """`canonical` is the resolved recipe as JSON-able data, `fingerprint` the sha256 of it,
-    `defaults` what stood in for variables that are not set (`${VAR:-default}`), `written` each
-    stage's tree, for the positions of what is found wrong with it later."""
+    """`canonical` is the resolved recipe as JSON-able data, `fingerprint` the sha256 of it without
+    `infra`, `defaults` what stood in for variables that are not set (`${VAR:-default}`), `written`
+    each stage's tree, for the positions of what is found wrong with it later."""
 
     recipe: Recipe
     canonical: dict[str, Any]
@@ -67,7 +67,9 @@ def load(
     if recipe is None or problems:
         raise RecipeErrors(list(dict.fromkeys(f"{at}: {what}" for at, what in sorted(problems))))
     canonical = to_dict(recipe)
-    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # A run is the same whoever may look at its bucket.
+    run = {key: value for key, value in canonical.items() if key != "infra"}
+    text = json.dumps(run, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Loaded(recipe, canonical, digest, Path(path), sources.defaults, written)
 
@@ -168,7 +170,8 @@ def _whole(
     top: dict[str, Any] = {}
     for key, kind in (("description", str), ("budget", Budget), ("retry", Retry),
                       ("env", Mapping[str, str]), ("artifacts", str),
-                      ("tensorboard", str), ("notify", tuple[Notify, ...])):  # fmt: skip
+                      ("tensorboard", str), ("infra", Infra),
+                      ("notify", tuple[Notify, ...])):  # fmt: skip
         node = tree.get(key)
         if node is not None and node.value is not None:
             found: list[Problem] = []

@@ -3,6 +3,7 @@ the attempts in the journal, so that a driver that starts again decides as the o
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from launcher.spec import Retry
 
 #: Exit codes of boot that trying again cannot change (docs/contracts.md).
 HOPELESS = {64: "the configuration", 65: "the data", 78: "the environment"}
+#: How what is said of an attempt begins that reached its own limit of time.
+_DEADLINE = ("deadline", "the time limit was reached")
 #: How often one request is sent before its attempt counts as failed.
 REQUESTS = 8
 
@@ -60,10 +63,16 @@ def cause_of_phase(phase: Phase) -> str:
     }.get(phase, "")
 
 
-def give_up(attempts: Sequence[Attempt], retry: Retry) -> Optional[Outcome]:
+def give_up(
+    attempts: Sequence[Attempt], retry: Retry, changed: float = -math.inf
+) -> Optional[Outcome]:
     """The end of the run when the newest of `attempts` was one too many; None: try again.
-    `attempts` are those of one job since it was last resumed."""
+    `attempts` are those of one job since it was last resumed. `changed`: when its recipe was last
+    changed, UTC seconds: one that was sent before with a deadline, and reached it, is not counted.
+    """
     last = attempts[-1]
+    if at_deadline(last, changed):
+        return None
     if last.exit_code in HOPELESS:
         why = f"{last.why} (not tried again: exit code {last.exit_code} blames "
         return Outcome(Phase.FAILED, f"{why}{HOPELESS[last.exit_code]})", Exit.JOB)
@@ -71,12 +80,21 @@ def give_up(attempts: Sequence[Attempt], retry: Retry) -> Optional[Outcome]:
         return Outcome(Phase.FAILED, last.why, _EXIT[last.cause])
     allowed = {CAPACITY: retry.capacity, PREEMPTED: retry.preempted,
                INFRASTRUCTURE: retry.infrastructure}.get(last.cause, retry.job)  # fmt: skip
-    times = sum(attempt.cause == last.cause for attempt in attempts)
+    times = sum(
+        attempt.cause == last.cause and not at_deadline(attempt, changed) for attempt in attempts
+    )
     if times <= allowed:
         return None
     counted = f" ({times} times; retry.{last.cause}: {allowed})" if times > 1 else ""
     phase = Phase.LOST if last.phase is Phase.LOST else Phase.FAILED
     return Outcome(phase, f"{last.why}{counted}", _EXIT.get(last.cause, Exit.JOB))
+
+
+def at_deadline(attempt: Attempt, changed: float) -> bool:
+    """Whether a limit of time that was set before `changed` ended the attempt, by the word of boot
+    or of the service."""
+    before = attempt.started is not None and attempt.started <= changed
+    return before and attempt.phase is Phase.PREEMPTED and attempt.why.startswith(_DEADLINE)
 
 
 def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> tuple[Offer, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from launcher import drafts
-from launcher.spec import NAME, Budget, Expected, Gate, Hardware, Notify, Retry
+from launcher.spec import NAME, Budget, Expected, Gate, Hardware, Infra, Notify, Retry
 from trainer.config import (
     STAGES,
     Data,
@@ -39,6 +39,7 @@ _BLOCKS = {
     "forecast": Expected,
     "budget": Budget,
     "retry": Retry,
+    "infra": Infra,
 }
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}
 _SECRET_REFERENCE = "^(env://|secret-manager://|\\$\\{)"

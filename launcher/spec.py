@@ -39,7 +39,9 @@ _WEBHOOK = re.compile(
 EventName = Literal["ended", "failed", "budget", "preempted", "leaked", "gate"]
 #: What a price is called that the recipe itself gives (`hardware.usd_per_hour`).
 OWN_PRICE = "the recipe"
+_MEMBER = re.compile(r"^(user|group|serviceAccount|domain):[^\s:]+\Z|^principal(Set)?://\S+\Z")
 CapacityName = Literal["spot", "standard", "flex", "reserved"]
+StorageClass = Literal["STANDARD", "NEARLINE", "COLDLINE", "ARCHIVE"]
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,36 @@ class Notify(Strict):
 
 
 @dataclass(frozen=True)
+class Infra(Strict):
+    """How `launch infra` makes what outlives a run; `launch up` reads none of it. `state`: where
+    it keeps what it made (default: this machine). `delete_after_days`: of objects of the bucket, by
+    the beginning of their name, or with `*` before it by its end."""
+
+    state: Optional[str] = None
+    bucket_location: Optional[str] = None  # None: the region of the first place
+    storage_class: StorageClass = "STANDARD"
+    delete_after_days: Mapping[str, int] = field(default_factory=dict)
+    retain_bucket: bool = True
+    operators: tuple[str, ...] = ()
+    viewers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        named = all(key.strip("*/") and "*" not in key[1:] for key in self.delete_after_days)
+        late = all(days >= 1 for days in self.delete_after_days.values())
+        member = (
+            "must be user:EMAIL, group:EMAIL, serviceAccount:EMAIL, domain:NAME or principal://"
+        )
+        require(
+            self,
+            state=(self.state is None or bool(re.match(r"gs://[^/]+", self.state)),
+                   "must be gs://BUCKET or gs://BUCKET/FOLDER; leave it out to keep it here"),
+            delete_after_days=(named and late, "must be NAME/: DAYS or '*NAME': DAYS; DAYS from 1"),
+            operators=(all(map(_MEMBER.match, self.operators)), member),
+            viewers=(all(map(_MEMBER.match, self.viewers)), member),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Gate(Strict):
     """One condition on recorded evaluation. `metric` and `below`/`above` are names in this stage's
     evaluation.json, or `STAGE.NAME` for another stage. A missing or NaN value fails."""
@@ -281,6 +313,7 @@ class Recipe(Strict):
     artifacts: Optional[str] = None  # None: $LAUNCH_HOME/runs/<id>/artifacts (local backend only)
     tensorboard: Optional[str] = None  # gs:// or s3://; None: below `artifacts`, as the rest
     notify: tuple[Notify, ...] = ()
+    infra: Optional[Infra] = None
     launch: int = 1
 
     @property

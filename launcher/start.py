@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import yaml
 
-from launcher import home
+from launcher import changes, home
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Env, Phase
 from launcher.bundle import Bundle
@@ -42,10 +42,16 @@ Metas = Mapping[str, Mapping[str, Any]]
 def fingerprint(loaded: Loaded, bundle: Bundle, env: Env) -> str:
     """What makes two `up` the same: the resolved recipe, the trainer, the owner, and the project of
     what runs in a cloud."""
-    places = [stage.hardware for stage in loaded.recipe.stages]
-    clouds = [cloud_project(asked, env) or "" for asked in places if asked.backend != "local"]
-    text = "\n".join((loaded.fingerprint, bundle.sha256, env.owner, *dict.fromkeys(clouds)))
+    clouds = projects(loaded.recipe, env)
+    text = "\n".join((loaded.fingerprint, bundle.sha256, env.owner, *clouds))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def projects(recipe: Recipe, env: Env) -> list[str]:
+    """The cloud projects of a recipe's stages, each once; empty text: none is named."""
+    places = [stage.hardware for stage in recipe.stages]
+    clouds = [cloud_project(asked, env) or "" for asked in places if asked.backend != "local"]
+    return [*dict.fromkeys(clouds)]
 
 
 def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
@@ -76,6 +82,7 @@ def create(loaded: Loaded, bundle: Bundle, env: Env) -> dict[str, Any]:
         jobs=_jobs(recipe, name),
         bundle={"path": str(bundle.path), "sha256": bundle.sha256, "bytes": bundle.bytes},
         commit=commit_of(loaded.path),
+        projects=projects(recipe, env),
     )
     artifacts.write("recipe.yaml", as_yaml(recipe))
     identity = {"v": 1, **facts, "recipe": recipe.name}
@@ -108,7 +115,10 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
     artifacts.move("control/stop.json", f"control/stop-{taken + 1}.json")
     (place / "summary.json").unlink(missing_ok=True)
     artifacts.remove("summary.json")
-    fold.apply(journal.append("resumed", overrides=list(given), recipe=to_dict(recipe)))
+    # A change that no driver took up in time was of the run as it was before.
+    left = changes.last(place)
+    told = {"overrides": list(given), "recipe": to_dict(recipe), "taken": left}
+    fold.apply(journal.append("resumed", **told))
     artifacts.write("recipe.yaml", as_yaml(recipe))
 
 

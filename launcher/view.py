@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
@@ -134,17 +134,35 @@ def note_restarts(run: Run) -> None:
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:
     """Ids of our runs of that fingerprint which go on, newest first. One that was asked to stop
     does not. Errors: those of a store that cannot be asked about the marker."""
+    for run in _going_on(env, lambda facts: facts.get("fingerprint") == fingerprint):
+        yield run.id
+
+
+def live_named(env: Env, recipe: str) -> Iterator[Run]:
+    """`live_like` by the name of the recipe: the runs. One that ended here is believed to be over:
+    there may be hundreds of that name, each in a store that would have to be asked."""
+
+    def of_recipe(facts: dict[str, Any]) -> bool:
+        told = facts.get("recipe")
+        return (told.get("name") if isinstance(told, dict) else told) == recipe
+
+    yield from _going_on(env, of_recipe, believe=True)
+
+
+def _going_on(
+    env: Env, wanted: Callable[[dict[str, Any]], bool], believe: bool = False
+) -> Iterator[Run]:
     for run_id in home.ids(env.home):
         facts = home.identity(env.home, run_id) or {}
-        if (facts.get("fingerprint"), facts.get("owner")) != (fingerprint, env.owner):
+        if facts.get("owner") != env.owner or not wanted(facts):
             continue
-        run = _one(env, run_id, believe=False)  # another machine may have resumed it
+        run = _one(env, run_id, believe)  # another machine may have resumed it
         if run is None or run.ended is not None or run.phase is Phase.LOST:
             continue
         place = home.folder(env.home, run_id)
         artifacts = open_artifacts(run.root, place, env.environ, env.clock)
         if not artifacts.exists("control/stop.json"):
-            yield run_id
+            yield run
 
 
 def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:

@@ -17,7 +17,18 @@ from launcher import drafts
 from launcher.backends.base import Held, Phase
 from launcher.cli import app
 from launcher.errors import Exit
-from launcher.spec import Budget, Environment, Expected, Gate, Hardware, Local, Retry, Vertex, Wheel
+from launcher.spec import (
+    Budget,
+    Environment,
+    Expected,
+    Gate,
+    Hardware,
+    Infra,
+    Local,
+    Retry,
+    Vertex,
+    Wheel,
+)
 from trainer.config import (
     NEEDS,
     Adapter,
@@ -67,6 +78,7 @@ SECTIONS = {
     "hardware.vertex": Vertex,
     "budget": Budget,
     "retry": Retry,
+    "infra": Infra,
     "gate": Gate,
 }
 _COMMAND = re.compile(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*launch(?: |$)")
@@ -202,7 +214,10 @@ def _refused(text: str, whole: bool = True) -> str:
     command = group.get_command(context, words[0])
     if command is None:
         return f"no command '{words[0]}'"
-    return _unparsed(command, context, words[1:], whole)
+    words = words[1:]
+    while hasattr(command, "commands") and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return _unparsed(command, context, words, whole)
 
 
 def _unparsed(command: Any, context: Any, words: list[str], whole: bool) -> str:

@@ -29,7 +29,8 @@ GCLOUD = shutil.which("gcloud")
 #: What design section 6 names, and what those variables need: no credentials, a project.
 ENDPOINTS = {
     *(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}"
-      for name in ("AIPLATFORM", "LOGGING", "SECRETMANAGER", "SERVICEUSAGE", "STORAGE")),
+      for name in ("AIPLATFORM", "ARTIFACTREGISTRY", "CLOUDRESOURCEMANAGER", "IAM", "LOGGING",
+                   "SECRETMANAGER", "SERVICEUSAGE", "STORAGE")),
     "STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST", "GCE_METADATA_IP",
     "CLOUDSDK_AUTH_DISABLE_CREDENTIALS", "GOOGLE_CLOUD_PROJECT",
 }  # fmt: skip

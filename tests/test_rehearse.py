@@ -119,6 +119,9 @@ def test_the_whole_way_of_a_cloud_run_and_its_weights(tmp_path: Path) -> None:
     root = told["root"].removeprefix(f"gs://{BUCKET}/")
     meta = json.loads(bucket.content(BUCKET, f"{root}/run_meta.json"))
     assert meta["completed"] is True and meta["hf_token_present"] is True
+    said = bucket.content(BUCKET, f"{root}/logs/worker-0/00-0002-00000.log").decode()
+    assert f"resumed at step {resumed} from {told['root']}/checkpoints/step-{resumed}\n" in said
+    assert str(folder) not in said, "a folder of that machine says nothing to a reader"
     spec = json.loads(bucket.content(BUCKET, f"{root}/boot/{told['name']}-j0-a1.json"))
     bundles, objects = folder / "home" / "bundles", folder / "stand-ins" / "objects"
     alone = undisturbed(spec, tmp_path / "alone", objects, bundles)

@@ -1,6 +1,7 @@
 """`python -m trainer run JOB.json`: a job's stages, in order; `smoke [FLAGS]`: that stage alone;
 `inputs JOB.json FOLDER`: what the job reads from stores; `stand-ins JOB.json FOLDER URI`: what a
-rehearsal reads instead. Exit codes: docs/contracts.md."""
+rehearsal reads instead; `check [JOB.json]`: whether this machine can train. Exit codes:
+docs/contracts.md."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from trainer import copies, inputs
+from trainer import check, copies, inputs
 from trainer.config import ConfigError, Job, load_job
 from trainer.data import DataError
 from trainer.store import StoreError, Transient
 
 OK, ERROR, CONFIG, DATA, ENVIRONMENT, AGAIN = 0, 1, 64, 65, 78, 75
-USAGE = "usage: python -m trainer run JOB.json | inputs JOB.json FOLDER | smoke [--epochs N ...]"
+USAGE = (
+    "usage: python -m trainer run JOB.json | inputs JOB.json FOLDER | smoke [--epochs N ...] | "
+    "check [JOB.json] [--json]"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -28,14 +32,17 @@ def main(arguments: list[str]) -> int:
     if not command:
         sys.stderr.write(USAGE + "\n")
         return CONFIG
-    wanted = {"run": 2, "inputs": 3, "stand-ins": 4}
-    if command != "smoke" and len(arguments) != wanted.get(command):
+    counts = {"run": (2,), "inputs": (3,), "stand-ins": (4,), "check": (1, 2)}
+    given = [a for a in arguments if a != "--json"] if command == "check" else arguments
+    if command != "smoke" and len(given) not in counts.get(command, ()):
         print_error(f"not understood: {' '.join(arguments)!r}; {USAGE}")
         return CONFIG
     try:
         if command == "inputs":
             inputs.command(arguments[1], arguments[2], say)
             return OK
+        if command == "check":
+            return check.command(arguments[1:], say)
         if command == "stand-ins":
             return stand_ins(*arguments[1:])
         return smoke(arguments[1:]) if command == "smoke" else run(load_job(arguments[1]))

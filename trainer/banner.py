@@ -46,7 +46,7 @@ def banner(
         batch = f"batch {group} rows = {micro_batch} x {accumulate} accumulated"
     length = f"{horizon.steps} steps" if horizon.steps else f"{horizon.seconds:.1f} s of training"
     lines = [
-        f"stage {config.id} ({config.stage}): {length}, output {config.output}",
+        f"stage {config.id} ({config.stage}): {length}, output {copies.origin(config.output)}",
         f"seed {train.seed}  precision {runtime.precision}  device {device} x {runtime.world_size}",
         f"attention {getattr(model.config, '_attn_implementation', '?')}"
         f"  flash-attn {flash_attention_status(runtime)}",

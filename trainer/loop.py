@@ -196,7 +196,7 @@ class Loop:
                 " micro_batch or accumulate to go on with the same training"
             )
         self._event("resumed", checkpoint=found.name)
-        self.say(f"resumed at step {self.step} from {found}")
+        self.say(f"resumed at step {self.step} from {copies.origin(str(found))}")
 
     def _one_step(self) -> tuple[float, Tensor]:
         """One optimizer step; its learning rate and the norm of its gradient."""

@@ -10,7 +10,8 @@ so there is no queue to overflow. Bringing a run back is restore.py's part.
 
 Metrics and logs, which only grow, become numbered parts (mirror_parts.py). TensorBoard's files,
 which readers want whole, are written again at most every half minute. Of a checkpoint the manifest
-comes last, of a finished stage `run_meta.json`: who sees them finds all that they stand for.
+comes last, of a shard of stored targets `meta.json`, of a finished stage `run_meta.json`: who sees
+them finds all that they stand for.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SMALL_BYTES = 1 << 20
 #: What the launcher writes to the store itself, at the root of a run.
 NOT_OURS = ("control", "journal")
 _CHECKPOINT = re.compile(r"(?:(.+)/)?checkpoints/step-(\d+)")
+_SHARD = re.compile(r"(?:.+/)?targets/shard-\d+/meta\.json")
 _POINTER = re.compile(r"(?:(.+)/)?checkpoints/(last|best)\.json")
 _LONGEST_WAIT = 60.0
 _LANES = ("small", "large")
@@ -210,7 +212,7 @@ class Mirror:
         for relative, path in self._walk(self.folder, ""):
             if match := _CHECKPOINT.fullmatch(relative):
                 checkpoints.append((int(match.group(2)), relative))
-            elif _POINTER.fullmatch(relative):
+            elif _POINTER.fullmatch(relative) or _SHARD.fullmatch(relative):
                 pointers += self._whole(relative, path, everything)
             elif path.name == "run_meta.json":
                 metas += self._whole(relative, path, everything)
@@ -258,7 +260,8 @@ class Mirror:
             if since < self._tensorboard_period and not everything:
                 return []
             return [_Task(relative, "large", lambda: self._send_events(relative, path))]
-        ordered = _POINTER.fullmatch(relative) or path.name == "run_meta.json"
+        marks = _POINTER.fullmatch(relative) or _SHARD.fullmatch(relative)
+        ordered = marks or path.name == "run_meta.json"
         large = bool(ordered) or stamp[0] > SMALL_BYTES
         act = self._send_in_order if ordered else self._send_whole
         return [_Task(relative, "large" if large else "small", lambda: act(relative, path))]
@@ -293,18 +296,23 @@ class Mirror:
         self._sent[relative], self._sent_at[relative] = stamp, self.now()
 
     def _send_in_order(self, relative: str, path: Path) -> None:
-        """Pointers wait for their checkpoint, a finished stage for everything that is its own."""
         data, stamp = path.read_bytes(), _stamp(path)
+        if not self._waits(relative, data):
+            self._put(relative, data)
+            self._sent[relative] = stamp
+
+    def _waits(self, relative: str, data: bytes) -> bool:
+        """Pointers wait for their checkpoint, a shard and a finished stage for all that is theirs.
+        What makes no sense waits for nothing."""
+        folder, _, name = relative.rpartition("/")
+        if _SHARD.fullmatch(relative):
+            return bool(self._open(folder, relative))
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             facts = json.loads(data)
-            folder = relative.rpartition("/")[0]
-            if path.name != "run_meta.json":
-                if not self._stands(f"{folder}/{facts['path']}"):
-                    return
-            elif facts.get("completed") and self._open(folder, relative):
-                return
-        self._put(relative, data)
-        self._sent[relative] = stamp
+            if name != "run_meta.json":
+                return not self._stands(f"{folder}/{facts['path']}")
+            return bool(facts.get("completed") and self._open(folder, relative))
+        return False
 
     def _stands(self, checkpoint: str) -> bool:
         """Whether a checkpoint is complete in the store: this mirror's, or an earlier machine's."""

@@ -78,6 +78,9 @@ class GcsStore(RemoteStore):
                 text = f"{self.uri}: GOOGLE_APPLICATION_CREDENTIALS: {named} {wrong}; {_LOGIN}"
                 raise Denied(text) from error
             raise Denied(f"{self.uri}: no Google credentials on this machine; {_LOGIN}") from error
+        except (PermissionError, IsADirectoryError) as error:  # what names them
+            why = f"{error.filename}: {error.strerror}"
+            raise Denied(f"{self.uri}: no Google credentials: {why}; {_LOGIN}") from error
         return storage.Client(project=project, credentials=credentials)
 
     def _send(self, name: str, content: Content, writer: str | None) -> None:

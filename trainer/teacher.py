@@ -215,7 +215,7 @@ class StoredAnswers:
         if not metas:
             raise ConfigError(f"kd.targets: no stored targets in {folder}; run a stage `targets`")
         self.name = str(folder)
-        self.shards = [_Shard(path.parent) for path in metas]
+        self.shards = [Shard(path.parent) for path in metas]
         meta = self.shards[0].meta
         for what in _COMMON:
             for other in self.shards[1:]:
@@ -259,7 +259,9 @@ class StoredAnswers:
         return int(self._order[at])
 
 
-class _Shard:
+class Shard:
+    """The arrays of one shard, memory-mapped. Errors: `DataError` when it is not whole."""
+
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
         try:

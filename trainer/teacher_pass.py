@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from trainer import copies
 from trainer.batch import Batch
 from trainer.config import ConfigError, Targets
+from trainer.data import DataError
 from trainer.data.stream import Rows
 from trainer.guard import Guard, Retry
 from trainer.losses.heads import head_for
 from trainer.models import head_weight, hidden_states
 from trainer.runtime import Runtime
 from trainer.step import cut, unless_out_of_memory
-from trainer.teacher import Answer, ShardWriter, segments, tokenizer_hash
+from trainer.teacher import Answer, Shard, ShardWriter, segments, tokenizer_hash
 
 #: Rows of a shard, the unit of what an interrupted stage need not do again.
 SHARD_ROWS = 256
@@ -216,9 +217,13 @@ def _fingerprint(rows: Rows, indices: range) -> str:
 
 
 def _finished(folder: Path, meta: dict[str, Any]) -> Any:
-    """The meta data of a whole shard that was made for `meta`, else None."""
+    """The meta data of a whole shard that was made for `meta`, else None. A copy of one, brought
+    from a store, may lack arrays."""
     try:
         found = json.loads((folder / "meta.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        if {key: found.get(key) for key in meta} != meta:
+            return None
+        Shard(folder)
+    except (OSError, json.JSONDecodeError, DataError):
         return None
-    return found if {key: found.get(key) for key in meta} == meta else None
+    return found

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Protocol, runtime_chec
 from launcher.clock import Clock
 
 if TYPE_CHECKING:
-    from launcher.spec import Hardware  # `status` needs these words, not the recipe's
+    from launcher.spec import Hardware, Recipe  # `status` needs these words, not the recipe's
 
 
 class Phase(str, Enum):
@@ -246,6 +246,13 @@ class CanWarn(Protocol):
 
 
 @runtime_checkable
+class CanExamine(Protocol):
+    """Optional: the rows of `check` for one recipe, in its place. Reads only."""
+
+    def examine(self, recipe: Recipe, env: Env) -> Iterable[Check]: ...
+
+
+@runtime_checkable
 class CanFind(Protocol):
     """Optional: what carries the label of one run, in the places of `refs`, which are the run's:
     fewer requests than `sweep`."""
@@ -258,3 +265,11 @@ class CanTell(Protocol):
     """Optional: `sweep` with what is known of each resource; with `everyone`, of every owner."""
 
     def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]: ...
+
+
+@runtime_checkable
+class CanSayHow(Protocol):
+    """Optional: the command that ends a resource by hand; None for a ref that makes no sense. It is
+    made of checked parts: refs come from journals, and those may be a stranger's."""
+
+    def by_hand(self, ref: Ref) -> Optional[str]: ...

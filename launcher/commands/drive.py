@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 from launcher import api, console, shipped
-from launcher.errors import Exit, UsageError
+from launcher.commands.recipes import called
+from launcher.errors import Exit, Signal, UsageError
 from launcher.logs import NoDriver
 
 if TYPE_CHECKING:
+    from launcher.difference import Difference
     from launcher.plan import RunPlan
     from launcher.run import Run
 
@@ -29,14 +31,29 @@ def up(
 
     path = shipped.find(recipe)
     planned = api.plan(path, overrides, on)
+    differs = None if new else api.difference(path, overrides, on)
+    if differs is not None and differs.in_place and differs.blocks():
+        return _change(differs, planned, recipe, overrides, on, detach, yes, as_json)
     refuse(planned)
     misfits = _misfits(planned)
-    if not _agreed(planned, f"{misfits}Start it?", yes=yes, as_json=as_json):
+    question = "Start it?"
+    if differs is not None and not differs.in_place and not differs.same:
+        for line in differs.lines(called(recipe, overrides, on)):
+            console.notice(line)
+        console.notice(f"{differs.run.name} goes on: this starts a second run beside it")
+        question = f"Start it beside {differs.run.name}, which goes on?"
+    if not _agreed(planned, f"{misfits}{question}", yes=yes, as_json=as_json):
         return Exit.OK
     if misfits and yes:
         console.notice(f"warning: {misfits.strip()} It is started all the same")
     started = api.env().clock.now()
-    run = api.up(path, overrides=overrides, on=on, new=new)
+    in_cloud = any(job.backend != "local" for job in planned.jobs)
+    try:
+        run = api.up(path, overrides=overrides, on=on, new=new)
+    except Signal as signal:
+        if in_cloud:
+            signal.hint = "\n".join(filter(None, (signal.hint, _see_doctor(recipe))))
+        raise
     if run.created < started:
         console.notice(
             f"{run.name} is live already, since {console.duration(started - run.created)}; "
@@ -44,7 +61,39 @@ def up(
         )
     else:
         console.notice(f"started {run.name}")
-    return _go_on(run, started, detach=detach, as_json=as_json)
+    code = _go_on(run, started, detach=detach, as_json=as_json)
+    if in_cloud and code in (Exit.ACCESS, Exit.CAPACITY):
+        console.notice(_see_doctor(recipe))
+    return code
+
+
+def _see_doctor(recipe: str) -> str:
+    return f"`launch doctor {recipe}` looks at everything that this recipe needs"
+
+
+def _change(
+    differs: Difference,
+    planned: RunPlan,
+    recipe: str,
+    overrides: Sequence[str],
+    on: Optional[str],
+    detach: bool,
+    yes: bool,
+    as_json: bool,
+) -> int:
+    """Change a live run in place; where it costs money, after a question. Then follow it."""
+    name = differs.run.name
+    for line in differs.lines(called(recipe, overrides, on)):
+        console.notice(line)
+    if not yes and planned.usd_per_hour != 0:
+        refusal = f"{name} costs money, and there is no terminal to ask on"
+        if not console.confirm(f"Change {name}?", refusal):
+            console.notice("nothing was changed")
+            return Exit.OK
+    now = api.env().clock.now()
+    run = api.up(shipped.find(recipe), overrides=overrides, on=on)
+    console.notice(f"{run.name}: its driver takes up {', '.join(differs.blocks())}; attached to it")
+    return _go_on(run, now, detach=detach, as_json=as_json)
 
 
 def dry_run(

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import api, console, shipped
-from launcher.errors import Exit
+from launcher.errors import Exit, LaunchError
+
+if TYPE_CHECKING:
+    from launcher.difference import Difference
+
+#: The comparison of a plan that there is no run to compare with.
+NOTHING: dict[str, Any] = {"against": None, "changes": [], "unchanged": 0, "requests": {}}
 
 
 def plan(
-    recipe: str, overrides: Sequence[str], on: Optional[str], *, explain: bool, as_json: bool
+    recipe: str,
+    overrides: Sequence[str],
+    on: Optional[str],
+    *,
+    explain: bool = False,
+    against: Optional[str] = None,
+    as_json: bool,
 ) -> int:
     planned = api.plan(shipped.find(recipe), overrides, on)
+    differs = _difference(recipe, overrides, on, against)
     if as_json:
-        console.document(planned.to_json())
+        compared = NOTHING if differs is None else differs.to_json()
+        console.document({**planned.to_json(), **compared})
     else:
         for line in (*planned.lines(), *(planned.explanation() if explain else ())):
+            console.say(line)
+        for line in () if differs is None else differs.lines(called(recipe, overrides, on)):
             console.say(line)
     return planned.refusal.exit_code if planned.refusal is not None else Exit.OK
 
@@ -102,6 +119,25 @@ def doctor(recipe: Optional[str], *, as_json: bool) -> int:
     if failing == {"recipe"}:
         return Exit.USAGE
     return Exit.ACCESS if failing else Exit.OK
+
+
+def called(recipe: str, overrides: Sequence[str], on: Optional[str]) -> str:
+    """The recipe with its options, as a command line names it."""
+    words = [recipe, *(f"--set {shlex.quote(text)}" for text in overrides)]
+    return " ".join([*words, *([f"--on {on}"] if on is not None else [])])
+
+
+def _difference(
+    recipe: str, overrides: Sequence[str], on: Optional[str], against: Optional[str]
+) -> Optional[Difference]:
+    """None also where a live run cannot be read: that is said, and the plan stands without it."""
+    try:
+        return api.difference(shipped.find(recipe), overrides, on, against)
+    except LaunchError as error:
+        if against is not None:
+            raise
+        console.notice(f"not compared with a live run: {error}")
+        return None
 
 
 def _is_folder(path: Optional[str]) -> bool:

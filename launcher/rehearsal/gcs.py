@@ -103,9 +103,13 @@ class Gcs:
             flat = {"hierarchicalNamespace": {"enabled": False}}
             return answer({"kind": "storage#storageLayout", "bucket": name, **layout, **flat})
         if below == ["iam"]:
-            return answer({"kind": "storage#policy", "version": 1, "etag": "CAE=", "bindings": []})
+            bound = objects.policies.get(name, [])
+            return answer(
+                {"kind": "storage#policy", "version": 1, "etag": "CAE=", "bindings": bound}
+            )
         if below == ["iam", "testPermissions"]:
-            asked = request.query.get("permissions", [])
+            lacking = objects.lacking.get(name, set())
+            asked = [one for one in request.query.get("permissions", []) if one not in lacking]
             return answer({"kind": "storage#testIamPermissionsResponse", "permissions": asked})
         if below:
             raise HttpError(404, f"Not Found: {request.path}")

@@ -95,6 +95,8 @@ class Objects:
     ) -> None:
         self.folder, self.clock, self.limit_writes = folder, clock or SystemClock(), limit_writes
         self.denied: set[str] = set()
+        self.lacking: dict[str, set[str]] = {}  # permissions that the caller has not, by bucket
+        self.policies: dict[str, list[dict[str, Any]]] = {}  # IAM bindings, by bucket
         self.finalized: list[Callable[[str, str, int], None]] = []
         self.buckets: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, Upload] = {}

@@ -1,4 +1,4 @@
-"""Google's services behind one port: jobs, logs, secrets, storage, and a machine's metadata.
+"""Google's services behind one port: jobs, logs, secrets, storage, access, a machine's metadata.
 
     with Google(clock) as server:
         env.update(server.environ())
@@ -8,21 +8,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Optional
 
 from launcher.clock import Clock, SystemClock
+from launcher.rehearsal.access import Access
 from launcher.rehearsal.faults import Schedule
 from launcher.rehearsal.gcs import Gcs
 from launcher.rehearsal.gcs_state import Objects
-from launcher.rehearsal.http import Request, Response, Server, answer
+from launcher.rehearsal.http import Request, Response, Server
 from launcher.rehearsal.logging import Logging
 from launcher.rehearsal.secrets import Metadata, Secrets
 from launcher.rehearsal.vertex import Vertex
 
-_QUOTAS = re.compile(r"/v1beta1/projects/[^/]+/services/[^/]+/consumerQuotaMetrics")
-_SERVICES = ("AIPLATFORM", "LOGGING", "SECRETMANAGER", "SERVICEUSAGE", "STORAGE")
+_SERVICES = (
+    "AIPLATFORM", "ARTIFACTREGISTRY", "CLOUDRESOURCEMANAGER", "IAM", "LOGGING", "SECRETMANAGER",
+    "SERVICEUSAGE", "STORAGE",
+)  # fmt: skip
 
 
 class Google(Server):
@@ -44,6 +46,7 @@ class Google(Server):
         self.logging = Logging(clock, folder)
         self.vertex = Vertex(clock, self.logging, folder / "vertex" if folder else None)
         self.secrets, self.metadata = Secrets({}), Metadata(project)
+        self.access = Access()
         self.objects = Objects(folder / "gcs" if folder else None, clock=clock)
         self.objects.finalized.append(lambda b, name, _: self.vertex.written(f"gs://{b}/{name}"))
         self._gcs = Gcs(self.objects)
@@ -71,12 +74,9 @@ class Google(Server):
         }
 
     def _answer(self, request: Request) -> Response:
-        services = (self.vertex, self.logging, self.secrets, self.metadata)
+        services = (self.vertex, self.logging, self.secrets, self.access, self.metadata)
         for service in services:
             response = service.handle(request)
             if response is not None:
                 return response
-        if _QUOTAS.fullmatch(request.path):
-            metric = "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus"
-            return answer({"metrics": [{"metric": metric, "displayName": "L4"}]})
         return self._gcs.handle(request)

@@ -285,7 +285,11 @@ class _Connection(BaseHTTPRequestHandler):
         head = f"HTTP/1.1 {status} {phrase}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
         if fault and fault.kind == "cut_download":
-            self.wfile.write(head.encode("latin-1") + body[: fault.at_bytes])
+            # Never all of it: the client would take the answer, and only its next request on this
+            # connection would fail, or not, as fast as the end of the connection arrives.
+            if body:
+                sent = body[: min(fault.at_bytes, len(body) - 1)]
+                self.wfile.write(head.encode("latin-1") + sent)
             _cut(self.connection)
             self.close_connection = True
             return

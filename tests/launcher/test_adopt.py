@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,4 +253,20 @@ def test_a_teardown_deletes_the_job_though_its_bucket_is_gone(
     with pytest.raises(UsageError, match="holds nothing any more, but its journal") as caught:
         api.teardown(run_id)
     assert "there is no bucket bkt" in str(caught.value)
+    assert it.server.vertex.states() == {}
+
+
+def test_a_teardown_from_a_machine_that_never_drove_finds_the_job_without_its_bucket(
+    it: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = driven_for_a_while(it)
+    other = laptop(it, tmp_path / "other")
+    unnamed = {k: v for k, v in other.environ.items() if "PROJECT" not in k}
+    other = replace(other, environ=unnamed)
+    adopt(root(run_id), other)
+    assert look(other, run_id).live
+    monkeypatch.setattr(api, "env", lambda: other)
+    del it.server.objects.buckets["bkt"]
+    with pytest.raises(UsageError, match="holds nothing any more, but its journal"):
+        api.teardown(run_id)
     assert it.server.vertex.states() == {}

@@ -440,6 +440,16 @@ def test_the_last_lines_are_waited_for_whatever_clock_noted_the_end(it: Scene) -
     assert texts == ["first", "the last line"]
 
 
+def test_the_only_words_of_a_job_that_failed_at_once_are_shown(it: Scene) -> None:
+    """They can be read only when the job is over; the store has nothing to show in their place."""
+    line = Said(2.5, "cannot read gs://bkt/launch/bundles", late=10)
+    it.server.vertex.fates.append(Stub(1, 1, 3, exited(1), lines=(line,)))
+    run_id = begin(it)
+    assert drive(it, run_id).exit_code == Exit.JOB
+    followed = logs.follow(lambda: look(it, run_id), it.env)
+    assert [line.text for line in followed] == ["cannot read gs://bkt/launch/bundles"]
+
+
 def test_logs_that_may_not_be_read_from_the_service_come_from_the_store(it: Scene) -> None:
     run, _ = finished(it)
     it.server.faults = Script([("entries:list", Fault("status", 403))])

@@ -458,3 +458,13 @@ def test_a_run_that_is_over_is_returned_as_it_is(tmp_path: Path) -> None:
     before = len(it.records())
     assert it.drive(ManualClock(LATER)).phase is Phase.SUCCEEDED
     assert len(it.records()) == before
+
+
+def test_a_stop_before_the_trainer_could_say_anything_is_no_failure(tmp_path: Path) -> None:
+    """Boot, asked while it still prepares, leaves with 0; no stage has written its record."""
+    it = scene(tmp_path, jobs=[{"end": "incomplete", "stubborn": True}])
+    killed_at(8, it.drive)
+    it.stop()
+    run = it.drive(ManualClock(LATER))
+    assert (run.phase, run.exit_code) == (Phase.CANCELLED, Exit.OK)
+    assert (run.why, it.world.alive()) == ("stage 's0' stopped: enough", [])

@@ -14,6 +14,7 @@ from launcher.backends.base import Phase
 from launcher.commands.live import draw
 from launcher.errors import Denied
 from launcher.run import Run, StageState
+from trainer.store import Denied as StoreDenied
 from trainer.store import StoreError, no_answer, open_store
 
 
@@ -65,6 +66,19 @@ def test_a_login_that_names_a_wrong_file_names_it(
     with pytest.raises(Denied, match=f"GOOGLE_APPLICATION_CREDENTIALS: {file} {wrong}"):
         google.credentials({})
     with pytest.raises(StoreError, match=f"GOOGLE_APPLICATION_CREDENTIALS: {file} {wrong}"):
+        open_store("gs://bkt/x").exists("y")
+
+
+def test_a_login_that_names_a_folder_is_no_access(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.delenv("CLOUDSDK_AUTH_DISABLE_CREDENTIALS", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    google._forget()
+    with pytest.raises(Denied, match=f"Google credentials: {tmp_path}: Is a directory"):
+        google.credentials({})
+    with pytest.raises(StoreDenied, match=f"no Google credentials: {tmp_path}: Is a directory"):
         open_store("gs://bkt/x").exists("y")
 
 

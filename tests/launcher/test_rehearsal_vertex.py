@@ -323,7 +323,7 @@ def test_as_a_process_it_prints_the_variables_and_ends_when_asked(tmp_path: Path
     )
     try:
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(11)]
+        lines = [process.stdout.readline() for _ in range(14)]
         assert lines.pop().startswith("# serving; jobs, logs and secrets over gRPC at 127.0.0.1:")
         given = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
         assert given["GOOGLE_CLOUD_PROJECT"] == "proj"

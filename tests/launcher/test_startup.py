@@ -50,7 +50,7 @@ def test_help_loads_the_parser_and_nothing_else(tmp_path: Path) -> None:
 
     assert _packages(facts).isdisjoint(_HEAVY | {"pydantic", "yaml", "rich"})
     ours = {name for name in facts["modules"] if name.partition(".")[0] in ("launcher", "trainer")}
-    parsing = {"launcher.arguments", "launcher.cli", "launcher.cli_recipes"}
+    parsing = {"launcher.arguments", "launcher.cli", "launcher.cli_infra", "launcher.cli_recipes"}
     assert ours == {"launcher", "launcher.errors", *parsing}
 
 
@@ -59,7 +59,8 @@ def test_help_of_every_command_loads_none_of_the_heavy_packages(tmp_path: Path) 
 
     names = [name for names in _SECTIONS.values() for name in names]
 
-    facts = _probe(tmp_path, *([name, "--help"] for name in names))
+    within = [["infra", name, "--help"] for name in ("plan", "up", "destroy", "status", "export")]
+    facts = _probe(tmp_path, *([name, "--help"] for name in names), *within, ["infra"])
 
     assert _packages(facts).isdisjoint(_HEAVY | {"yaml", "rich"})
     assert "launcher.api" not in facts["modules"]

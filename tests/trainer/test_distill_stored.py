@@ -226,6 +226,26 @@ def test_the_store_survives_another_order_and_is_not_written_twice(
     assert meta["entries"] == 3 * meta["tokens"] == 3 * data.summary["supervised_tokens"]
 
 
+def test_a_shard_that_lacks_an_array_is_written_again(
+    tokenizer: str, texts: str, tmp_path: Path
+) -> None:
+    """As a machine leaves it that was taken while it copied the shard to a store."""
+    tokens, data = load_tokenizer(tokenizer), gradients.rows(tokenizer, texts, packing=True)
+    teacher = gradients.model(tokenizer, torch.float32, seed=2).eval()
+    plan = Targets("t", temperature=2.0)
+
+    def write() -> float:
+        return write_targets(tmp_path, plan, data, teacher, tokens, gradients.CPU, print)["kept"]
+
+    assert (write(), write()) == (0, 1)
+    array = tmp_path / "shard-00000" / "ids.npy"
+    content = array.read_bytes()
+    array.write_bytes(content[: len(content) // 2])
+    assert (write(), array.read_bytes()) == (0, content)
+    array.unlink()
+    assert (write(), array.read_bytes()) == (0, content)
+
+
 def test_answers_of_a_teacher_that_has_changed_are_not_kept(
     tokenizer: str, texts: str, tmp_path: Path
 ) -> None:

@@ -415,6 +415,23 @@ def test_a_file_damaged_after_it_was_sealed_never_becomes_a_checkpoint(
     assert len(watched.warnings) == 1
 
 
+def test_of_stored_targets_the_mark_of_a_whole_shard_comes_last(
+    server: GcsServer, tmp_path: Path
+) -> None:
+    """A machine may be taken at any look: what is there then must not pass for a whole shard."""
+    store, shard = new_store(), tmp_path / "answers" / "targets" / "shard-00000"
+    for name, size in (("ids.npy", 3 << 20), ("keys.npy", 1000), ("meta.json", 10)):
+        atomic_write(shard / name, os.urandom(size))
+    watched = Watched(tmp_path, store)
+    seen = []
+    for lane in ("small", "large") * 4:
+        watched.mirror.step(lane)
+        seen.append({key.rpartition("/")[2] for key in store.list()})
+        CLOCK.sleep(3.0)
+    assert seen[0] == {"keys.npy"} and seen[-1] == {"ids.npy", "keys.npy", "meta.json"}
+    assert all(found == seen[-1] for found in seen if "meta.json" in found)
+
+
 def test_a_checkpoint_pruned_while_it_is_sent_is_forgotten(
     server: GcsServer, tmp_path: Path
 ) -> None:

@@ -1,13 +1,15 @@
 """The backend `vertex`: custom jobs of Vertex AI.
 
 `request.py` makes the requests (pure), `jobs.py` sends them, `states.py` says what the answers
-mean, `logs.py` and `quota.py` read Cloud Logging, `checks.py` fills rows of `launch doctor`.
+mean, `logs.py` and `quota.py` read Cloud Logging. Rows of `launch doctor`: `checks.py` begins them,
+`checks_project.py`, `checks_access.py` and `checks_bucket.py` ask one service each question.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Iterator
+from typing import Optional
 
 from launcher.backends.base import (
     Capabilities,
@@ -26,7 +28,7 @@ from launcher.backends.base import (
     Seen,
 )
 from launcher.backends.vertex import checks, jobs, logs, request
-from launcher.spec import Hardware
+from launcher.spec import Hardware, Recipe
 
 
 class VertexBackend:
@@ -39,6 +41,9 @@ class VertexBackend:
 
     def check(self, env: Env) -> Iterable[Check]:
         return checks.rows(env)
+
+    def examine(self, recipe: Recipe, env: Env) -> Iterable[Check]:
+        return checks.rows(env, recipe)
 
     def offers(self, spec: Hardware, env: Env) -> Iterable[Offer]:
         return request.offers(spec)
@@ -78,3 +83,6 @@ class VertexBackend:
 
     def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]:
         return jobs.labelled(env, everyone)
+
+    def by_hand(self, ref: Ref) -> Optional[str]:
+        return jobs.by_hand(ref)

@@ -21,6 +21,11 @@ from launcher.backends.vertex.request import DEFAULT_PLACES, JOB, NAME, OBJECT, 
 from launcher.errors import BadRequest, Denied, Transient
 
 _PROJECT = re.compile(r"/projects/([^/]+)/locations/")
+#: A region and a project. They become part of addresses that get our credentials, and of file
+#: names, and may come from a stranger's journal.
+_PLACE = re.compile(r"[a-z]+(?:-[a-z]+)*[0-9]*")
+_NAME = re.compile(r"[a-z0-9:.-]+")
+_RESOURCE = re.compile(r"projects/([a-z0-9:.-]+)/locations/([a-z0-9-]+)/customJobs/([0-9]+)")
 _PAGE = 100
 #: Seconds for which a request may be applied late, and what it made be missing in reads and lists.
 #: The service promises nothing; a minute is long for it.
@@ -141,9 +146,13 @@ def of_run(run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
             yield _ref(job, project, place)
 
 
-def reach(env: Env, project: str, place: str) -> None:
-    """One cheap request. Errors: the signals of whatever stands in the way."""
-    _list_page(env, f"projects/{project}/locations/{place}", 'display_name="launch"', 1)
+def by_hand(ref: Ref) -> Optional[str]:
+    """The command that ends a job, from its resource's name alone."""
+    found = _RESOURCE.fullmatch(str(ref.data.get("resource", "")))
+    if found is None:
+        return None
+    project, place, number = found.groups()
+    return f"gcloud ai custom-jobs cancel {number} --project={project} --region={place}"
 
 
 def project_of(environ: Mapping[str, str]) -> Optional[str]:
@@ -212,14 +221,16 @@ def _list_page(env: Env, parent: str, wanted: str, size: int) -> Any:
 
 
 def _get(env: Env, ref: Ref) -> Any:
-    """The job of a ref, or None when it is not there."""
+    """The job of a ref, or None when it is not there. One without the run's label is not the one
+    that was meant: a stranger's journal may name any job."""
     with google.signals(f"reading {ref.name}", ref.place):
         try:
-            return _client(env, ref.place).get_custom_job(
+            found = _client(env, ref.place).get_custom_job(
                 name=ref.data["resource"], retry=None, timeout=google.TIMEOUT
             )
         except google.library("google.api_core.exceptions").NotFound:
             return None
+    return found if found.labels.get("launch-run") == ref.run else None
 
 
 def _cancel(env: Env, ref: Ref) -> None:
@@ -290,6 +301,7 @@ def _message(body: Mapping[str, Any]) -> Any:
 
 
 def _client(env: Env, place: str) -> Any:
+    _check(place)
     default = f"https://{place}-aiplatform.googleapis.com"
     return _job_service(
         google.endpoint(env.environ, "aiplatform", default), google.credentials(env.environ)
@@ -327,11 +339,20 @@ def _project(intent: Intent) -> str:
 
 def _remember(home: Path, project: str, place: str) -> None:
     """Written before a place's first job, so that a sweep looks there whatever happens next."""
+    _check(place, project)
     folder = home / "google" / "vertex-places"
     file = folder / f"{place}@{project}"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
+
+
+def _check(place: str, project: str = "-") -> None:
+    if not _PLACE.fullmatch(place):
+        raise BadRequest("hardware.places", f"{ascii(place)[:80]} is no region",
+                         "such as us-central1")  # fmt: skip
+    if not _NAME.fullmatch(project):
+        raise BadRequest("hardware.vertex.project", f"{ascii(project)[:80]} is no project")
 
 
 def _remembered(home: Path) -> list[tuple[str, str]]:

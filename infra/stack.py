@@ -1,0 +1,432 @@
+"""The engine: previews, updates and destroys the foundations, and gets over what was interrupted.
+
+The only file that touches Pulumi's Automation API. What is declared is the caller's program; what
+is shown of it, and asked of the user, is the caller's business too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from pulumi import automation
+from pulumi.automation import errors as refusals
+from semver import VersionInfo
+
+from infra import passphrase
+from infra.changes import Change, Collector, Step, exists_already, name_of, one_line
+from infra.engine_cli import Cli
+from infra.errors import EngineError, Failed, Locked, Passphrase, Stopped
+from infra.interrupts import Interrupts
+
+# It warns of the end of its stream when the engine was killed, which we tell ourselves.
+warnings.filterwarnings("ignore", message="Error in event stream", category=UserWarning)
+
+PROJECT = "launch"
+_LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")
+_CODE = re.compile(r"^\s*code: -(\d+)")
+#: Seconds that the readers of a process that has ended wait for the rest of its words: a plugin
+#: that outlives it may keep its pipes open.
+_LAST_WORDS = 5.0
+
+Program = Callable[[], None]
+
+
+def name(project: str, bucket: str) -> str:
+    """The stack of a project's bucket: at most 100 letters, digits, `-`, `_`, `.`; always the same,
+    and of no other pair."""
+    plain = f"{project}.{bucket}"
+    safe = re.sub(r"[^A-Za-z0-9._-]", "-", plain)
+    if safe == plain and len(safe) <= 100:
+        return safe
+    return f"{safe[:91]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the state says. `pending`: operations whose outcome an interruption hid; `updated`: the
+    last update (kind, result, start and end as the engine prints them), if there was one."""
+
+    outputs: Mapping[str, Any]
+    resources: int
+    pending: tuple[str, ...]
+    updated: Optional[Mapping[str, Any]]
+
+
+class Stack:
+    """The foundations of one bucket in one state. `home`: $LAUNCH_HOME/infra; `state`: a gs:// URL
+    or None (a folder below `home`), where PULUMI_BACKEND_URL does not say. Nothing is done before
+    a method is called; every method raises `EngineError` or one of its kinds."""
+
+    def __init__(
+        self,
+        stack: str,
+        program: Program,
+        cli: Cli,
+        home: Path,
+        environ: Mapping[str, str],
+        *,
+        state: Optional[str] = None,
+        say: Callable[[str], None],
+        tell: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        self.name, self.home, self._environ = stack, home, environ
+        self._program, self._say, self._tell = program, say, tell
+        self.interrupts = Interrupts(say)
+        self._selected: Optional[automation.Stack] = None
+        local = home / "state"
+        self.state = environ.get("PULUMI_BACKEND_URL") or state or f"file://{local}"
+        self._local = self.state.startswith("file:")
+        self._folder = home / "work" / stack
+        for folder in (local, self._folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._variables = {
+            "PULUMI_BACKEND_URL": self.state,
+            "PULUMI_HOME": str(home / "engine"),
+            "PULUMI_SKIP_UPDATE_CHECK": "true",
+            "GRPC_VERBOSITY": "NONE",
+        }
+        self._command = _Command(cli, environ, self.interrupts, self._folder / "engine.json")
+
+    def preview(self, destroy: bool = False) -> tuple[Change, ...]:
+        """What `up` would do (or `destroy`), resource by resource. Makes the state when there is
+        none yet, and nothing else."""
+        return self.interrupts.run(lambda: self._preview(destroy))
+
+    def up(self, program: Optional[Program] = None) -> tuple[Change, ...]:
+        """Make it so, by the stack's own program or by another (one that adopts). Errors: `Failed`,
+        with `existing` for what the cloud has already."""
+        return self.interrupts.run(lambda: self._up(program or self._program))
+
+    def destroy(self) -> tuple[Change, ...]:
+        """Delete what the state names, then the state itself when nothing is left in it."""
+        return self.interrupts.run(self._destroy)
+
+    def drift(self) -> tuple[Change, ...]:
+        """What is not any more as the state has it; changes nothing."""
+        return self.interrupts.run(self._drift)
+
+    def settle(self) -> tuple[str, ...]:
+        """After an interruption: break the lock of a process of ours that has died, and ask the
+        cloud about every operation in flight then. Returns those operations."""
+        return self.interrupts.run(self._settle)
+
+    def unlock(self) -> None:
+        """Take away the lock, whoever holds it."""
+        self.interrupts.run(lambda: self._unlocked(self._opened(create=False)))
+
+    def status(self) -> Optional[Status]:
+        """None: nothing was ever made."""
+        return self.interrupts.run(self._status)
+
+    def outputs(self) -> Mapping[str, Any]:
+        """What the program exported when it was last run to its end."""
+        return self.interrupts.run(self._outputs)
+
+    def _preview(self, destroy: bool) -> tuple[Change, ...]:
+        opened = self._opened(create=not destroy)
+        if opened is None:
+            return ()
+        seen = Collector(self._tell_nobody)
+        with self._explained("preview", seen):
+            look = opened.preview_destroy if destroy else opened.preview
+            look(color="never", on_event=seen.see)
+        return seen.changes
+
+    def _up(self, program: Program) -> tuple[Change, ...]:
+        opened = self._opened(create=True)
+        assert opened is not None  # it was made if need be
+        seen = Collector(self._tell)
+        self._past_dead_lock(
+            opened, "up", seen,
+            lambda: opened.up(
+                program=program, color="never", on_event=seen.see, show_secrets=False
+            ),
+        )  # fmt: skip
+        return seen.changes
+
+    def _destroy(self) -> tuple[Change, ...]:
+        opened = self._opened(create=False)
+        if opened is None:
+            return ()
+        seen = Collector(self._tell)
+        self._past_dead_lock(
+            opened, "destroy", seen,
+            lambda: opened.destroy(color="never", on_event=seen.see, show_secrets=False),
+        )  # fmt: skip
+        with self._explained("destroy"):
+            deployment = self._exported()
+            if not _resources(deployment) and not _pending(deployment):
+                opened.workspace.remove_stack(self.name)
+                self._selected = None
+        return seen.changes
+
+    def _drift(self) -> tuple[Change, ...]:
+        opened = self._opened(create=False)
+        if opened is None:
+            return ()
+        seen = Collector(self._tell_nobody)
+        with self._explained("refresh", seen):
+            opened.preview_refresh(color="never", on_event=seen.see)
+        return seen.changes
+
+    def _settle(self) -> tuple[str, ...]:
+        opened = self._opened(create=False)
+        if opened is None:
+            return ()
+        with self._explained("export"):
+            pending = _pending(self._exported())
+        if pending:
+            # It reads what there is, and forgets what was being created: should the cloud have
+            # that, the next update hears of it, and it is adopted.
+            self._past_dead_lock(
+                opened, "refresh", None,
+                lambda: opened.refresh(
+                    clear_pending_creates=True, color="never", show_secrets=False
+                ),
+            )  # fmt: skip
+        return pending
+
+    def _status(self) -> Optional[Status]:
+        opened = self._opened(create=False)
+        if opened is None:
+            return None
+        with self._explained("status"):
+            deployment = self._exported()
+            outputs = self._outputs()
+            history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
+        last = history[0] if history else None
+        facts = ("kind", "result", "startTime", "endTime")
+        updated = None if last is None else {key: last.get(key) for key in facts}
+        return Status(outputs, len(_resources(deployment)), _pending(deployment), updated)
+
+    def _outputs(self) -> Mapping[str, Any]:
+        if self._opened(create=False) is None:
+            return {}
+        with self._explained("output"):
+            found: Mapping[str, Any] = self._json("stack", "output", "--json")
+        return found
+
+    def _opened(self, create: bool) -> Optional[automation.Stack]:
+        """The stack, made when there is none and `create`; else None. Errors: `Passphrase`."""
+        if self._selected is not None:
+            return self._selected
+        variables = dict(self._variables)
+        workspace = automation.LocalWorkspace(
+            work_dir=str(self._folder),
+            pulumi_home=variables["PULUMI_HOME"],
+            program=self._program,
+            env_vars=variables,
+            secrets_provider="passphrase",
+            project_settings=automation.ProjectSettings(name=PROJECT, runtime="python"),
+            pulumi_command=self._command,
+        )
+        with self._explained("select"):
+            try:
+                opened = automation.Stack.select(self.name, workspace)
+            except automation.StackNotFoundError:
+                if not create:
+                    return None
+                if passphrase.ensure(self.home, self._environ, shared=not self._local):
+                    self._say(
+                        f"made a passphrase for the state: {passphrase.place(self.home)}; keep a "
+                        "copy, without it the state cannot be read"
+                    )
+                variables.update(passphrase.variables(self.home, self._environ))
+                opened = automation.Stack.create(self.name, workspace)
+        variables.update(passphrase.variables(self.home, self._environ))
+        self._variables, self._selected = variables, opened
+        return opened
+
+    def _past_dead_lock(
+        self,
+        opened: automation.Stack,
+        doing: str,
+        seen: Optional[Collector],
+        work: Callable[[], object],
+    ) -> None:
+        """`work()`, and once again where the lock of a process of ours that died was in the way."""
+        try:
+            with self._explained(doing, seen):
+                work()
+        except Locked as lock:
+            if not lock.stale:
+                raise
+            self._say(str(lock))
+            self._unlocked(opened)
+            with self._explained(doing, seen):
+                work()
+
+    def _unlocked(self, opened: Optional[automation.Stack]) -> None:
+        if opened is not None:
+            with self._explained("cancel"):
+                opened.cancel()
+            self._say("took away the lock")
+
+    def _exported(self) -> Mapping[str, Any]:
+        """The deployment as the state has it, secrets encrypted."""
+        deployment = self._json("stack", "export").get("deployment")
+        return deployment if isinstance(deployment, dict) else {}
+
+    def _json(self, *words: str) -> Any:
+        done = self._command.run([*words, "--stack", self.name], str(self._folder), self._variables)
+        return json.loads(done.stdout)
+
+    @contextmanager
+    def _explained(self, doing: str, seen: Optional[Collector] = None) -> Iterator[None]:
+        """Turn the engine's refusals into errors of one line."""
+        try:
+            yield
+        except refusals.ConcurrentUpdateError as error:
+            raise self._locked(str(error).partition("stderr: ")[2]) from error
+        except refusals.CommandError as error:
+            raise self._refused(doing, str(error), seen) from error
+        except refusals.InvalidVersionError as error:
+            raise EngineError(one_line(str(error)), "put a newer pulumi on PATH") from error
+        except OSError as error:
+            raise EngineError(f"pulumi {doing}: {error.strerror or error}") from error
+
+    def _refused(self, doing: str, answer: str, seen: Optional[Collector]) -> EngineError:
+        stderr = answer.partition("stderr: ")[2]
+        if "incorrect passphrase" in stderr:
+            return Passphrase(
+                f"the passphrase is not the one that the state of {self.name} was made with",
+                f"set {passphrase.WORD} or {passphrase.FILE} to that one, or copy "
+                f"{passphrase.place(self.home)} from the machine that made the state",
+            )
+        failures = seen.failures() if seen is not None else []
+        if failures:
+            told = [f"{who}: {why}" if who else why for who, why in failures]
+            existing = [who for who, why in failures if who and exists_already(why)]
+            return Failed("\n".join(told), existing)
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.lstrip().startswith("error:")] or lines[-1:]
+        if errors:
+            return Failed(f"pulumi {doing}: {one_line(errors[0]).removeprefix('error: ')}")
+        code = _CODE.search(answer)
+        signal = f" by signal {code[1]}" if code else ""
+        return Failed(f"pulumi {doing} was ended{signal} before it had written down what it did")
+
+    def _locked(self, stderr: str) -> Locked:
+        found = _LOCK.search(stderr)
+        if found is None:
+            return Locked(f"the state of {self.name} is locked: {one_line(stderr)}", False)
+        user, host, pid, since = found.groups()
+        here = host == socket.gethostname()
+        dead = here and not _lives(int(pid))
+        # A host of the same name may share a bucket with this one: there, only what we started.
+        ours = self._local or self._command.last_pid() == int(pid)
+        died = ", which has died" if dead else ""
+        text = f"{user}@{host} (process {pid}{died}) holds the state of {self.name} since {since}"
+        return Locked(text, dead and ours)
+
+    @staticmethod
+    def _tell_nobody(step: Step) -> None:
+        """A preview's steps are none."""
+
+
+class _Command(automation.PulumiCommand):
+    """Runs the command line in a session of its own, where interrupts reach it through us."""
+
+    def __init__(
+        self, cli: Cli, environ: Mapping[str, str], interrupts: Interrupts, note: Path
+    ) -> None:
+        self.command, self.version = str(cli.path), VersionInfo.parse(cli.version)
+        self._environ, self._interrupts, self._note = environ, interrupts, note
+
+    def run(
+        self,
+        args: list[str],
+        cwd: str,
+        additional_env: Mapping[str, str],
+        on_output: Optional[Callable[[str], Any]] = None,
+        on_error: Optional[Callable[[str], Any]] = None,
+    ) -> automation.CommandResult:
+        """As the class it stands for. Errors: `automation.CommandError`, `Stopped`."""
+        self._interrupts.refuse()
+        environ = {**self._environ, **additional_env, "PULUMI_AUTOMATION_API": "true"}
+        beside = str(Path(self.command).parent)
+        environ["PATH"] = os.pathsep.join(filter(None, (beside, environ.get("PATH"))))
+        process = subprocess.Popen(
+            [self.command, "--non-interactive", *args],
+            cwd=cwd, env=environ, encoding="utf-8", errors="replace", start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if args[:1] in (["up"], ["destroy"], ["refresh"]):
+            self._note.write_text(json.dumps({"pid": process.pid}))
+        readers = [_Reader(process.stdout, on_output), _Reader(process.stderr, on_error)]
+        with self._interrupts.watching(process):
+            process.wait()
+        for reader in readers:
+            reader.join(_LAST_WORDS)
+        stdout, stderr = (reader.text() for reader in readers)
+        result = automation.CommandResult(stdout, stderr, process.returncode)
+        if process.returncode != 0:
+            raise refusals.create_command_error(result)
+        return result
+
+    def last_pid(self) -> Optional[int]:
+        """The process that last worked on this state from here."""
+        try:
+            return int(json.loads(self._note.read_text())["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+class _Reader(threading.Thread):
+    """Gathers the lines of a pipe."""
+
+    def __init__(self, pipe: Any, callback: Optional[Callable[[str], Any]]) -> None:
+        super().__init__(daemon=True)
+        self._pipe, self._callback = pipe, callback
+        self._lines: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        for line in self._pipe:
+            self._lines.append(line.rstrip())
+            if self._callback is not None:
+                self._callback(self._lines[-1])
+
+    def text(self) -> str:
+        return "\n".join(self._lines)
+
+
+def _resources(deployment: Mapping[str, Any]) -> list[str]:
+    """The URNs in the state but those of the stack itself and of providers."""
+    found = [r for r in deployment.get("resources") or () if isinstance(r, dict)]
+    own = [r for r in found if not str(r.get("type", "")).startswith("pulumi:")]
+    return [str(resource.get("urn")) for resource in own]
+
+
+def _pending(deployment: Mapping[str, Any]) -> tuple[str, ...]:
+    """`creating NAME`, ... of the operations whose outcome is not known."""
+    found = deployment.get("pending_operations") or ()
+    return tuple(
+        f"{operation.get('type', 'changing')} {name_of(operation.get('resource', {})['urn'])}"
+        for operation in found
+    )
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+__all__ = ["PROJECT", "EngineError", "Stack", "Status", "Stopped", "name"]
