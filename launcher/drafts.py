@@ -60,9 +60,9 @@ def draft(tree: Node, path: str, sources: Sources) -> tuple[Node, list[Draft]]:
 
 
 def place_on(on: str, tree: Node, stages: list[Draft]) -> tuple[Node, list[Draft]]:
-    """`--on`: another backend. Places, prices and the block of the old backend go; what `--set`
-    gave stays. On `local`: one node, standard capacity, `cpu:1` unless the recipe says another `cpu:N`,
-    artifacts under $LAUNCH_HOME instead of a bucket, and secrets of Secret Manager from
+    """`--on`: another backend. Places, the price and the block of the old backend go; what `--set`
+    gave stays. On `local`: one node, standard capacity, `cpu:1` unless the recipe says another
+    `cpu:N`, artifacts under $LAUNCH_HOME instead of a bucket, and secrets of Secret Manager from
     environment variables of the same name."""
     at = Position(f"--on {on}")
     placed = []

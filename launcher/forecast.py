@@ -171,7 +171,7 @@ def settings(change: Change) -> str:
 
 
 def steady(value: Any) -> Any:
-    """`value` with ten digits of each number in it: logarithms differ in the last between machines."""
+    """`value` with ten digits of each number in it: machines differ in the last of a logarithm."""
     if isinstance(value, float):
         return float(f"{value:.10g}")
     if isinstance(value, Mapping):

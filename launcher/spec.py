@@ -200,8 +200,8 @@ class Notify(Strict):
                 "must be a reference, because the address is a secret: env://NAME or "
                 "secret-manager://PROJECT/NAME" if one else "give either this or `command`",
             ),
-            command=(not self.command or bool(program)
-                     and (program.startswith("/") or "/" not in program),
+            command=(not self.command
+                     or (bool(program) and (program.startswith("/") or "/" not in program)),
                      "must begin with a program on PATH or an absolute path"),
             on=(bool(self.on), "must name at least one event"),
         )  # fmt: skip
