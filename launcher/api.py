@@ -47,14 +47,17 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 
 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
-    """What `up` would create and cost. Creates nothing outside $LAUNCH_HOME/bundles."""
-    from launcher import wheels
+    """What `up` would create, whether it fits, how long it takes and what it costs. Creates nothing
+    outside $LAUNCH_HOME/bundles."""
+    from launcher import forecast, wheels
     from launcher.artifacts import missing_client
     from launcher.plan import make
     from launcher.start import commit_of
 
     loaded = wheels.resolved(validate(path, overrides, on))
-    made = make(loaded.recipe, env(), commit=commit_of(loaded.path))
+    here = env()
+    made = make(loaded.recipe, here, commit=commit_of(loaded.path))
+    made = forecast.added(made, loaded.recipe, here.home)
     missing = missing_client(made.root)
     needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
     return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
@@ -90,7 +93,7 @@ def up(
     is one that differs only in what a live run takes up in place (`difference`), and it does so.
     Errors: those of the plan too, before anything is created: no place, a backend that only plans.
     """
-    from launcher import amend, bundle, driver, start, wheels
+    from launcher import amend, bundle, driver, forecast, start, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
@@ -102,7 +105,7 @@ def up(
             amend.leave(here, found, loaded.canonical)
         if found is not None and (found.same or found.in_place):
             return attach(found.run)
-        refuse(make(loaded.recipe, here, packed))
+        refuse(forecast.added(make(loaded.recipe, here, packed), loaded.recipe, here.home))
         run_id = start.create(loaded, packed, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
     return status(run_id)

@@ -58,7 +58,7 @@ _SECTIONS = {
         "up", "status", "logs", "stop", "resume", "attach", "teardown", "sweep", "pull", "report",
         "tensorboard", "costs", "drive",
     ),
-    "Recipes": ("plan", "validate", "init", "recipes", "schema"),
+    "Recipes": ("plan", "offers", "validate", "init", "recipes", "schema"),
     "Foundations": ("infra",),
     "This machine": ("doctor",),
 }  # fmt: skip

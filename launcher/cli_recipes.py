@@ -18,7 +18,7 @@ from launcher.arguments import (
 
 def add(app: typer.Typer) -> None:
     """Give `app` these commands."""
-    for command in (plan, validate, init, schema, doctor):
+    for command in (plan, offers, validate, init, schema, doctor):
         app.command()(command)
     app.command("recipes")(list_recipes)
 
@@ -27,16 +27,38 @@ def plan(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the arithmetic of the forecast.")
+    ] = False,
     against: Annotated[
         Optional[str],
         typer.Option(metavar="RUN", help="Compare with this run.", autocompletion=run_names),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what `up` would create, where, what it would cost, and how it differs from a live run."""
+    """Say what `up` would create, what it takes and costs, and how it differs from a live run."""
     from launcher.commands import recipes
 
-    return recipes.plan(recipe, overrides or (), on, against=against, as_json=as_json)
+    return recipes.plan(
+        recipe, overrides or (), on, explain=explain, against=against, as_json=as_json
+    )
+
+
+def offers(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    any_accelerator: Annotated[
+        bool, typer.Option("--any", help="Other accelerators too, where the model fits.")
+    ] = False,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Of each job.")] = 20,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare the places that could run a recipe: fit, speed, hours and dollars, best first."""
+    from launcher.commands import offers as command
+
+    return command.offers(
+        recipe, overrides or (), any_accelerator=any_accelerator, limit=limit, as_json=as_json
+    )
 
 
 def validate(

@@ -43,6 +43,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     "retry": ("now", "it counts the attempts since the run was last resumed"),
     "notify": ("now", "the driver reads it"),
     "infra": ("none", "`launch infra` reads it, a run does not"),
+    "forecast": ("none", "`launch plan` reads it, a run does not"),
     "env": ("resume", "a job has its variables from its start"),
     "secrets": ("resume", "a job has its variables from its start"),
     "artifacts": ("new run", "the journal and the checkpoints are there"),

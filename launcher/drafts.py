@@ -20,7 +20,7 @@ from trainer.config import NEEDS, STAGES, nearest
 BLOCKS = (
     "model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export", "smoke",
 )  # fmt: skip
-SHARED = (*BLOCKS, "hardware")
+SHARED = (*BLOCKS, "hardware", "forecast")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate", "infra",
        "budget", "retry", "env", "secrets", "artifacts", "tensorboard", "notify",

@@ -121,6 +121,15 @@ def prices(accelerator: Accelerator, cloud: str) -> tuple[Price, ...]:
     return tuple(price for held, price in _prices() if held == accelerator and price.cloud == cloud)
 
 
+def priced(cloud: str) -> tuple[tuple[Accelerator, tuple[str, ...]], ...]:
+    """Every accelerator and count that has a price in `cloud`, with the regions of its prices."""
+    found: dict[Accelerator, dict[str, None]] = {}
+    for held, price in _prices():
+        if price.cloud == cloud:
+            found.setdefault(held, {})[price.region] = None
+    return tuple((held, tuple(regions)) for held, regions in found.items())
+
+
 def machine(accelerator: Accelerator, cloud: str) -> Optional[str]:
     """The machine type of `cloud` that holds this accelerator, None when there is none."""
     return MACHINES.get(cloud, {}).get((accelerator.kind.name, accelerator.count))

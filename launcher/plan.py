@@ -24,6 +24,7 @@ from trainer.config import Job, StageConfig, to_dict
 
 if TYPE_CHECKING:
     from launcher.bundle import Bundle
+    from launcher.forecast import Forecast, RunForecast
 
 #: The run id of a preview; a run that starts gets its own.
 PREVIEW = "0" * 16
@@ -36,7 +37,7 @@ _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 @dataclass(frozen=True)
 class JobPlan:
     """One job. `offers` are in the order in which they are tried; `usd_per_hour` is that of the
-    first, None: unknown, or no offer."""
+    first, None: unknown, or no offer. `forecasts`: of its stages, where they were asked for."""
 
     index: int
     name: str
@@ -47,6 +48,7 @@ class JobPlan:
     offers: tuple[Offer, ...]
     intents: tuple[Intent, ...]
     usd_per_hour: Optional[float]
+    forecasts: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,22 +78,30 @@ class RunPlan:
     usd_total: Optional[float]
     notes: tuple[str, ...]
     refusal: Optional[Refusal] = None
+    forecast: Optional[RunForecast] = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"v": JSON_VERSION, **asdict(self)}
+        facts = asdict(self)
+        for written, job in zip(facts["jobs"], self.jobs):
+            written["forecasts"] = [forecast.to_json() for forecast in job.forecasts]
+        if self.forecast is not None:
+            from launcher.forecast import steady
+
+            facts["forecast"] = steady(facts["forecast"])
+        return {"v": JSON_VERSION, **facts}
 
     def lines(self) -> list[str]:
         """The plan for a reader, one line a fact; a preview's ids read `<id>`."""
-        count = sum(len(job.stages) for job in self.jobs)
-        lines = [f"{self.recipe}: {_many(count, 'stage')} in {_many(len(self.jobs), 'job')}"]
-        for job in self.jobs:
-            lines += _job_lines(job)
-        lines.append(f"artifacts: {self.root}")
-        lines.append(_cost_line(self))
-        lines += [f"note: {note}" for note in self.notes]
-        if self.refusal is not None:
-            lines.append(f"cannot start: {self.refusal.message}")
+        from launcher import plan_lines
+
+        lines = plan_lines.lines(self)
         return [x.replace(PREVIEW, "<id>").replace(f"-{PREVIEW[-6:]}", "-<id>") for x in lines]
+
+    def explanation(self) -> list[str]:
+        """The arithmetic of the forecasts and the sources of the prices, for a reader."""
+        from launcher import plan_lines
+
+        return plan_lines.explanation(self)
 
 
 def jobs(recipe: Recipe) -> list[list[Stage]]:
@@ -397,38 +407,3 @@ def _total(rate: Optional[float], budget: Budget) -> Optional[float]:
     if rate is not None and budget.usd is not None:
         bounds.append(budget.usd)
     return min(bounds, default=None)
-
-
-def _job_lines(job: JobPlan) -> list[str]:
-    nodes = f" on {job.nodes} nodes" if job.nodes > 1 else ""
-    lines = [f"job {job.index}: {', '.join(job.stages)}"]
-    lines.append(f"  needs {job.accelerator}{nodes} ({job.backend})")
-    for offer in job.offers:
-        word = "place" if offer is job.offers[0] else "else"
-        machine = f", {offer.machine}" if offer.machine else ""
-        lines.append(f"  {word} {offer.place}{machine}, {offer.capacity}: {_price(offer)}")
-    for intent in job.intents:
-        name = fill(intent.name, {"attempt": 1})
-        bills = " (bills)" if intent.billable and job.usd_per_hour != 0 else ""
-        lines.append(f"  creates {intent.kind} {name}{bills}")
-    return lines
-
-
-def _price(offer: Offer) -> str:
-    if offer.usd_per_hour == 0:
-        return "free"
-    price = "price unknown" if offer.usd_per_hour is None else f"{offer.usd_per_hour:.2f} USD/h"
-    return price + (f" ({offer.price_source})" if offer.price_source else "")
-
-
-def _cost_line(plan: RunPlan) -> str:
-    if plan.usd_total == 0:
-        return "cost: nothing"
-    rate = "price unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
-    total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
-    hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
-    return f"cost: {rate}, at most {total} ({hours})"
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}" + ("" if count == 1 else "s")

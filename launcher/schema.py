@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from launcher import drafts
-from launcher.spec import NAME, Budget, Gate, Hardware, Infra, Notify, Retry
+from launcher.spec import NAME, Budget, Expected, Gate, Hardware, Infra, Notify, Retry
 from trainer.config import (
     STAGES,
     Data,
@@ -36,6 +36,7 @@ _BLOCKS = {
     "export": Export,
     "smoke": Smoke,
     "hardware": Hardware,
+    "forecast": Expected,
     "budget": Budget,
     "retry": Retry,
     "infra": Infra,

@@ -255,6 +255,27 @@ class Gate(Strict):
 
 
 @dataclass(frozen=True)
+class Expected(Strict):
+    """What launch cannot know by itself and a forecast needs: how much there is to read, and how
+    fast it went elsewhere ([lowest, highest] examples an hour, in place of a computed speed)."""
+
+    examples: Optional[int] = None
+    tokens_per_example: Optional[float] = None
+    examples_per_hour: Optional[tuple[float, ...]] = None
+
+    def __post_init__(self) -> None:
+        rates = self.examples_per_hour
+        in_order = rates is None or (len(rates) == 2 and 0 < rates[0] <= rates[1])
+        require(
+            self,
+            examples=(self.examples is None or self.examples >= 1, "must be at least 1"),
+            tokens_per_example=(self.tokens_per_example is None or self.tokens_per_example >= 1,
+                                "must be at least 1"),
+            examples_per_hour=(in_order, "must be two numbers, the lower first: [4800, 7200]"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Stage(Strict):
     """One stage with everything inherited from the recipe filled in."""
 
@@ -271,6 +292,7 @@ class Stage(Strict):
     export: Optional[Export] = None
     smoke: Optional[Smoke] = None
     hardware: Hardware = field(default_factory=Hardware)
+    forecast: Optional[Expected] = None
     needs: tuple[str, ...] = ()
     gate: tuple[Gate, ...] = ()
 

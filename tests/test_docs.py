@@ -20,6 +20,7 @@ from launcher.errors import Exit
 from launcher.spec import (
     Budget,
     Environment,
+    Expected,
     Gate,
     Hardware,
     Infra,
@@ -71,6 +72,7 @@ SECTIONS = {
     "export": Export,
     "smoke": Smoke,
     "hardware": Hardware,
+    "forecast": Expected,
     "hardware.environment": Environment,
     "hardware.environment.wheels": Wheel,
     "hardware.local": Local,

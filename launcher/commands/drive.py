@@ -35,14 +35,17 @@ def up(
     if differs is not None and differs.in_place and differs.blocks():
         return _change(differs, planned, recipe, overrides, on, detach, yes, as_json)
     refuse(planned)
+    misfits = _misfits(planned)
     question = "Start it?"
     if differs is not None and not differs.in_place and not differs.same:
         for line in differs.lines(called(recipe, overrides, on)):
             console.notice(line)
         console.notice(f"{differs.run.name} goes on: this starts a second run beside it")
         question = f"Start it beside {differs.run.name}, which goes on?"
-    if not _agreed(planned, question, yes=yes, as_json=as_json):
+    if not _agreed(planned, f"{misfits}{question}", yes=yes, as_json=as_json):
         return Exit.OK
+    if misfits and yes:
+        console.notice(f"warning: {misfits.strip()} It is started all the same")
     started = api.env().clock.now()
     in_cloud = any(job.backend != "local" for job in planned.jobs)
     try:
@@ -200,6 +203,14 @@ def _agreed(planned: RunPlan, question: str, *, yes: bool, as_json: bool) -> boo
         return True
     console.notice("nothing was started")
     return False
+
+
+def _misfits(planned: RunPlan) -> str:
+    """The stages that do not fit, by their forecast: what the question begins with."""
+    forecasts = [forecast for job in planned.jobs for forecast in job.forecasts]
+    names = [forecast.stage for forecast in forecasts if forecast.fits is False]
+    verb = "does" if len(names) == 1 else "do"
+    return f"{', '.join(names)} {verb} not fit, by the forecast. " if names else ""
 
 
 def _certain(run: Optional[str]) -> bool:

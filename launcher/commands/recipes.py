@@ -23,6 +23,7 @@ def plan(
     overrides: Sequence[str],
     on: Optional[str],
     *,
+    explain: bool = False,
     against: Optional[str] = None,
     as_json: bool,
 ) -> int:
@@ -32,7 +33,7 @@ def plan(
         compared = NOTHING if differs is None else differs.to_json()
         console.document({**planned.to_json(), **compared})
     else:
-        for line in planned.lines():
+        for line in (*planned.lines(), *(planned.explanation() if explain else ())):
             console.say(line)
         for line in () if differs is None else differs.lines(called(recipe, overrides, on)):
             console.say(line)

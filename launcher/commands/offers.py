@@ -1,0 +1,76 @@
+"""`launch offers`: priced places for a recipe, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from launcher import api, console, shipped
+from launcher.errors import Exit, UsageError
+from launcher.forecast import NOT_COUNTED, hours_text
+from launcher.offering import Ranked, rank
+from launcher.plan_lines import dollars_text
+
+_HEAD = ("", "BACKEND", "PLACE", "MACHINE", "ACCELERATOR", "CAPACITY", "FITS", "TOKENS/S", "HOURS",
+         "USD/H", "USD IN ALL")  # fmt: skip
+#: Columns of numbers.
+_RIGHT = range(7, 11)
+
+
+def offers(
+    recipe: str, overrides: Sequence[str], *, any_accelerator: bool, limit: int, as_json: bool
+) -> int:
+    """Print the best `limit` offers of each job. Errors: `UsageError` where there is none."""
+    path = shipped.find(recipe)
+    found = rank(api.validate(path, overrides).recipe, api.env(), any_accelerator)
+    shown = [
+        row
+        for _, rows in groupby(found.ranked, key=lambda one: one.job)
+        for row in list(rows)[:limit]
+    ]
+    if as_json:
+        console.document(
+            {"offers": [row.to_json() for row in shown], "left_out": list(found.left_out)}
+        )
+        return Exit.OK
+    if not shown:
+        raise UsageError(
+            f"no backend of this machine offers what {path.name} asks for: "
+            f"{'; '.join(found.left_out)}",
+            "--any looks at other accelerators too",
+        )
+    for job, rows in groupby(shown, key=lambda one: one.job):
+        _print(job, list(rows))
+    left = len(found.ranked) - len(shown)
+    if left:
+        console.notice(f"{left} more; --limit N shows more of them")
+    for reason in found.left_out:
+        console.notice(f"left out: {reason}")
+    if any(row.assumed for row in shown):
+        console.notice("~ the speed is assumed (docs/forecast.md); dollars follow from it")
+    if len({(row.offer.accelerator.partition(":")[2]) for row in shown}) > 1:
+        console.notice("with other numbers of devices: as many rows in a step (train.accumulate)")
+    console.notice(f"not counted: {NOT_COUNTED}")
+    return Exit.OK
+
+
+def _print(job: int, rows: list[Ranked]) -> None:
+    console.say(f"job {job}: {', '.join(rows[0].stages)}")
+    body = [_cells(row) for row in rows]
+    for line in console.columns(_HEAD, body, _RIGHT):
+        console.say(f"  {line}")
+
+
+def _cells(row: Ranked) -> list[str]:
+    offer = row.offer
+    about = "~" if row.assumed else ""
+    fits = {True: "yes", False: "no", None: "?"}[row.fits]
+    rate = row.tokens_per_second
+    price = "?" if offer.usd_per_hour is None else f"{offer.usd_per_hour:.2f}"
+    total = "?" if row.usd is None else about + dollars_text(row.usd).removesuffix(" USD")
+    return [
+        "*" if row.recipe else "", offer.backend, offer.place, offer.machine or "-",
+        offer.accelerator, offer.capacity, fits, "?" if rate is None else f"{about}{rate:,.0f}",
+        "?" if row.hours is None else about + hours_text(row.hours).removesuffix(" h"),
+        price, total,
+    ]  # fmt: skip

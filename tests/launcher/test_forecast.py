@@ -1,0 +1,505 @@
+"""What a run will take: the work of a step, how much is read, hours and dollars."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import amount, api, cli, console, forecast, hardware, measured, shapes, speed
+from launcher.backends.base import Offer
+from launcher.commands import drive
+from launcher.errors import Exit, RecipeErrors
+from launcher.fit import Change, Memory, Part
+from launcher.forecast import Forecast
+from launcher.spec import Budget, Expected, Recipe, Stage
+from tests.launcher.recorded import Recorder
+from trainer.config import Adapter, Data, Distill, Model, Source, Targets, Train, to_dict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = shapes.Shape(512, 64, 2, 4, 2, 16, 128, True)
+BIG = shapes.Shape(512, 128, 3, 4, 4, 32, 256, False)
+LLAMA_1B = shapes.of_reference("meta-llama/Llama-3.2-1B", Path())
+LLAMA_8B = shapes.of_reference("meta-llama/Llama-3.1-8B", Path())
+
+
+def stage(**changes: Any) -> Stage:
+    plain: dict[str, Any] = {
+        "id": "s", "stage": "pretrain", "model": Model(name="a/b"),
+        "data": Data(sequence_length=128), "train": Train(steps=100, micro_batch=4, accumulate=2),
+    }  # fmt: skip
+    return Stage(**{**plain, **changes})
+
+
+def offer(rate: float | None, capacity: Any = "standard") -> Offer:
+    return Offer("vertex", "here", "L4:1", capacity, rate, "a table")
+
+
+def flops(model: Model, shape: shapes.Shape = SMALL, **changes: Any) -> float:
+    work = speed.work(stage(model=model, **changes), shape)
+    return work.flops / work.tokens
+
+
+# The work of a step.
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(name="a/b"),
+        Model(name="a/b", freeze=("model.embed_tokens.weight", "model.layers.0.*")),
+        Model(name="a/b", freeze=("lm_head.*",)),
+        Model(name="a/b", adapter=Adapter(rank=4)),
+        Model(name="a/b", adapter=Adapter(rank=8, targets=("q_proj", "down_proj"))),
+    ],
+    ids=["all", "freeze", "freeze the head", "adapter", "adapter of two"],
+)
+@pytest.mark.parametrize("shape", [SMALL, BIG], ids=["tied", "untied"])
+def test_the_flops_are_those_that_the_trainer_counts(model: Model, shape: shapes.Shape) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trainer import adapters, freeze
+    from trainer.throughput import flops_per_token
+
+    made: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            intermediate_size=shape.intermediate, tie_word_embeddings=shape.tied,
+        )
+    )  # fmt: skip
+    if model.adapter is not None:
+        made = adapters.attach(made, model.adapter, "a/b")
+    if model.freeze:
+        freeze.freeze(made, model.freeze)
+    assert speed.training_flops(shape, model, 100) == flops_per_token(made, 100)
+    learns = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert speed.learned(shape, model) == learns
+
+
+def test_checkpointing_adds_a_forward_pass_of_the_blocks() -> None:
+    plain, recomputed = flops(Model(name="a/b")), flops(Model("a/b", gradient_checkpointing=True))
+    assert recomputed - plain == speed.forward_flops(SMALL, 128, head=False)
+    assert speed.forward_flops(SMALL, 128) - speed.forward_flops(SMALL, 128, head=False) == (
+        2 * SMALL.vocabulary * SMALL.hidden
+    )
+
+
+def test_a_teacher_adds_two_flops_a_parameter_and_stored_answers_none() -> None:
+    alone = speed.work(stage(), SMALL)
+    online = speed.work(stage(stage="kd", kd=Distill(teacher="a/t")), SMALL, BIG)
+    stored = speed.work(stage(stage="kd", kd=Distill(mode="precompute", targets="t")), SMALL)
+    matrices = BIG.parameters - BIG.vocabulary * BIG.hidden - (2 * BIG.layers + 1) * BIG.hidden
+    attention = 4 * BIG.layers * BIG.heads * BIG.head_dim * 128
+    assert (online.flops - alone.flops) / alone.tokens == 2 * matrices + attention
+    assert stored.flops == alone.flops
+    targets = speed.work(stage(stage="targets", model=None, train=None, targets=Targets("a/t")),
+                         None, BIG)  # fmt: skip
+    assert targets.flops / targets.tokens == 2 * matrices + attention
+    with pytest.raises(ValueError, match="teacher's shape is not known"):
+        speed.work(stage(stage="kd", kd=Distill(teacher="a/t")), SMALL)
+
+
+def test_only_the_experts_that_a_token_meets_count() -> None:
+    mixture = shapes.Shape(512, 64, 2, 4, 4, 16, 128, True, 8, 2, "mixtral")
+    all_of_them = replace(mixture, experts_per_token=8)
+    idle = 2 * 6 * 3 * 64 * 128  # layers, experts, matrices of each
+    assert speed.forward_flops(all_of_them, 1) - speed.forward_flops(mixture, 1) == 2 * idle
+
+
+def test_calibration_finds_the_costs_that_explain_the_times() -> None:
+    costs = speed.Costs(1e-11, 2e-9, 3e-4)
+    cases = [
+        stage(data=Data(sequence_length=length), train=Train(steps=1, micro_batch=rows))
+        for length, rows in ((16, 1), (512, 2), (64, 32))
+    ]
+    works = [speed.work(one, shape) for one, shape in zip(cases, (SMALL, BIG, SMALL))]
+    found = speed.calibrated([(work, costs.seconds(work)) for work in works])
+    assert found.seconds(works[0]) == pytest.approx(costs.seconds(works[0]), rel=1e-3)
+    assert found.flop == pytest.approx(costs.flop, rel=0.05)
+    assert min(found.flop, found.element, found.call) >= 0
+
+
+# Efficiency.
+
+
+def test_every_row_says_where_it_comes_from_and_when() -> None:
+    with (REPOSITORY / "launcher" / "data" / "efficiency.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        known = {kind.name for kind in hardware.KINDS} | {"nvidia", "tpu"}
+        assert row["kind"] in known and row["basis"] in ("measured", "published", "assumed")
+        assert row["source"] and row["date"][:2] == "20" and 0 < float(row["efficiency"]) < 1
+    assert any(row["basis"] == "published" for row in rows)
+
+
+def test_published_speeds_come_out_as_they_were_published() -> None:
+    assert LLAMA_1B is not None and LLAMA_8B is not None
+    h100 = hardware.parse("H100:1").kind
+    full = speed.efficiency(h100, "full", LLAMA_8B.parameters, 16384)
+    each = speed.training_flops(LLAMA_8B, Model(name="x"), 8192)
+    assert full is not None and full.basis == "published"
+    assert full.value * 989e12 / each == pytest.approx(5762, rel=0.01)
+    kd = speed.efficiency(h100, "kd", LLAMA_1B.parameters, 32768)
+    each = speed.training_flops(LLAMA_1B, Model(name="x"), 1024)
+    each += speed.forward_flops(LLAMA_1B, 1024)
+    assert kd is not None and kd.basis == "published"
+    assert kd.value * 989e12 / each == pytest.approx(32 * 1024 / 1.224, rel=0.01)
+
+
+def test_where_nothing_is_published_it_is_called_assumed_and_small_models_are_slower() -> None:
+    l4 = hardware.parse("L4:1").kind
+    large, small = (speed.efficiency(l4, "full", n, 4096) for n in (8e9, 1e7))
+    assert large is not None and small is not None and large.value > 4 * small.value
+    assert (large.basis, small.basis) == ("assumed", "assumed")
+    far = speed.efficiency(hardware.parse("H100:1").kind, "full", 1e7, 512)
+    assert far is not None and far.basis == "assumed" and far.value < 0.15
+    assert speed.efficiency(hardware.parse("cpu:1").kind, "full", 1e9, 512) is None
+
+
+# How much is read.
+
+
+def test_steps_of_packed_rows_are_a_number_of_tokens() -> None:
+    read = amount.of_stage(stage(), workers=2)
+    assert (read.steps, read.rows, read.tokens) == (100, 1600, 1600 * 128)
+    until = amount.of_stage(stage(train=Train(steps=100, micro_batch=4, until=10)), 1)
+    assert (until.steps, until.tokens) == (10, 40 * 128)
+    auto = amount.of_stage(stage(train=Train(steps=10, micro_batch="auto", global_batch=32)), 4)
+    assert auto.rows == 320
+
+
+def test_epochs_of_local_files_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("x" * 399 + "\n" + "y" * 399 + "\n")
+    (tmp_path / "b.txt").write_text("z" * 1200)
+    data = Data(train=(Source(path=str(tmp_path)),), sequence_length=50)
+    read = amount.of_stage(stage(data=data, train=Train(epochs=2, micro_batch=2)), 1)
+    assert (read.examples, read.tokens, read.steps, read.about) == (6, 1000, 10, True)
+    assert any("4 bytes a token: assumed" in line for line in read.how)
+    some = Data(train=(Source(path=str(tmp_path / "*.jsonl")),), sequence_length=50)
+    assert amount.of_stage(stage(data=some, train=Train(epochs=1)), 1).examples == 2
+    half = Data(train=(replace(data.train[0], share=0.5),), sequence_length=50)
+    assert amount.of_stage(stage(data=half, train=Train(epochs=2)), 1).tokens == 500
+
+
+def test_a_large_file_is_counted_by_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amount, "_COUNTED", 4000)
+    (tmp_path / "a.jsonl").write_text(("x" * 39 + "\n") * 1000)
+    held = amount.count(stage(data=Data(train=(Source(path=str(tmp_path / "a.jsonl")),))))
+    assert held.examples == 1000 and held.about and held.how.startswith("about 1,000 documents")
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (Source(path="gs://b/x.jsonl"), "gs://b/x.jsonl is not counted from here"),
+        (Source(builtin="python-reference"), "python-reference is not counted from here"),
+        (Source(path="/nowhere/at/all.jsonl"), "no documents that can be counted"),
+        (Source(path="/x.jsonl", weight=2.0), "data.train has weights"),
+    ],
+)
+def test_what_cannot_be_counted_is_said_with_what_to_give(source: Source, why: str) -> None:
+    data = Data(train=(source,), sequence_length=128)
+    read = amount.of_stage(stage(data=data, train=Train(epochs=1)), 1)
+    assert read.tokens is None and why in read.unknown and "give forecast." in read.unknown
+    told = Expected(examples=1000, tokens_per_example=64)
+    known = amount.of_stage(stage(data=data, train=Train(epochs=3), forecast=told), 1)
+    assert known.tokens == 192_000 and not known.unknown
+
+
+def test_rows_that_are_not_packed_need_the_length_of_an_example() -> None:
+    data = Data(sequence_length=128, packing=False)
+    read = amount.of_stage(stage(data=data), 1)
+    assert read.tokens is None and "forecast.tokens_per_example" in read.unknown
+    told = Expected(tokens_per_example=500)
+    assert amount.of_stage(stage(data=data, forecast=told), 1).tokens == 800 * 128, "cut at a row"
+
+
+@pytest.mark.parametrize(
+    ("block", "what"),
+    [
+        ("{examples_per_hour: [7200, 4800]}", "must be two numbers, the lower first"),
+        ("{examples_per_hour: [4800]}", "must be two numbers, the lower first"),
+        ("{examples: 0}", "must be at least 1"),
+        ("{example: 5}", "examples"),
+    ],
+)
+def test_a_forecast_block_that_makes_no_sense_is_an_error(block: str, what: str) -> None:
+    with pytest.raises(RecipeErrors, match=what):
+        api.validate(REPOSITORY / "recipes" / "kd_h100.yaml", [f"forecast={block}"])
+
+
+def test_stages_of_a_pipeline_take_the_block_from_the_top(tmp_path: Path) -> None:
+    text = (REPOSITORY / "recipes" / "kd_l4_precompute.yaml").read_text()
+    (tmp_path / "kd_l4.yaml").write_text((REPOSITORY / "recipes" / "kd_l4.yaml").read_text())
+    (tmp_path / "r.yaml").write_text(text + "\nforecast: {examples: 7}\n")
+    first, second = api.validate(tmp_path / "r.yaml").recipe.stages
+    assert first.forecast == Expected(examples=100_000, tokens_per_example=1000)
+    assert second.forecast == Expected(examples=7)
+
+
+# Hours and dollars.
+
+
+def of(one: Stage, *offers: Offer, home: Path = Path("/nowhere")) -> Forecast:
+    return forecast.of_stage(Recipe("r", (one,)), one, offers, home)
+
+
+def test_500_000_examples_three_times_are_208_to_312_hours_and_over_520_dollars() -> None:
+    """The H100 run that its own documents put at 8 to 12 hours and 20 to 30 dollars."""
+    told = Expected(examples=500_000, examples_per_hour=(4800, 7200))
+    one = stage(train=Train(epochs=3), forecast=told)
+    found = of(one, offer(2.50))
+    assert found.hours == (pytest.approx(208.3, abs=0.1), 312.5)
+    assert found.usd == (pytest.approx(520.8, abs=0.1), 781.25)
+    assert found.basis == "given"
+    assert any("1,500,000 examples / 4,800 to 7,200 an hour" in line for line in found.explain)
+
+
+def test_dollars_are_those_of_the_cheapest_and_of_the_dearest_offer() -> None:
+    assert forecast.dollars((10, 20), [offer(1.0, "spot"), offer(3.0)]) == (10, 60)
+    assert forecast.dollars((10, 20), [offer(1.0), offer(None)]) is None, "never guessed"
+    assert forecast.dollars(None, [offer(1.0)]) is None
+
+
+def test_a_computed_speed_gives_hours_and_says_what_it_rests_on() -> None:
+    one = stage(
+        model=Model(name="meta-llama/Llama-3.1-8B", precision="bf16"),
+        data=Data(sequence_length=8192), train=Train(steps=1000, micro_batch=2),
+    )  # fmt: skip
+    one = replace(one, hardware=replace(one.hardware, backend="vertex", accelerator="H100:8"))
+    found = of(one, offer(10.0))
+    assert found.tokens == 1000 * 16 * 8192 and found.basis == "published"
+    assert found.tokens_per_second == pytest.approx(8 * 5762, rel=0.01)
+    assert found.hours is not None and found.usd is not None
+    assert found.hours[0] == pytest.approx(found.tokens / (8 * 5762) / 3600, rel=0.01)
+    text = "\n".join(found.explain)
+    assert "8,030,261,248 parameters" in text and "torchtitan" in text
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "model", "why"),
+    [
+        ("L4:1", Model(name="nobody/knows"), "the model's shape is not known"),
+        ("T4:1", Model(name="meta-llama/Llama-3.2-1B"), "the peak of T4 in fp16 is not known"),
+        ("L4:1", Model(name="meta-llama/Llama-3.2-1B", precision="fp32"), "in fp32 is not known"),
+    ],
+)
+def test_a_speed_that_cannot_be_had_is_unknown_with_the_reason(
+    accelerator: str, model: Model, why: str
+) -> None:
+    one = stage(model=model)
+    one = replace(one, hardware=replace(one.hardware, backend="vertex", accelerator=accelerator))
+    found = of(one, offer(1.0))
+    assert found.hours is None and found.usd is None and any(why in w for w in found.unknown)
+
+
+def test_a_stage_that_trains_as_long_as_another_takes_its_hours() -> None:
+    one = stage(id="b", train=Train(seconds_of="${stage:a}"))
+    before = {"a": Forecast("a", "kd", hours=(2.0, 3.0))}
+    recipe = Recipe("r", (stage(id="a"), one))
+    found = forecast.of_stage(recipe, one, [offer(1.0)], Path("/nowhere"), before)
+    assert found.hours == (2.0, 3.0)
+
+
+def test_the_budget_says_at_which_step_it_ends_the_run() -> None:
+    one = Forecast("s", "pretrain", steps=2000, hours=(20.0, 20.0))
+    pairs = [(one, [offer(0.5, "spot"), offer(2.0)])]
+    (note,) = forecast.of_run(pairs, Budget(hours=10)).notes
+    assert note == (
+        "budget.hours (10) ends s at step ~1,000 of 2,000: it is expected to take up to 20 h"
+    )
+    (note,) = forecast.of_run(pairs, Budget(usd=30)).notes
+    assert note.startswith("budget.usd (30) at 2.00 USD/h (standard) ends s at step ~1,500 of")
+    assert forecast.of_run(pairs, Budget(usd=40, hours=20)).notes == ()
+    two = [(replace(one, stage="t", hours=(6.0, 6.0)), [offer(0.5)]), *pairs]
+    (note,) = forecast.of_run(two, Budget(hours=16)).notes
+    assert "ends s at step ~1,000" in note, "what came before it has used some"
+
+
+def test_a_run_is_as_unknown_as_its_least_known_stage() -> None:
+    known, unknown = Forecast("a", "kd", hours=(1.0, 2.0), usd=(1, 2)), Forecast("b", "kd")
+    whole = forecast.of_run([(known, []), (Forecast("t", "tokenizer"), [])], Budget())
+    assert whole.hours == (1.0, 2.0) and whole.usd == (1, 2)
+    partly = forecast.of_run([(known, []), (unknown, [])], Budget())
+    assert partly.hours is None and partly.unknown == ("the time of b is not known",)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        ((0.001, 0.001), "3.6 s"), ((0.05, 0.1), "3 to 6 min"), ((12.44, 12.44), "12.4 h"),
+        ((208.3, 312.5), "208 to 312 h"), ((1.0, 1.0), "1 h"),
+    ],
+)  # fmt: skip
+def test_hours_are_written_with_three_digits(hours: tuple[float, float], text: str) -> None:
+    assert forecast.hours_text(hours) == text
+
+
+# This user's own runs.
+
+
+def recorded(home: Path, recipe: Recipe, speeds: list[float], number: int = 1) -> str:
+    """A finished run of `recipe`, whose first stage logged these rows a second."""
+    it = Recorder(home, number=number, stages=((recipe.stages[0].id, "pretrain"),))
+    record = json.loads((it.root / "journal" / "00000001.json").read_text())
+    for folder in (it.root, it.place):
+        changed = json.dumps({**record, "recipe": to_dict(recipe)})
+        (folder / "journal" / "00000001.json").write_text(changed)
+    (it.place / "summary.json").write_text("{}")
+    lines = [
+        {"kind": "step", "global_step": step, "attempt": 1, "examples_per_sec": rows}
+        for step, rows in enumerate(speeds, 1)
+    ]
+    (it.root / "metrics").mkdir(parents=True)
+    (it.root / "metrics" / "0001.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return it.name
+
+
+def test_a_run_of_the_same_work_is_believed_more_than_arithmetic(tmp_path: Path) -> None:
+    one = stage(model=Model(name="meta-llama/Llama-3.2-1B"))
+    name = recorded(tmp_path, Recipe("r", (one,)), [1.0, 9.0, 10.0, 11.0])
+    found = of(one, offer(1.0), home=tmp_path)
+    assert (found.basis, found.source) == ("measured", f"in {name}")
+    assert found.tokens_per_second == 10.0 * 128
+    longer = replace(one, train=Train(steps=7777, micro_batch=4, accumulate=2))
+    assert of(longer, offer(1.0), home=tmp_path).source == f"in {name}"
+    other = replace(one, data=Data(sequence_length=256))
+    assert of(other, offer(1.0), home=tmp_path).source != f"in {name}"
+    larger = replace(one, model=Model(name="meta-llama/Llama-3.1-8B"))
+    assert of(larger, offer(1.0), home=tmp_path).source != f"in {name}"
+
+
+def test_a_run_with_too_few_steps_or_a_damaged_record_does_not_count(tmp_path: Path) -> None:
+    one = stage(model=Model(name="meta-llama/Llama-3.2-1B"))
+    recipe = Recipe("r", (one,))
+    recorded(tmp_path, recipe, [9.0, 9.0])
+    name = recorded(tmp_path, recipe, [9.0] * 5, number=2)
+    models = shapes.of_stage(one, (one,), Path())
+    found = measured.like(one, models, tmp_path)
+    assert found is not None and found.run == name
+    for file in (tmp_path / "runs").glob(f"*{name[-6:]}/**/00000001.json"):
+        file.write_text('{"pretrain"')
+    assert measured.like(one, models, tmp_path) is None
+
+
+# The plan, and what `up` makes of it.
+
+
+def misfit(size: float, weights: float) -> Forecast:
+    parts = (Part("weights", weights * 2**30, ""), Part("rest", (size - weights) * 2**30, ""))
+    memory = Memory(parts, 22.5 * 2**30)
+    smaller = Memory((Part("weights", 19.8 * 2**30, ""),), 22.5 * 2**30)
+    change = Change("checkpointing", ("model.gradient_checkpointing=true",), smaller)
+    return Forecast("kd", "kd", memory, (change,), steps=10, hours=(1.0, 1.0))
+
+
+def with_forecast(monkeypatch: pytest.MonkeyPatch, made: Forecast) -> None:
+    monkeypatch.setattr(forecast, "of_stage", lambda *given, **more: made)
+
+
+def test_the_plan_says_what_does_not_fit_and_the_change_that_makes_it_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    with_forecast(monkeypatch, misfit(31.2, 16.1))
+    assert cli.run(["plan", "kd-l4"]) == Exit.OK
+    assert (
+        "  memory: 31.2 of 22.5 GiB: does not fit; --set model.gradient_checkpointing=true makes "
+        "it 19.8"
+    ) in capsys.readouterr().out.splitlines()
+
+
+def test_a_change_is_written_as_a_shell_takes_it() -> None:
+    import shlex
+
+    memory = Memory((), None)
+    for setting in ("a.b=1", "model.freeze=[]", 'model.freeze=["model.embed_tokens.*"]'):
+        words = forecast.settings(Change("", (setting,), memory))
+        assert shlex.split(words) == ["--set", setting]
+
+
+def test_up_asks_with_the_misfit_in_the_question(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    with_forecast(monkeypatch, misfit(31.2, 16.1))
+    asked: list[str] = []
+
+    def no(question: str, refusal: str) -> bool:
+        asked.append(question)
+        return False
+
+    monkeypatch.setattr(console, "confirm", no)
+    assert cli.run(["up", "kd-l4"]) == Exit.OK
+    assert asked == ["kd does not fit, by the forecast. Start it?"]
+
+
+def test_with_yes_a_misfit_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Started(Exception):
+        pass
+
+    def up(*given: Any, **more: Any) -> None:
+        raise Started
+
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    monkeypatch.setattr(api, "up", up)
+    with_forecast(monkeypatch, misfit(31.2, 16.1))
+    with pytest.raises(Started):
+        drive.up("kd-l4", (), None, detach=True, yes=True, new=False, as_json=True)
+    assert "warning: kd does not fit, by the forecast." in capsys.readouterr().err
+
+
+def test_weights_that_alone_exceed_the_device_are_refused_also_with_yes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    with_forecast(monkeypatch, misfit(31.2, 23.0))
+    assert cli.run(["up", "kd-l4", "--yes"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "kd: the weights alone are 23.0 GiB, and a device has 22.5" in said
+    assert "it fits with --set model.gradient_checkpointing=true" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_of_a_shipped_recipe_says_hours_and_dollars_and_explains_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    assert cli.run(["plan", "kd-h100", "--explain"]) == Exit.OK
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert any(line.startswith("  time: 131 million tokens at ") for line in lines)
+    spot = next(line for line in lines if line.startswith("  place us-east4"))
+    assert "spot: 4.27 USD/h, " in spot and spot.endswith(" USD in all") and len(spot) < 100
+    assert any(line.startswith("expected: ") for line in lines)
+    assert text.count("skypilot-catalog") == 1, "the whole source once, and only here"
+    assert "GFLOP a token" in text and "come on top" in text
+    plan = api.plan(REPOSITORY / "recipes" / "kd_h100.yaml")
+    facts = json.loads(json.dumps(plan.to_json()))
+    (one,) = facts["jobs"][0]["forecasts"]
+    assert one["hours"] == facts["forecast"]["hours"] and one["tokens"] == 131_072_000
+
+
+def test_the_worked_example_of_the_documentation_is_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    page = (REPOSITORY / "docs" / "forecast.md").read_text()
+    block = page[page.index("launch plan kd-h100 --set") :].partition("```")[0]
+    command, _, shown = block.partition("\n\n")
+    assert cli.run(shlex.split(command)[1:]) == Exit.OK
+    printed = capsys.readouterr().out.splitlines()
+    wanted = [line for line in shown.splitlines() if line.strip()]
+    assert wanted and set(wanted) <= set(printed)
+    assert any("208 to 312 h" in line and "521 to 781 USD" in line for line in wanted)
