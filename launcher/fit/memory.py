@@ -26,18 +26,17 @@ def memory(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) -
     not known, and `unknown` says why."""
     if unknown(stage, accelerator, shapes) is not None:
         return None
-    workers = accelerator.count * nodes
+    workers, on_gpu = accelerator.count * nodes, accelerator.kind.vendor == "nvidia"
+    slack = SLACK if on_gpu else 0.0
     if stage.stage in TRAINING:
         step = step_of(stage, accelerator, nodes, shapes)
-        moment, parts = steps.peak(step)
+        moment, parts = steps.peak(step, slack)
         notes = tuple(_notes(stage, step))
     else:
         moment, notes = "the forward pass", ()
         parts = _reading(stage, accelerator, shapes)
-    still = {"weights", "adapter", "optimizer", "teacher", "start", "gradients"}
-    goes = sum(part.bytes for part in parts if part.name not in still)
-    if accelerator.kind.vendor == "nvidia":
-        parts = [*parts, *_outside(goes, workers)]
+    if on_gpu:
+        parts = [*parts, *_outside(steps.passing(parts), workers)]
     return Memory(tuple(parts), usable(accelerator.kind), moment, notes)
 
 

@@ -19,6 +19,7 @@ from launcher.shapes import Shape
 
 #: Bytes of one fp32 buffer of logits (trainer/losses/chunks.py), on a CPU and elsewhere.
 CPU_BUFFER, DEVICE_BUFFER = 128 * MIB, 512 * MIB
+_STAYING = {"weights", "adapter", "optimizer", "teacher", "start", "gradients"}
 #: The largest flat piece in which gradients are summed over workers (trainer/runtime.py).
 BUCKET = 64 * MIB
 
@@ -74,13 +75,22 @@ class Step:
         return 2 if self.rank and self.half else 4
 
 
-def peak(step: Step) -> tuple[str, list[Part]]:
-    """The moment of a step at which most is allocated, and all that is then."""
+def peak(step: Step, slack: float) -> tuple[str, list[Part]]:
+    """The moment of a step at which most is taken, with `slack` of `passing` on top, and all that
+    is there then."""
     held = _held(step)
-    moments = dict(_moments(step))
-    moment = max(moments, key=lambda name: sum(part.bytes for part in moments[name]))
-    parts = [part for part in [*held, *moments[moment]] if part.bytes > 0]
-    return moment, parts
+    moments = {name: [*held, *parts] for name, parts in _moments(step)}
+
+    def taken(name: str) -> float:
+        return sum(part.bytes for part in moments[name]) + slack * passing(moments[name])
+
+    moment = max(moments, key=taken)
+    return moment, [part for part in moments[moment] if part.bytes > 0]
+
+
+def passing(parts: Iterable[Part]) -> float:
+    """Bytes of what comes and goes within a step: of what an allocator keeps more than is used."""
+    return sum(part.bytes for part in parts if part.name not in _STAYING)
 
 
 def layer_activations(step: Step) -> float:
