@@ -65,9 +65,9 @@ class Repository:
 @dataclass(frozen=True)
 class Foundations:
     """All that a recipe declares. `name`: of the recipe; no resource has it, for the recipes of one
-    bucket share its foundations (`infra.sharing`). What may be None or empty is not declared. `accounts`:
-    identities of jobs, each ID@PROJECT.iam.gserviceaccount.com of `project`. `missing`: what the
-    recipe names elsewhere and has to be there, one line each."""
+    bucket share its foundations (`infra.sharing`). What may be None or empty is not declared.
+    `accounts`: identities of jobs, each ID@PROJECT.iam.gserviceaccount.com of `project`. `missing`:
+    what the recipe names elsewhere and has to be there, one line each."""
 
     name: str
     project: str

@@ -1,4 +1,4 @@
-"""Recipes that share a stack: what each declares, so that an update for one leaves the others alone.
+"""Recipes that share a stack: what each declares, so that an update for one leaves others alone.
 
 The declarations lie in the stack's outputs, and are written there before anything is made: whatever
 an interrupted update leaves behind is known to be of that recipe. An update for one recipe declares
@@ -183,8 +183,9 @@ def _built(hint: Any, value: Any, at: str) -> Any:
     known = {one.name for one in fields(hint)}
     for key in given.keys() ^ known:
         raise _Wrong(f"{at}.{key}: {'unknown' if key in given else 'missing'}")
-    types = get_type_hints(hint)
-    return hint(**{key: _built(types[key], item, f"{at}.{key}") for key, item in given.items()})
+    kind: Any = hint
+    types = get_type_hints(kind)
+    return kind(**{key: _built(types[key], item, f"{at}.{key}") for key, item in given.items()})
 
 
 def _is(kind: type, value: Any, at: str) -> Any:

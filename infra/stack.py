@@ -55,14 +55,13 @@ def name(project: str, bucket: str) -> str:
 
 @dataclass(frozen=True)
 class Status:
-    """What the state says. `resources`: their names in the program; `pending`: operations whose
-    outcome an interruption hid; `updated`: the last update (kind, result, start and end as the
-    engine prints them), if there was one."""
+    """What the state says. `outputs`: what a program exported when one last ran to its end;
+    `resources`: their names in the program; `pending`: operations whose outcome an interruption
+    hid."""
 
     outputs: Mapping[str, Any]
     resources: tuple[str, ...]
     pending: tuple[str, ...]
-    updated: Optional[Mapping[str, Any]]
 
 
 class Stack:
@@ -130,9 +129,9 @@ class Stack:
         """None: nothing was ever made."""
         return self.interrupts.run(self._status)
 
-    def outputs(self) -> Mapping[str, Any]:
-        """What the program exported when it was last run to its end."""
-        return self.interrupts.run(self._outputs)
+    def last_update(self) -> Optional[Mapping[str, Any]]:
+        """Kind, result, start and end, as the engine prints them; None when there was none."""
+        return self.interrupts.run(self._last_update)
 
     def _preview(self, program: Optional[Program]) -> tuple[Change, ...]:
         opened = self._opened(create=program is not None)
@@ -206,20 +205,17 @@ class Stack:
             return None
         with self._explained("status"):
             deployment = self._exported()
-            outputs = self._outputs()
-            history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
-        last = history[0] if history else None
-        facts = ("kind", "result", "startTime", "endTime")
-        updated = None if last is None else {key: last.get(key) for key in facts}
+            outputs = self._json("stack", "output", "--json")
         names = tuple(name_of(urn) for urn in _resources(deployment))
-        return Status(outputs, names, _pending(deployment), updated)
+        return Status(outputs, names, _pending(deployment))
 
-    def _outputs(self) -> Mapping[str, Any]:
+    def _last_update(self) -> Optional[Mapping[str, Any]]:
         if self._opened(create=False) is None:
-            return {}
-        with self._explained("output"):
-            found: Mapping[str, Any] = self._json("stack", "output", "--json")
-        return found
+            return None
+        with self._explained("history"):
+            history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
+        facts = ("kind", "result", "startTime", "endTime")
+        return {key: history[0].get(key) for key in facts} if history else None
 
     def _opened(self, create: bool) -> Optional[automation.Stack]:
         """The stack, made when there is none and `create`; else None. Errors: `Passphrase`."""

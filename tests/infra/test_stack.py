@@ -114,8 +114,9 @@ def test_what_is_made_once_is_the_same_the_second_time(opened: Open, cli: StandI
     assert sorted(status.resources) == ["bucket", "service-storage"]
     assert status.pending == ()
     assert status.outputs["bucket"] == f"gs://{BUCKET}"
-    assert status.updated is not None
-    assert (status.updated["kind"], status.updated["result"]) == ("up", "succeeded")
+    updated = stack.last_update()
+    assert updated is not None
+    assert (updated["kind"], updated["result"]) == ("up", "succeeded")
 
 
 def test_a_change_says_which_input_differs_and_whether_it_replaces(
