@@ -9,7 +9,7 @@ the stack by targets would do neither: it skips what the parts depend on.)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,20 @@ OUTPUT, VERSION = "recipes", 1
 #: Recipe -> what it declares; behind the first, what it declared before, for as long as something
 #: of that may be there. Never empty.
 Records = Mapping[str, tuple[Foundations, ...]]
-Program = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A program for the engine: declares `declared` and exports `exports`, `hold` and `adopt` as of
+    `google.registered`."""
+
+    declared: tuple[Declared, ...]
+    exports: Mapping[str, Any]
+    adopt: Collection[str]
+    hold: tuple[str, ...]
+
+    def __call__(self) -> None:
+        registered(self.declared, self.exports, self.adopt, self.hold)()
 
 
 @dataclass(frozen=True)
@@ -32,31 +45,31 @@ class Declarations:
     records: Records
     there: frozenset[str]
 
-    def applying(self, f: Foundations, adopt: Collection[str] = ()) -> Program:
+    def applying(self, f: Foundations, adopt: Collection[str] = ()) -> Update:
         """What makes `f` so and changes nothing that only others declare. What `f` no longer
         names goes, unless another names it. `adopt` as of `google.program`."""
         others = self.others(f.name)
         said = (f, *_newest(others))
-        return self._program(resources(f), others, said, self._with(f), adopt)
+        return self._update(resources(f), others, said, self._with(f), adopt)
 
-    def noting(self, f: Foundations) -> Program:
+    def noting(self, f: Foundations) -> Update:
         """What writes down that `f` is declared, and changes nothing else. It runs before
-        `applying`."""
+        `applying`, and after, when something that `f` no longer names is gone."""
         records = self._with(f)
-        return self._program((), records, _newest(self.records), records)
+        return self._update((), records, _newest(self.records), records)
 
     def noted(self, f: Foundations) -> bool:
-        return self.records.get(f.name, ())[:1] == (f,)
+        return self.records == self._with(f)
 
-    def leaving(self, name: str) -> Program:
+    def leaving(self, name: str) -> Update:
         """What deletes that which only recipe `name` declares. The declaration stays, so that an
         interrupted one can be gone on with; `forgetting` comes after it."""
         others = self.others(name)
-        return self._program((), others, _newest(others), self.records)
+        return self._update((), others, _newest(others), self.records)
 
-    def forgetting(self, name: str) -> Program:
+    def forgetting(self, name: str) -> Update:
         others = self.others(name)
-        return self._program((), others, _newest(others), others)
+        return self._update((), others, _newest(others), others)
 
     def others(self, name: str) -> Records:
         """The declarations of every recipe but `name`."""
@@ -87,26 +100,24 @@ class Declarations:
 
     def _with(self, f: Foundations) -> Records:
         """The declarations with `f` as its recipe's newest. An older one stays while the state has
-        something of it that `f` does not name: a deletion that failed is still its recipe's."""
-        own = {one.name for one in resources(f)}
-        older = (
-            old for old in self.records.get(f.name, ())
-            if old != f and any(name in self.there and name not in own
-                                for name in _names({f.name: (old,)}))
-        )  # fmt: skip
+        something that nobody else names: a deletion that failed is still its recipe's."""
+        named = {one.name for one in resources(f)}.union(_names(self.others(f.name)))
+        left = self.there - named
+        older = (old for old in self.records.get(f.name, ())
+                 if old != f and left.intersection(_names({f.name: (old,)})))  # fmt: skip
         return {**self.records, f.name: (f, *older)}
 
-    def _program(
+    def _update(
         self,
         declared: Sequence[Declared],
         held: Records,
         said: Sequence[Foundations],
         noted: Records,
         adopt: Collection[str] = (),
-    ) -> Program:
+    ) -> Update:
         kept = list(self._held(held, {one.name for one in declared}))
         exports = {**_merged(said), OUTPUT: written(noted)}
-        return registered([*declared, *kept], exports, adopt, [one.name for one in kept])
+        return Update((*declared, *kept), exports, adopt, tuple(one.name for one in kept))
 
     def _held(self, records: Records, taken: set[str]) -> Iterator[Declared]:
         """What `records` declare and the state has, each once, without what is in `taken`."""

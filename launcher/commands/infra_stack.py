@@ -20,7 +20,7 @@ from launcher.errors import Denied, Exit, HeldElsewhere, LaunchError, UsageError
 if TYPE_CHECKING:
     from infra.changes import Step
     from infra.google import Foundations
-    from infra.sharing import Declarations, Program
+    from infra.sharing import Declarations, Update
     from infra.stack import Stack, Status
     from launcher.recipe import Loaded
 
@@ -137,6 +137,9 @@ def make(f: Foundations, seen: Declarations, stack: Stack, *, yes: bool, unlock:
             adopted += found
     if adopted:  # as they are so far; now as the recipe has them
         _run(stack, seen.applying(f), yes=yes, unlock=unlock)
+    made = declarations(stack.status())
+    if not made.noted(f):  # what went is not its any more
+        _run(stack, made.noting(f), yes=yes, unlock=unlock)
     return adopted
 
 
@@ -213,8 +216,8 @@ def signals(again: str, destroying: bool = False) -> Iterator[None]:
         raise Denied(str(error), error.hint) from error
 
 
-def _run(stack: Stack, program: Program, *, yes: bool, unlock: bool) -> None:
-    past_lock(stack, partial(stack.up, program), yes=yes, unlock=unlock)
+def _run(stack: Stack, update: Update, *, yes: bool, unlock: bool) -> None:
+    past_lock(stack, partial(stack.up, update), yes=yes, unlock=unlock)
 
 
 def _unchanged(stack: Stack, seen: Declarations) -> None:
