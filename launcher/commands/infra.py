@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import getpass
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -137,9 +137,7 @@ def status(recipe: str, *, refresh: bool, yes: bool, as_json: bool) -> int:
     if last is not None:
         console.say(f"last: {last['kind']} {last['result']}, {last['endTime'] or 'not ended'}")
     _say_outputs(outputs)
-    for name, own in alone.items():
-        also = ", ".join(own) or "nothing"
-        console.say(f"recipe {name}" + (f": alone it declares {also}" if len(alone) > 1 else ""))
+    _say_recipes(alone)
     for one in seen.unknown():
         console.say(f"no recipe declares {one}")
     for operation in found.pending:
@@ -283,9 +281,20 @@ def _sharing(loaded: Loaded, f: Foundations) -> list[str]:
         return []
 
 
-def _say_outputs(outputs: Any) -> None:
+def _say_outputs(outputs: Mapping[str, Any]) -> None:
     for key, value in sorted(outputs.items()):
         console.say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _say_recipes(alone: Mapping[str, Sequence[str]]) -> None:
+    """The recipes of a stack, and where it has several, what only each of them declares."""
+    for name, own in alone.items():
+        if len(alone) == 1:
+            console.say(f"recipe {name}")
+            return
+        console.say(f"recipe {name}: {len(own)} declared by it alone")
+        for one in own:
+            console.say(f"  {one}")
 
 
 def _say_left(f: Foundations, name: str, others: Sequence[str], left: Collection[str]) -> None:

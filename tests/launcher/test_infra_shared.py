@@ -204,8 +204,10 @@ def test_a_recipe_whose_file_is_gone_is_listed_and_can_be_forgotten(
     Path("tuna.yaml").unlink()
 
     _, out, _ = launch("status", "bass.yaml")
-    (line,) = (line for line in out.splitlines() if line.startswith("recipe tuna"))
-    assert line.startswith("recipe tuna: alone it declares account-tuna-runs, secret-tuna-token, ")
+    lines = out.splitlines()
+    at = lines.index("recipe tuna: 6 declared by it alone")
+    assert lines[at + 1 : at + 3] == ["  account-tuna-runs", "  secret-tuna-token"]
+    assert not [line for line in lines[at + 1 : at + 7] if "tuna" not in line]
     assert "recipes:" not in out
     code, _, err = launch("destroy", "bass.yaml", "--forget", "cod", "--yes")
     assert code == 2
