@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("pulumi_gcp", reason="needs the extra `infra`")
 
 from launcher import cli
+from launcher.commands import infra_stack
+from launcher.errors import HeldElsewhere
 from tests.infra.stand_in import StandIn
 
 RECIPE = """
@@ -165,6 +167,9 @@ def test_an_input_that_another_recipe_has_otherwise_is_told_and_the_applied_one_
     assert _changes(launch, "up", "bass.yaml")["bucket"] == "update"
     (bucket,) = (one for key, one in tuna.cloud.items() if "storage/bucket:" in key)
     assert bucket["storageClass"] == "NEARLINE"
+    assert "bucket" not in _changes(launch, "destroy", "bass.yaml")  # tuna's by now, as it is
+    (bucket,) = (one for key, one in tuna.cloud.items() if "storage/bucket:" in key)
+    assert bucket["storageClass"] == "NEARLINE"
 
 
 def test_what_a_killed_update_left_is_its_recipes_and_no_others(
@@ -248,6 +253,21 @@ def test_declarations_that_cannot_be_read_stop_every_command_before_it_changes_a
         assert code == 2
         assert "by a newer launch (version 2; this one reads 1)" in err
         assert "nothing was changed" in err
+    assert tuna.cloud == before
+
+
+def test_an_update_of_another_recipe_since_the_preview_stops_this_one(
+    launch: Launch, tuna: StandIn
+) -> None:
+    f, stack = infra_stack.opened("tuna.yaml", yes=True)
+    _, seen = infra_stack.look(stack, f)
+    _changes(launch, "up", "bass.yaml")
+    before = tuna.cloud
+
+    with pytest.raises(HeldElsewhere, match="another update has changed what"):
+        infra_stack.make(f, seen, stack, yes=True, unlock=False)
+    with pytest.raises(HeldElsewhere, match="another update has changed what"):
+        infra_stack.unmake("tuna", seen, stack, yes=True, unlock=False)
     assert tuna.cloud == before
 
 
