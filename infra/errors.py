@@ -20,6 +20,10 @@ class Passphrase(EngineError):
     """The passphrase of the state is missing, empty or wrong."""
 
 
+class Unreadable(EngineError):
+    """The state holds declarations of recipes that this launch cannot read."""
+
+
 class Locked(EngineError):
     """Another update holds the state, or one that died left its lock. `stale`: surely dead."""
 

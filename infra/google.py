@@ -15,7 +15,7 @@ roles/iam.serviceAccountUser gives.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -64,10 +64,10 @@ class Repository:
 
 @dataclass(frozen=True)
 class Foundations:
-    """All that the program declares. `name`: of the recipe; no resource has it, for the recipes of
-    one bucket share its foundations. What may be None or empty is not declared. `accounts`:
-    identities of jobs, each ID@PROJECT.iam.gserviceaccount.com of `project`. `missing`: what the
-    recipe names elsewhere and has to be there, one line each."""
+    """All that a recipe declares. `name`: of the recipe; no resource has it, for the recipes of one
+    bucket share its foundations (`infra.sharing`). What may be None or empty is not declared.
+    `accounts`: identities of jobs, each ID@PROJECT.iam.gserviceaccount.com of `project`. `missing`:
+    what the recipe names elsewhere and has to be there, one line each."""
 
     name: str
     project: str
@@ -121,20 +121,32 @@ def program(f: Foundations, adopt: Collection[str] = ()) -> Callable[[], None]:
     instead of being made: an import whose inputs differ from what is there would fail. The next
     update without `adopt` brings them in line."""
 
+    return registered(resources(f), outputs(f), adopt)
+
+
+def registered(
+    declared: Sequence[Declared],
+    exports: Mapping[str, Any],
+    adopt: Collection[str] = (),
+    hold: Collection[str] = (),
+) -> Callable[[], None]:
+    """The program that declares just these and exports `exports`. Those named in `hold` are in the
+    state, and stay as they are there; `adopt` as of `program`."""
+
     def declare() -> None:
         import pulumi
 
         made: dict[str, Any] = {}
-        for one in resources(f):
-            adopted = one.name in adopt
+        for one in declared:
+            as_it_is = one.name in adopt or one.name in hold
             options = pulumi.ResourceOptions(
                 depends_on=[made[name] for name in one.after],
                 retain_on_delete=True if one.retain else None,
-                import_=one.import_id if adopted else None,
-                ignore_changes=list(one.inputs) if adopted else None,
+                import_=one.import_id if one.name in adopt else None,
+                ignore_changes=list(one.inputs) if as_it_is else None,
             )
             made[one.name] = resource_class(one.type_token)(one.name, **one.inputs, opts=options)
-        for name, value in outputs(f).items():
+        for name, value in exports.items():
             pulumi.export(name, value)
 
     return declare

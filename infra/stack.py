@@ -55,13 +55,13 @@ def name(project: str, bucket: str) -> str:
 
 @dataclass(frozen=True)
 class Status:
-    """What the state says. `pending`: operations whose outcome an interruption hid; `updated`: the
-    last update (kind, result, start and end as the engine prints them), if there was one."""
+    """What the state says. `outputs`: what a program exported when one last ran to its end;
+    `resources`: their names in the program; `pending`: operations whose outcome an interruption
+    hid."""
 
     outputs: Mapping[str, Any]
-    resources: int
+    resources: tuple[str, ...]
     pending: tuple[str, ...]
-    updated: Optional[Mapping[str, Any]]
 
 
 class Stack:
@@ -72,7 +72,6 @@ class Stack:
     def __init__(
         self,
         stack: str,
-        program: Program,
         cli: Cli,
         home: Path,
         environ: Mapping[str, str],
@@ -82,7 +81,7 @@ class Stack:
         tell: Callable[[Step], None] = lambda step: None,
     ) -> None:
         self.name, self.home, self._environ = stack, home, environ
-        self._program, self._say, self._tell = program, say, tell
+        self._say, self._tell = say, tell
         self.interrupts = Interrupts(say)
         self._selected: Optional[automation.Stack] = None
         local = home / "state"
@@ -99,15 +98,15 @@ class Stack:
         }
         self._command = _Command(cli, environ, self.interrupts, self._folder / "engine.json")
 
-    def preview(self, destroy: bool = False) -> tuple[Change, ...]:
-        """What `up` would do (or `destroy`), resource by resource. Makes the state when there is
-        none yet, and nothing else."""
-        return self.interrupts.run(lambda: self._preview(destroy))
+    def preview(self, program: Optional[Program]) -> tuple[Change, ...]:
+        """What `up` with `program` would do (without one: `destroy`), resource by resource. For a
+        program it makes the state when there is none yet, and nothing else."""
+        return self.interrupts.run(lambda: self._preview(program))
 
-    def up(self, program: Optional[Program] = None) -> tuple[Change, ...]:
-        """Make it so, by the stack's own program or by another (one that adopts). Errors: `Failed`,
-        with `existing` for what the cloud has already."""
-        return self.interrupts.run(lambda: self._up(program or self._program))
+    def up(self, program: Program) -> tuple[Change, ...]:
+        """Make it so: what `program` does not declare goes. Errors: `Failed`, with `existing` for
+        what the cloud has already."""
+        return self.interrupts.run(lambda: self._up(program))
 
     def destroy(self) -> tuple[Change, ...]:
         """Delete what the state names, then the state itself when nothing is left in it."""
@@ -130,18 +129,20 @@ class Stack:
         """None: nothing was ever made."""
         return self.interrupts.run(self._status)
 
-    def outputs(self) -> Mapping[str, Any]:
-        """What the program exported when it was last run to its end."""
-        return self.interrupts.run(self._outputs)
+    def last_update(self) -> Optional[Mapping[str, Any]]:
+        """Kind, result, start and end, as the engine prints them; None when there was none."""
+        return self.interrupts.run(self._last_update)
 
-    def _preview(self, destroy: bool) -> tuple[Change, ...]:
-        opened = self._opened(create=not destroy)
+    def _preview(self, program: Optional[Program]) -> tuple[Change, ...]:
+        opened = self._opened(create=program is not None)
         if opened is None:
             return ()
         seen = Collector(self._tell_nobody)
         with self._explained("preview", seen):
-            look = opened.preview_destroy if destroy else opened.preview
-            look(color="never", on_event=seen.see)
+            if program is None:
+                opened.preview_destroy(color="never", on_event=seen.see)
+            else:
+                opened.preview(program=program, color="never", on_event=seen.see)
         return seen.changes
 
     def _up(self, program: Program) -> tuple[Change, ...]:
@@ -204,19 +205,17 @@ class Stack:
             return None
         with self._explained("status"):
             deployment = self._exported()
-            outputs = self._outputs()
-            history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
-        last = history[0] if history else None
-        facts = ("kind", "result", "startTime", "endTime")
-        updated = None if last is None else {key: last.get(key) for key in facts}
-        return Status(outputs, len(_resources(deployment)), _pending(deployment), updated)
+            outputs = self._json("stack", "output", "--json")
+        names = tuple(name_of(urn) for urn in _resources(deployment))
+        return Status(outputs, names, _pending(deployment))
 
-    def _outputs(self) -> Mapping[str, Any]:
+    def _last_update(self) -> Optional[Mapping[str, Any]]:
         if self._opened(create=False) is None:
-            return {}
-        with self._explained("output"):
-            found: Mapping[str, Any] = self._json("stack", "output", "--json")
-        return found
+            return None
+        with self._explained("history"):
+            history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
+        facts = ("kind", "result", "startTime", "endTime")
+        return {key: history[0].get(key) for key in facts} if history else None
 
     def _opened(self, create: bool) -> Optional[automation.Stack]:
         """The stack, made when there is none and `create`; else None. Errors: `Passphrase`."""
@@ -226,7 +225,7 @@ class Stack:
         workspace = automation.LocalWorkspace(
             work_dir=str(self._folder),
             pulumi_home=variables["PULUMI_HOME"],
-            program=self._program,
+            program=_not_run,
             env_vars=variables,
             secrets_provider="passphrase",
             project_settings=automation.ProjectSettings(name=PROJECT, runtime="python"),
@@ -401,6 +400,12 @@ class _Reader(threading.Thread):
 
     def text(self) -> str:
         return "\n".join(self._lines)
+
+
+def _not_run() -> None:
+    """That there is one tells the engine that programs are in this process; a refresh and a destroy
+    run none, and the others are given theirs."""
+    raise AssertionError("this is no program")
 
 
 def _resources(deployment: Mapping[str, Any]) -> list[str]:

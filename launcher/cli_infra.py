@@ -53,17 +53,22 @@ def up(
 @app.command()
 def destroy(
     recipe: RecipeArgument,
+    forget: Annotated[
+        Optional[str],
+        typer.Option("--forget", metavar="NAME", help="Another recipe of that bucket instead."),
+    ] = None,
     yes: YesOption = False,
     unlock: _UnlockOption = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Delete what `infra up` made for RECIPE; the bucket stays unless the recipe says otherwise.
+    """Delete what `infra up` made for RECIPE and no other recipe of its bucket declares.
 
-    Exit code 0 only when nothing but that is left, else 7.
+    The bucket stays unless the recipe says otherwise. Exit code 0 only when nothing but that is
+    left, else 7.
     """
     from launcher.commands import infra
 
-    return infra.destroy(recipe, yes=yes, unlock=unlock, as_json=as_json)
+    return infra.destroy(recipe, forget=forget, yes=yes, unlock=unlock, as_json=as_json)
 
 
 @app.command()

@@ -1,175 +1,175 @@
 """Commands about the foundations: plan, up, destroy, status, export, set-secret.
 
-They turn a recipe into what `infra` declares, ask, and say what happened. The engine is
-`infra.stack`; Pulumi and its clients are loaded here, when a command needs them.
+They turn a recipe into what `infra` declares, ask, and say what happened. The stack behind them is
+in `infra_stack` beside this file.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
+import getpass
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from infra import changes as words
-from infra import engine_cli, errors, google
+from infra import engine_cli, errors, google, sharing
 from launcher import api, console, foundations, shipped
-from launcher.errors import Denied, Exit, HeldElsewhere, LaunchError, UsageError
+from launcher.commands import infra_stack as engine
+from launcher.errors import Exit, UsageError
 
 if TYPE_CHECKING:
-    from infra.changes import Change, Step
+    from infra.changes import Change
     from infra.google import Foundations
+    from infra.sharing import Declarations
     from infra.stack import Stack
     from launcher.recipe import Loaded
 
 _SIGNS = {"create": "+", "update": "~", "replace": "±", "delete": "-", "leave": "-", "adopt": "+"}
-_DOING = {
-    "create": ("creating", "created"), "update": ("updating", "updated"),
-    "replace": ("replacing", "replaced"), "delete": ("deleting", "deleted"),
-    "leave": ("leaving", "left"), "adopt": ("adopting", "adopted"),
-}  # fmt: skip
-
-
-class Interrupted(LaunchError):
-    """Ctrl-C while the engine worked."""
-
-    code = Exit.INTERRUPTED
-
-
-class MayRemain(LaunchError):
-    """A destroy that did not come to its end."""
-
-    code = Exit.LEAKED
 
 
 def plan(recipe: str, *, yes: bool, as_json: bool) -> int:
     """Preview; creates an empty state on first use, and nothing in the cloud."""
-    f, stack = _opened(recipe, yes=yes, as_json=as_json)
-    with _signals(recipe):
-        changes = stack.preview()
-        seen = stack.status()
-    pending = seen.pending if seen is not None else ()
+    f, stack = engine.opened(recipe, yes=yes)
+    with engine.signals(f"launch infra up {recipe}"):
+        found, seen = engine.look(stack, f)
+        shown = _Shown(f, seen, stack.preview(seen.applying(f)))
+    pending = found.pending if found is not None else ()
     if as_json:
-        facts = {"changes": _json(f, changes), "pending": list(pending), "missing": list(f.missing)}
+        facts = {**shown.to_json(), "pending": list(pending), "missing": list(f.missing)}
         console.document({**_where(stack), **facts})
         return Exit.OK
-    _show(f, changes, pending, console.say)
+    shown.say(console.say, pending)
     return Exit.OK
 
 
 def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
     """Recover, preview, ask, update; adopt what the cloud has already."""
-    f, stack = _opened(recipe, yes=yes, as_json=as_json)
-    with _signals(recipe):
-        _settle(stack, yes=yes, unlock=unlock)
-        changes = stack.preview()
+    f, stack = engine.opened(recipe, yes=yes)
+    with engine.signals(f"launch infra up {recipe}"):
+        engine.settle(stack, yes=yes, unlock=unlock)
+        _, seen = engine.look(stack, f)
+        shown = _Shown(f, seen, stack.preview(seen.applying(f)))
         if not as_json:
-            _show(f, changes, (), console.notice)
-        if any(change.change in ("delete", "leave") for change in changes):
-            console.notice(
-                f"what {f.name} does not name goes; other recipes with its bucket may need that"
-            )
+            shown.say(console.notice)
         adopted: list[str] = []
-        if any(change.change != "same" for change in changes):
-            refusal = f"{recipe}: this changes the cloud, and there is no terminal to ask on"
-            if not yes and not console.confirm("Do it?", refusal):
-                console.notice("nothing was changed")
-                return Exit.OK
-            adopted = _made(f, stack, yes=yes, unlock=unlock)
-        outputs = dict(stack.outputs())
+        agreed = True
+        if not shown.differing:
+            engine.note(f, seen, stack, yes=yes, unlock=unlock)
+        elif agreed := _agreed(recipe, yes):
+            adopted = engine.make(f, seen, stack, yes=yes, unlock=unlock)
     if as_json:
-        facts = {"changes": _json(f, changes), "adopted": adopted, "outputs": outputs}
+        facts = {**shown.to_json(), "done": agreed, "adopted": adopted,
+                 "outputs": google.outputs(f)}  # fmt: skip
         console.document({**_where(stack), **facts})
         return Exit.OK
-    for key, value in sorted(outputs.items()):
-        console.say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    if not agreed:
+        console.notice("nothing was changed")
+        return Exit.OK
+    _say_outputs(google.outputs(f))
     return Exit.OK
 
 
-def destroy(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
-    """Preview, have the bucket's name typed, delete. Errors: `MayRemain` when it did not end."""
-    f, stack = _opened(recipe, yes=yes, as_json=as_json)
+def destroy(recipe: str, *, forget: Optional[str], yes: bool, unlock: bool, as_json: bool) -> int:
+    """Preview, have the bucket's name typed, delete what only this recipe (or `forget`, of the same
+    bucket) declares; of the last recipe, all. Errors: `MayRemain` when it did not end."""
+    f, stack = engine.opened(recipe, yes=yes)
+    name = forget or f.name
+    again = f"launch infra destroy {recipe}" + (f" --forget {forget}" if forget else "")
     changes: Sequence[Change] = ()
-    with _signals(recipe):
-        known = stack.status() is not None
+    with engine.signals(again):
+        engine.settle(stack, yes=yes, unlock=unlock)
+        found, seen = engine.look(stack, f)
+        others = list(seen.others(name))
+        known = found is not None and (name in seen.records or not others)
+        if forget and forget not in seen.records:
+            raise UsageError(f"{stack.name} has no recipe {forget}; it has: {_listed(seen)}")
         if known:
-            _settle(stack, yes=yes, unlock=unlock)
-            changes = stack.preview(destroy=True)
+            changes = stack.preview(seen.leaving(name) if others else None)
+    shown = _Shown(seen.records.get(name, (f,))[0], seen, changes, going=True)
+    done = known
     if known:
         if not as_json:
-            _show(f, changes, (), console.notice)
-        if not _typed(f.bucket or f.project, yes):
-            console.notice("nothing was deleted")
-            return Exit.OK
-        with _signals(recipe, destroying=True):
-            _past_lock(stack, stack.destroy, yes=yes, unlock=unlock)
-    left = [change.name for change in _ordered(f, changes) if change.change == "leave"]
+            shown.say(console.notice)
+        done = engine.typed(f.bucket or f.project, yes)
+    if done:
+        with engine.signals(again, destroying=True):
+            engine.unmake(name, seen, stack, yes=yes, unlock=unlock)
+    left = [change.name for change in shown.differing if change.change == "leave"]
     if as_json:
-        console.document({**_where(stack), "changes": _json(f, changes), "left": left})
-        return Exit.OK
-    console.say("nothing is left of it" if known else f"{stack.name}: nothing was made")
-    if "bucket" in left:
-        console.notice(f"but the bucket: gs://{f.bucket} and all in it stay, and cost as before")
-        if not f.retain_bucket:
-            console.notice("it was made to stay; `launch infra up` takes note of retain_bucket")
-    if any(name.startswith("service-") for name in left):
-        console.notice(f"the APIs of {f.project} stay on: others may use them")
+        facts = {**shown.to_json(), "done": done, "left": left, "others": others}
+        console.document({**_where(stack), **facts})
+    elif known and not done:
+        console.notice("nothing was deleted")
+    elif not known:
+        of = f" for {name}; it has: {', '.join(others)}" if others else ""
+        console.say(f"{stack.name}: nothing was made{of}")
+    else:
+        _say_left(f, name, others, left)
     return Exit.OK
 
 
 def status(recipe: str, *, refresh: bool, yes: bool, as_json: bool) -> int:
     """What the state says, and with `refresh` what the cloud says of it."""
-    f, stack = _opened(recipe, yes=yes, as_json=as_json)
-    with _signals(recipe):
-        seen = stack.status()
-        drift = stack.drift() if refresh and seen is not None else ()
+    f, stack = engine.opened(recipe, yes=yes)
+    with engine.signals(f"launch infra up {recipe}"):
+        found = stack.status()
+        seen = engine.declarations(found)
+        last = stack.last_update()
+        drift = stack.drift() if refresh and found is not None else ()
     differs = [change for change in drift if change.change != "same"]
+    facts: dict[str, Any] = {"made": found is not None, "missing": list(f.missing)}
+    if found is None:
+        if as_json:
+            console.document({**_where(stack), **facts})
+        else:
+            console.say(f"{stack.name}: nothing was made; launch infra up {recipe}")
+        return Exit.OK
+    outputs = {key: value for key, value in found.outputs.items() if key != sharing.OUTPUT}
+    alone = {name: seen.alone(name) for name in sorted(seen.records)}
     if as_json:
-        facts: dict[str, Any] = {"made": seen is not None, "missing": list(f.missing)}
-        if seen is not None:
-            facts |= {"resources": seen.resources, "outputs": seen.outputs,
-                      "pending": list(seen.pending), "updated": seen.updated}  # fmt: skip
-            facts |= {"drift": _json(f, differs)} if refresh else {}
+        facts |= {"resources": len(found.resources), "outputs": outputs, "recipes": alone,
+                  "unknown": seen.unknown(), "pending": list(found.pending),
+                  "updated": last}  # fmt: skip
+        facts |= {"drift": [change.to_json() for change in differs]} if refresh else {}
         console.document({**_where(stack), **facts})
         return Exit.OK
-    if seen is None:
-        console.say(f"{stack.name}: nothing was made; launch infra up {recipe}")
-        return Exit.OK
-    console.say(f"{stack.name}: {seen.resources} resources; state: {stack.state}")
-    if seen.updated is not None:
-        last = seen.updated
+    console.say(f"{stack.name}: {len(found.resources)} resources; state: {stack.state}")
+    if last is not None:
         console.say(f"last: {last['kind']} {last['result']}, {last['endTime'] or 'not ended'}")
-    for key, value in sorted(seen.outputs.items()):
-        console.say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
-    for operation in seen.pending:
+    _say_outputs(outputs)
+    _say_recipes(alone)
+    for one in seen.unknown():
+        console.say(f"no recipe declares {one}")
+    for operation in found.pending:
         console.say(f"unknown: {operation} was interrupted; launch infra up {recipe} finds out")
     if refresh:
-        for change in differs:
-            gone = change.change == "delete"
-            what = "is gone" if gone else f"differs in {', '.join(change.because) or 'something'}"
-            console.say(f"drift: {change.name} {what}")
-        if not differs:
-            console.say("drift: none")
+        _say_drift(differs)
     return Exit.OK
 
 
 def export(recipe: str, *, to: Optional[str], as_json: bool) -> int:
-    """Write a project that declares the same, without launch."""
+    """Write a project that declares the same, without launch; beside the stack where others share
+    that, for an update of it by this project would delete what is theirs."""
     from infra.export import write
 
-    loaded, f = _declared(recipe)
+    loaded, f = engine.declared(recipe)
     folder = Path(to or f"infra-{loaded.recipe.name}")
-    stack = _library("infra.stack")
+    stack = engine.stack_name(f)
+    with engine.signals(f"launch infra export {recipe}"):
+        others = _sharing(loaded, f)
+    own = engine.stack_name(f, own=f.name) if others else stack
     try:
-        written = write(f, folder, project=stack.PROJECT, stack=_stack_name(f))
+        written = write(f, folder, project=engine.library("infra.stack").PROJECT, stack=own)
     except FileExistsError as error:
         raise UsageError(str(error), "--to names another folder") from error
+    if others:
+        console.notice(
+            f"{stack} also has what {', '.join(others)} declared: that is not in this project, "
+            f"which has a stack of its own, {own}"
+        )
     if as_json:
-        console.document({"written": [str(file) for file in written]})
+        document = {"written": [str(file) for file in written], "stack": own, "others": others}
+        console.document(document)
         return Exit.OK
     for file in written:
         console.say(f"wrote {file}")
@@ -196,8 +196,10 @@ def set_secret(
         value = secrets.from_variable(from_env, name, env.environ)
     elif from_file is not None:
         value = secrets.from_file(Path(from_file), name)
+    elif console.can_ask():
+        value = getpass.getpass(f"value of {name} (not shown): ")
     else:
-        value = _asked(name) if console.can_ask() else secrets.from_stream(sys.stdin.buffer, name)
+        value = secrets.from_stream(sys.stdin.buffer, name)
     version = secrets.set_value(f.project, name, value, env.environ)
     if as_json:
         console.document({"project": f.project, "secret": name, "version": version})
@@ -206,195 +208,122 @@ def set_secret(
     return Exit.OK
 
 
-def _asked(name: str) -> str:
-    import getpass
+class _Shown:
+    """Changes of a stack as those of recipe `f`, which is `going` when it is destroyed: what others
+    declare and what stays is theirs."""
 
-    return getpass.getpass(f"value of {name} (not shown): ")
+    def __init__(
+        self, f: Foundations, seen: Declarations, changes: Sequence[Change], going: bool = False
+    ) -> None:
+        self._f, self._seen, self._going = f, seen, going
+        order = {one.name: number for number, one in enumerate(google.resources(f))}
+        # The engine works on several at once, in no order.
+        ordered = sorted(changes, key=lambda one: (order.get(one.name, len(order)), one.name))
+        own = () if going else order
+        self._changes = [one for one in ordered if one.change != "same" or one.name in own]
+        self._more = len(ordered) - len(self._changes)
+        self.differing = [one for one in self._changes if one.change != "same"]
+        altered = {one.name for one in self.differing if one.change in ("update", "replace")}
+        self._otherwise = {
+            name: others for name, others in seen.otherwise(f).items() if name in altered
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        changes = [
+            {**one.to_json(), "otherwise_in": self._otherwise.get(one.name, [])}
+            for one in self._changes
+        ]
+        return {"changes": changes}
+
+    def say(self, say: Callable[[str], None], pending: Collection[str] = ()) -> None:
+        """Everything that would change, then how much would not, then what has to be there."""
+        rows = [
+            (f"{_SIGNS.get(one.change, '?')} {one.change}", one.kind, one.name, self._why(one))
+            for one in self.differing
+        ]
+        headers = ("CHANGE", "KIND", "NAME", "BECAUSE OF")
+        shown = len(headers) if any(row[-1] for row in rows) else len(headers) - 1
+        for line in console.columns(headers[:shown], [row[:shown] for row in rows]) if rows else ():
+            say(line)
+        same = len(self._changes) - len(self.differing)
+        should = "" if self._going else f", {same} as they should be"
+        say(f"{len(self.differing)} to change{should}")
+        if self._more:
+            others = ", ".join(self._seen.others(self._f.name))
+            say(f"{self._more} more stay as they are, for {others}")
+        for operation in pending:
+            say(f"unknown: {operation} was interrupted; `launch infra up` finds out")
+        for line in () if self._going else self._f.missing:
+            say(f"not made here: {line}")
+
+    def _why(self, one: Change) -> str:
+        others = self._otherwise.get(one.name)
+        because = ", ".join(one.because)
+        return f"{because}; otherwise in {', '.join(others)}" if others else because
 
 
-def _declared(recipe: str) -> tuple[Loaded, Foundations]:
-    """The recipe and its foundations, checked. Errors: `UsageError` with every problem."""
-    loaded = api.validate(shipped.find(recipe))
-    f = foundations.of_recipe(loaded.recipe, api.env().environ)
-    _library("infra.stack")
-    if wrong := google.problems(f):
-        raise UsageError("\n".join(wrong), "correct the recipe; nothing was changed")
-    return loaded, f
+def _agreed(recipe: str, yes: bool) -> bool:
+    refusal = f"{recipe}: this changes the cloud, and there is no terminal to ask on"
+    return yes or console.confirm("Do it?", refusal)
 
 
-def _opened(recipe: str, *, yes: bool, as_json: bool) -> tuple[Foundations, Stack]:
-    """The foundations and their stack, with a command line to drive it."""
-    loaded, f = _declared(recipe)
+def _sharing(loaded: Loaded, f: Foundations) -> list[str]:
+    """The other recipes of the stack, as far as this machine can tell."""
     here = api.env()
-    home = here.home / "infra"
-    with _signals(recipe):
-        cli = engine_cli.find(home, here.environ) or _installed(home, here.environ, yes)
-    settings = loaded.recipe.infra
-    stack = _library("infra.stack").Stack(
-        _stack_name(f), google.program(f), cli, home, here.environ,
-        state=settings.state if settings is not None else None,
-        say=console.notice, tell=_progress,
-    )  # fmt: skip
-    return f, stack
-
-
-def _stack_name(f: Foundations) -> str:
-    name: str = _library("infra.stack").name(f.project, f.bucket or f.name)
-    return name
-
-
-def _library(module: str) -> Any:
-    """A module that needs the extra. Errors: `UsageError` without it."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else it writes of connections that end
     try:
-        importlib.import_module("pulumi_gcp")
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"launch infra needs Pulumi's Python packages: {error}",
-            "pip install 'launch-llm[infra]'",
-        ) from error
-
-
-def _installed(home: Path, environ: Any, yes: bool) -> engine_cli.Cli:
-    """Install the command line; never without a word."""
-    version = engine_cli.wanted()
-    console.notice(
-        f"pulumi {version} is not on this machine (size: some 100 MB or more; later it fetches its "
-        "provider for Google Cloud, which is larger)"
-    )
-    refusal = f"pulumi {version} would be fetched from {engine_cli.SITE}"
-    if not yes and not console.confirm(f"Fetch it into {home}?", refusal):
-        raise UsageError(refusal, "or put a pulumi of your own on PATH")
-    return engine_cli.install(home, environ, console.notice)
-
-
-def _settle(stack: Stack, *, yes: bool, unlock: bool) -> None:
-    """Find out what an interrupted update left open, and say so."""
-    for operation in _past_lock(stack, stack.settle, yes=yes, unlock=unlock):
-        console.notice(f"was interrupted while {operation}: asked the cloud what there is")
-
-
-def _made(f: Foundations, stack: Stack, *, yes: bool, unlock: bool) -> list[str]:
-    """Update until nothing that is there already is in the way. Returns what was adopted."""
-    adopted: list[str] = []
-    while True:
-        program = google.program(f, adopted) if adopted else None
-        try:
-            _past_lock(stack, partial(stack.up, program), yes=yes, unlock=unlock)
-            break
-        except errors.Failed as failed:
-            found = [name for name in failed.existing if name not in adopted]
-            if not found or not _may_adopt(found, yes):
-                raise
-            adopted += found
-    if adopted:  # as they are so far; now as the recipe has them
-        stack.up()
-    return adopted
-
-
-def _may_adopt(found: Sequence[str], yes: bool) -> bool:
-    listed = ", ".join(found)
-    console.notice(f"there already: {listed}")
-    if yes:
-        console.notice("adopting: from now on `launch infra` keeps and deletes it with the rest")
-        return True
-    refusal = f"{listed}: would be adopted, and there is no terminal to ask on"
-    return console.confirm("Adopt it, to be kept and deleted with the rest?", refusal)
-
-
-def _past_lock(stack: Stack, work: Callable[[], Any], *, yes: bool, unlock: bool) -> Any:
-    """`work()`; with `--unlock`, and a yes, once more after breaking the lock in its way."""
-    try:
-        return work()
-    except errors.Locked as lock:
-        if not unlock:
-            raise
-        console.notice(str(lock))
-        refusal = f"{lock}; breaking its lock needs a yes"
-        question = "Break the lock? Two updates at once damage the state."
-        if not yes and not console.confirm(question, refusal):
-            raise
-    stack.unlock()
-    return work()
-
-
-def _typed(name: str, yes: bool) -> bool:
-    if yes:
-        return True
-    if not console.can_ask():
-        raise UsageError(
-            f"this deletes what {name} was made with, and there is no terminal to ask on",
-            "add --yes to go on without being asked",
-        )
-    sys.stderr.write(f"Delete it? Type {name}: ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip() == name
-
-
-@contextmanager
-def _signals(recipe: str, destroying: bool = False) -> Iterator[None]:
-    """Turn the errors of `infra` into the launcher's, with their exit codes."""
-    again = f"launch infra {'destroy' if destroying else 'up'} {recipe}"
-    try:
-        yield
-    except errors.Locked as error:
-        hint = f"wait for it; if it is surely gone: {again} --unlock"
-        raise HeldElsewhere(str(error), hint) from error
-    except errors.Passphrase as error:
-        raise Denied(str(error), error.hint) from error
-    except errors.Stopped as error:
-        what = "unlocks the state, asks the cloud what there is, and goes on"
-        hint = f"{again}  {what if error.killed else 'goes on'}"
-        raise (MayRemain if destroying else Interrupted)(str(error), hint) from error
-    except errors.Failed as error:
-        hint = f"what was done before is recorded; when this is put right: {again}"
-        if destroying:
-            raise MayRemain(str(error), hint) from error
-        kind = Denied if words.is_access(str(error)) else UsageError
-        raise kind(str(error), hint) from error
+        cli = engine_cli.find(here.home / "infra", here.environ)
+        found = engine.driven(loaded, f, cli).status() if cli is not None else None
+        return list(engine.declarations(found).others(f.name))
+    except errors.Stopped:
+        raise
     except errors.EngineError as error:
-        raise Denied(str(error), error.hint) from error
+        console.notice(f"whether other recipes share the stack is not known: {error}")
+        return []
 
 
-def _progress(step: Step) -> None:
-    change = step.change
-    doing, done = _DOING.get(change.change, (change.change, f"{change.change} done:"))
-    if step.state != "failed":  # why it failed is told at the end, once
-        console.notice(f"{done if step.state == 'done' else doing} {change.name}")
+def _say_outputs(outputs: Mapping[str, Any]) -> None:
+    for key, value in sorted(outputs.items()):
+        console.say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
 
 
-def _show(
-    f: Foundations, changes: Sequence[Change], pending: Sequence[str], say: Callable[[str], None]
-) -> None:
-    """Everything that would change, then how much would not, then what has to be there."""
-    differing = [change for change in _ordered(f, changes) if change.change != "same"]
-    rows = [
-        (f"{_SIGNS.get(one.change, '?')} {one.change}", one.kind, one.name, ", ".join(one.because))
-        for one in differing
-    ]
-    headers = ("CHANGE", "KIND", "NAME", "BECAUSE OF")
-    shown = len(headers) if any(one.because for one in differing) else len(headers) - 1
-    for line in console.columns(headers[:shown], [row[:shown] for row in rows]) if rows else ():
-        say(line)
-    same = len(changes) - len(differing)
-    say(f"{len(differing)} to change, {same} as they should be")
-    for operation in pending:
-        say(f"unknown: {operation} was interrupted; `launch infra up` finds out")
-    for line in f.missing:
-        say(f"not made here: {line}")
+def _say_recipes(alone: Mapping[str, Sequence[str]]) -> None:
+    """The recipes of a stack, and where it has several, what only each of them declares."""
+    for name, own in alone.items():
+        if len(alone) == 1:
+            console.say(f"recipe {name}")
+            return
+        console.say(f"recipe {name}: {len(own)} declared by it alone")
+        for one in own:
+            console.say(f"  {one}")
 
 
-def _ordered(f: Foundations, changes: Sequence[Change]) -> list[Change]:
-    """In the order of the declaration, and what is not declared (any more) behind it: the engine
-    works on several at once, in no order."""
-    order = {one.name: number for number, one in enumerate(google.resources(f))}
-    return sorted(changes, key=lambda change: (order.get(change.name, len(order)), change.name))
+def _say_left(f: Foundations, name: str, others: Sequence[str], left: Collection[str]) -> None:
+    if others:
+        console.say(
+            f"nothing is left of what only {name} declared; the rest stays for {', '.join(others)}"
+        )
+    else:
+        console.say("nothing is left of it")
+    if "bucket" in left:
+        console.notice(f"but the bucket: gs://{f.bucket} and all in it stay, and cost as before")
+        if not f.retain_bucket:
+            console.notice("it was made to stay; `launch infra up` takes note of retain_bucket")
+    if any(one.startswith("service-") for one in left):
+        console.notice(f"the APIs of {f.project} stay on: others may use them")
+
+
+def _say_drift(differs: Sequence[Change]) -> None:
+    for change in differs:
+        gone = change.change == "delete"
+        what = "is gone" if gone else f"differs in {', '.join(change.because) or 'something'}"
+        console.say(f"drift: {change.name} {what}")
+    if not differs:
+        console.say("drift: none")
+
+
+def _listed(seen: Declarations) -> str:
+    return ", ".join(sorted(seen.records)) or "none"
 
 
 def _where(stack: Stack) -> dict[str, Any]:
     return {"stack": stack.name, "state": stack.state}
-
-
-def _json(f: Foundations, changes: Sequence[Change]) -> list[dict[str, Any]]:
-    return [change.to_json() for change in _ordered(f, changes)]

@@ -30,6 +30,7 @@ DEMO = Foundations(
     "demo", "proj-1", "us-central1",
     services=("storage.googleapis.com",), bucket=BUCKET, labels={"launch-recipe": "demo"},
 )  # fmt: skip
+DECLARED = google.program(DEMO)
 Open = Callable[..., Stack]
 
 
@@ -50,10 +51,10 @@ def said() -> list[str]:
 
 @pytest.fixture
 def opened(cli: StandIn, home: Path, said: list[str]) -> Open:
-    """A stack of `DEMO`, or of other foundations or another environment."""
+    """The stack of `DEMO`, in this or another environment."""
 
-    def make(f: Foundations = DEMO, **environ: str) -> Stack:
-        return _stack(cli, home, f, environ, said.append)
+    def make(**environ: str) -> Stack:
+        return _stack(cli, home, environ, said.append)
 
     return make
 
@@ -63,7 +64,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[StandIn, Path]:
     """A stand-in and a home after one `up` of `DEMO`, for the tests that start there."""
     folder = tmp_path_factory.mktemp("template")
     cli, home = StandIn(folder / "stand-in"), folder / "home"
-    _stack(cli, home, DEMO, {}, [].append).up()
+    _stack(cli, home, {}, [].append).up(DECLARED)
     return cli, home
 
 
@@ -77,7 +78,6 @@ def made(template: tuple[StandIn, Path], cli: StandIn, home: Path) -> StandIn:
 def _stack(
     cli: StandIn,
     home: Path,
-    f: Foundations,
     environ: dict[str, str],
     say: Callable[[str], None],
 ) -> Stack:
@@ -85,7 +85,7 @@ def _stack(
     found = engine_cli.find(home, given)
     assert found is not None
     assert found.path == cli.bin / "pulumi"
-    return Stack(name(f.project, str(f.bucket)), google.program(f), found, home, given, say=say)
+    return Stack(name(DEMO.project, BUCKET), found, home, given, say=say)
 
 
 def _words(changes: tuple[Change, ...]) -> dict[str, str]:
@@ -93,7 +93,7 @@ def _words(changes: tuple[Change, ...]) -> dict[str, str]:
 
 
 def test_a_preview_tells_everything_and_makes_nothing(opened: Open, cli: StandIn) -> None:
-    changes = opened().preview()
+    changes = opened().preview(DECLARED)
 
     assert _words(changes) == {"service-storage": "create", "bucket": "create"}
     assert {change.kind for change in changes} == {"projects.Service", "storage.Bucket"}
@@ -104,26 +104,27 @@ def test_what_is_made_once_is_the_same_the_second_time(opened: Open, cli: StandI
     stack = opened()
     assert stack.status() is None
 
-    made, again = stack.up(), stack.up()
+    made, again = stack.up(DECLARED), stack.up(DECLARED)
 
     assert set(_words(made).values()) == {"create"}
     assert set(_words(again).values()) == {"same"}
     assert len(cli.cloud) == 2
     status = stack.status()
     assert status is not None
-    assert status.resources == 2
+    assert sorted(status.resources) == ["bucket", "service-storage"]
     assert status.pending == ()
     assert status.outputs["bucket"] == f"gs://{BUCKET}"
-    assert status.updated is not None
-    assert (status.updated["kind"], status.updated["result"]) == ("up", "succeeded")
+    updated = stack.last_update()
+    assert updated is not None
+    assert (updated["kind"], updated["result"]) == ("up", "succeeded")
 
 
 def test_a_change_says_which_input_differs_and_whether_it_replaces(
     opened: Open, made: StandIn
 ) -> None:
-    labelled = opened(replace(DEMO, labels={"launch-recipe": "other"})).preview()
-    moved = opened(replace(DEMO, bucket_location="europe-west4")).preview()
-    fewer = opened(replace(DEMO, services=())).preview()
+    labelled = opened().preview(google.program(replace(DEMO, labels={"launch-recipe": "other"})))
+    moved = opened().preview(google.program(replace(DEMO, bucket_location="europe-west4")))
+    fewer = opened().preview(google.program(replace(DEMO, services=())))
 
     assert Change("bucket", "storage.Bucket", "update", ("labels",)) in labelled
     assert Change("bucket", "storage.Bucket", "replace", ("location",)) in moved
@@ -144,16 +145,16 @@ def test_drift_is_what_the_cloud_has_otherwise(opened: Open, made: StandIn) -> N
     assert _words(drift)["service-storage"] == "delete"
     status = stack.status()
     assert status is not None
-    assert status.resources == 2  # it was only looked at
+    assert len(status.resources) == 2  # it was only looked at
 
 
 def test_a_destroy_deletes_a_bucket_that_is_not_to_stay_and_the_state(
     opened: Open, cli: StandIn
 ) -> None:
-    stack = opened(replace(DEMO, retain_bucket=False))
-    stack.up()
+    stack = opened()
+    stack.up(google.program(replace(DEMO, retain_bucket=False)))
 
-    shown = stack.preview(destroy=True)
+    shown = stack.preview(None)
     stack.destroy()
 
     assert _words(shown) == {"bucket": "delete", "service-storage": "leave"}
@@ -169,7 +170,7 @@ def test_a_lock_of_another_is_told_with_who_and_since_and_stays(
     made.hold(home / "state", stack.name, host, os.getpid())
 
     with pytest.raises(Locked) as locked:
-        stack.up()
+        stack.up(DECLARED)
 
     assert f"ann@{host} (process {os.getpid()}) holds the state" in str(locked.value)
     assert "since 2026-11-21T10:00:00Z" in str(locked.value)
@@ -183,7 +184,7 @@ def test_the_passphrase_is_made_once_at_random_for_nobody_else(
     kept = passphrase.place(home)
     word = kept.read_text()
 
-    opened().up()
+    opened().up(DECLARED)
 
     assert len(word) >= 32
     assert kept.stat().st_mode & 0o777 == 0o600
@@ -200,12 +201,12 @@ def test_a_missing_passphrase_is_asked_for_and_never_made_anew(
     kept.unlink()
 
     with pytest.raises(Passphrase) as missing:
-        opened().up()
+        opened().up(DECLARED)
 
     assert f"{kept} is missing" in str(missing.value)
     assert "PULUMI_CONFIG_PASSPHRASE" in missing.value.hint
     assert not kept.exists()
-    assert opened(PULUMI_CONFIG_PASSPHRASE=word).up()
+    assert opened(PULUMI_CONFIG_PASSPHRASE=word).up(DECLARED)
 
 
 def test_a_wrong_or_an_empty_passphrase_is_told_in_one_line(
@@ -215,14 +216,14 @@ def test_a_wrong_or_an_empty_passphrase_is_told_in_one_line(
     empty.write_text("\n")
 
     with pytest.raises(Passphrase, match="is not the one that the state of"):
-        opened(PULUMI_CONFIG_PASSPHRASE="another").up()
+        opened(PULUMI_CONFIG_PASSPHRASE="another").up(DECLARED)
     with pytest.raises(Passphrase, match="PULUMI_CONFIG_PASSPHRASE is empty"):
-        opened(PULUMI_CONFIG_PASSPHRASE="").up()
+        opened(PULUMI_CONFIG_PASSPHRASE="").up(DECLARED)
     with pytest.raises(Passphrase, match="empty is empty"):
-        opened(PULUMI_CONFIG_PASSPHRASE_FILE=str(empty)).up()
+        opened(PULUMI_CONFIG_PASSPHRASE_FILE=str(empty)).up(DECLARED)
     passphrase.place(home).chmod(0o644)
     with pytest.raises(Passphrase, match="others can read it"):
-        opened().up()
+        opened().up(DECLARED)
 
 
 def test_the_environments_passphrase_wins_and_is_written_nowhere(
@@ -230,7 +231,7 @@ def test_the_environments_passphrase_wins_and_is_written_nowhere(
 ) -> None:
     word = "correct-horse-battery"
     stack = opened(PULUMI_CONFIG_PASSPHRASE=word)
-    changes = stack.up()
+    changes = stack.up(DECLARED)
 
     assert not passphrase.place(home).exists()
     _nowhere(word, changes, said, home, cli.folder)
@@ -239,7 +240,7 @@ def test_the_environments_passphrase_wins_and_is_written_nowhere(
 def test_the_kept_passphrase_is_in_its_file_and_nowhere_else(
     opened: Open, made: StandIn, home: Path, said: list[str]
 ) -> None:
-    changes = opened().preview()
+    changes = opened().preview(DECLARED)
     kept = passphrase.place(home)
     word = kept.read_text()
     kept.unlink()
@@ -257,7 +258,7 @@ def _nowhere(word: str, changes: Any, said: list[str], *folders: Path) -> None:
 def test_the_engine_gets_a_home_and_a_state_of_its_own(
     opened: Open, cli: StandIn, home: Path
 ) -> None:
-    opened().preview()
+    opened().preview(DECLARED)
 
     called = {name for call in cli.calls() for name in call["variables"]}
     assert {"PULUMI_HOME", "PULUMI_BACKEND_URL", "PULUMI_SKIP_UPDATE_CHECK"} <= called
@@ -267,7 +268,7 @@ def test_the_engine_gets_a_home_and_a_state_of_its_own(
 
 def test_a_state_that_cannot_be_reached_is_an_error_with_the_engines_reason(opened: Open) -> None:
     with pytest.raises(EngineError, match="keeps no state in s3://team/state"):
-        opened(PULUMI_BACKEND_URL="s3://team/state").preview()
+        opened(PULUMI_BACKEND_URL="s3://team/state").preview(DECLARED)
 
 
 def test_a_shared_state_needs_a_passphrase_that_others_have_too(
@@ -276,28 +277,28 @@ def test_a_shared_state_needs_a_passphrase_that_others_have_too(
     shared = {"PULUMI_BACKEND_URL": "gs://team/state"}
 
     with pytest.raises(Passphrase, match="there is no passphrase for it") as missing:
-        opened(**shared).preview()
+        opened(**shared).preview(DECLARED)
 
     assert "PULUMI_CONFIG_PASSPHRASE_FILE" in missing.value.hint
     assert not passphrase.place(home).exists()
     known = {**shared, "PULUMI_CONFIG_PASSPHRASE": "of-the-team"}
-    opened(**known).up()
-    elsewhere = _stack(cli, home.with_name("other"), DEMO, known, [].append)
-    assert set(_words(elsewhere.preview()).values()) == {"same"}
+    opened(**known).up(DECLARED)
+    elsewhere = _stack(cli, home.with_name("other"), known, [].append)
+    assert set(_words(elsewhere.preview(DECLARED)).values()) == {"same"}
 
 
 def test_in_a_shared_state_only_the_lock_of_what_we_started_is_stale(
     opened: Open, cli: StandIn
 ) -> None:
     stack = opened(PULUMI_BACKEND_URL="gs://team/state", PULUMI_CONFIG_PASSPHRASE="of-the-team")
-    stack.preview()
+    stack.preview(DECLARED)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     state = cli.folder / "buckets" / "team" / "state"
     cli.hold(state, stack.name, socket.gethostname(), dead.pid)
 
     with pytest.raises(Locked, match="which has died") as locked:
-        stack.up()
+        stack.up(DECLARED)
 
     assert not locked.value.stale
 

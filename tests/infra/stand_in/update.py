@@ -67,6 +67,7 @@ def run(call: Call, state: State, folder: Path) -> str:
             _program(call, engine)
             engine.delete_the_rest()
     finally:
+        engine.keep_outputs()
         engine.events.end(engine.counts)
         failed = bool(engine.failures) or engine.stop.is_set()
         if lock is not None:
@@ -121,6 +122,7 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
         self.stop = threading.Event()
         self._one = threading.Lock()
         self._root = ""
+        self._outputs: tuple[str, dict[str, Any]] = ("", {})
 
     def interrupted(self, number: int, frame: Any) -> None:
         self.stop.set()
@@ -137,7 +139,8 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
             self.seen.add(urn)
             inputs = _opened(json_format.MessageToDict(request.object))
             if request.type == "pulumi:pulumi:Stack":
-                self._keep({"urn": urn, "type": request.type, "outputs": {}})
+                before = self.known.get(urn, {}).get("outputs", {})
+                self._keep({"urn": urn, "type": request.type, "outputs": before})
                 return resource_pb2.RegisterResourceResponse(urn=urn)
             try:
                 outputs = self._step(urn, request, inputs)
@@ -152,11 +155,7 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
             )
 
     def RegisterResourceOutputs(self, request: Any, context: Any) -> Any:  # noqa: N802
-        outputs = _opened(json_format.MessageToDict(request.outputs))
-        with self._one:
-            if not self.dry and request.urn in self.known:
-                self.known[request.urn]["outputs"] = outputs
-                self._save()
+        self._outputs = (request.urn, _opened(json_format.MessageToDict(request.outputs)))
         return empty_pb2.Empty()
 
     def SignalAndWaitForShutdown(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -183,6 +182,10 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
 
     def _step(self, urn: str, request: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         old = self.known.get(urn)
+        if old is not None:
+            ignored = set(request.ignoreChanges)
+            was = {k: v for k, v in old["inputs"].items() if k in ignored}
+            inputs = {**{k: v for k, v in inputs.items() if k not in ignored}, **was}
         key = _key(request.type, inputs)
         outputs = {**inputs, **_computed(request.type, inputs)}
         entry = {
@@ -266,6 +269,16 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
         for urn, entry in list(self.known.items()):
             if not self.failures and urn not in self.seen:
                 self._delete(entry)
+
+    def keep_outputs(self) -> None:
+        """Those of the stack, at the end; after a failure the old ones stay beside the new."""
+        urn, outputs = self._outputs
+        if self.dry or urn not in self.known:
+            return
+        failed = self.failures or self.stop.is_set()
+        before = self.known[urn].get("outputs", {}) if failed else {}
+        self.known[urn]["outputs"] = {**before, **outputs}
+        self._save()
 
     def destroy(self) -> None:
         for entry in list(self.known.values())[::-1]:
