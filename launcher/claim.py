@@ -225,6 +225,13 @@ class Claim:
         noted = parsed(self.artifacts.read(newest)) if newest is not None else {}
         return str(noted.get("why") or "") if noted.get("exit_code") == exit_code else ""
 
+    def begun_as(self, job: JobState, attempt: Attempt) -> str:
+        """Which job of the service took the attempt, as its boot noted in a store; else empty."""
+        if not self.artifacts.remote:
+            return ""
+        name = f"attempts/{job.index:02d}-{attempt.number:04d}.json"
+        return str(parsed(self.artifacts.read(name)).get("service_job") or "")
+
     def beginning(self, job: JobState, number: int) -> dict[str, Any]:
         """What the first intent of a further attempt says: `{"from": {"stage", "step"}}`, the first
         stage that is not done and the step of its newest whole checkpoint, 0: it has none."""

@@ -16,13 +16,14 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import LEAST, Claim, Load, claimed, worth
-from launcher.clear import clear, insist, made, sweep
+from launcher.clear import clear, first, insist, made, past_odd_refs, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.view import write_summary
+from trainer.boot import CONFIG
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
@@ -87,7 +88,8 @@ class Engine:
                     if not attempt.phase.over:
                         self._last_look(job, attempt)
                     if not self.claim.fold.closed(job.index, attempt):
-                        clear(self.claim, job, attempt)
+                        with past_odd_refs():
+                            clear(self.claim, job, attempt)
             sweep(self.claim, everywhere=True)
         except Leaked as leak:
             self._end(Outcome(Phase.FAILED, str(leak), Exit.LEAKED))
@@ -295,6 +297,8 @@ class Engine:
                 break
             self.clock.sleep(pause)
             seen = backend.observe(handle, self.claim.env)
+        if seen.exit_code == CONFIG and first(self.claim, job, attempt):
+            return self._look(job, attempt)
         return seen
 
     def _watch(self, job: JobState, attempt: Attempt) -> None:
@@ -387,8 +391,9 @@ class Engine:
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""
         if not self.claim.waiting(job, attempt):
-            look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
-            self._see(job, attempt, look)
+            with past_odd_refs():
+                look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
+                self._see(job, attempt, look)
         if not attempt.phase.over:
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, "torn down")
             self._note_stages(job, Phase.CANCELLED)

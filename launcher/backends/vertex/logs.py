@@ -19,7 +19,7 @@ from typing import Any, Optional
 
 from launcher import google
 from launcher.backends.base import Env, JobHandle, Line, LogQuery, Ref
-from launcher.backends.vertex import quota
+from launcher.backends.vertex import quota, refs
 from launcher.backends.vertex.request import JOB
 from launcher.errors import Transient
 
@@ -120,8 +120,8 @@ def _pages(
     ref: Ref, query: LogQuery, env: Env, wide: bool
 ) -> Iterator[tuple[list[_Entry], Optional[float]]]:
     """The entries page by page, each with the service's time of its answer."""
-    project = str(ref.data["project"])
-    who = f"{os.getpid()} {ref.data['job_id']} {query.worker}"
+    (project, _), number, workers = refs.where(ref), refs.number(ref), refs.workers(ref)
+    who = f"{os.getpid()} {number} {query.worker}"
     base = google.endpoint(env.environ, "logging", "https://logging.googleapis.com")
     session = google.session(env.environ)
     what, url = f"reading the logs of {ref.name}", f"{base}/v2/entries:list"
@@ -137,7 +137,7 @@ def _pages(
                 return  # the turns are for new lines
             answer, answered = google.dated(session, "POST", url, what, ref.place, json=body)
             entries = answer.get("entries", ())
-            yield [_entry(raw, _workers(ref)) for raw in entries], answered
+            yield [_entry(raw, workers) for raw in entries], answered
             if not answer.get("nextPageToken") or (back and count == _WIDE_PAGES):
                 break
             body = {**body, "pageToken": answer["nextPageToken"]}
@@ -145,7 +145,7 @@ def _pages(
 
 def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
     """What lies after the cursor and shortly before it; `back`: what lies minutes before that."""
-    lines = ['resource.type="ml_job"', f'resource.labels.job_id="{ref.data["job_id"]}"']
+    lines = ['resource.type="ml_job"', f'resource.labels.job_id="{refs.number(ref)}"']
     starts = [] if query.since is None else [query.since]
     if query.cursor:
         overlap = float(query.cursor["time"]) - OVERLAP
@@ -155,7 +155,7 @@ def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
     # Without a bound the service looks at the last day only.
     lines.append(f'timestamp>="{_stamp(max(starts, default=0.0))}"')
     if query.worker is not None:
-        node = query.worker // _workers(ref)
+        node = query.worker // refs.workers(ref)
         pool = "workerpool0-0" if node == 0 else f"workerpool1-{node - 1}"
         tasks = [pool, "service"] if node == 0 else [pool]
         lines.append(f"({' OR '.join(f'resource.labels.task_name={_quoted(t)}' for t in tasks)})")
@@ -164,11 +164,6 @@ def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
 
 def _quoted(text: str) -> str:
     return f'"{text}"'
-
-
-def _workers(ref: Ref) -> int:
-    """How many workers a node of the job has."""
-    return int(ref.data.get("workers", 1))
 
 
 def _entry(raw: Mapping[str, Any], workers: int) -> _Entry:
