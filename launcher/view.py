@@ -13,13 +13,14 @@ from typing import Any, Optional
 from launcher import home, records
 from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
-from launcher.errors import LaunchError, Signal, UsageError
+from launcher.errors import Denied, HeldElsewhere, LaunchError, Signal, UsageError
 from launcher.fold import run_of, spent, unpriced
 from launcher.journal import Journal, fold, newest_claim, ours, refuse_swapped
 from launcher.run import Driver, JobState, Run
 
 #: How a warning begins that tells of a store which did not answer.
 DEAF = "as last known"
+REACHES = "`launch teardown --all` finds and deletes what it holds"
 #: How many stores are asked at the same time.
 _AT_ONCE = 8
 #: What a restarted boot leaves: job, attempt, which restart.
@@ -133,18 +134,31 @@ def note_restarts(run: Run) -> None:
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:
     """Ids of our runs of that fingerprint which go on, newest first. One that was asked to stop
-    does not. Errors: those of a store that cannot be asked about the marker."""
+    does not. Errors: those of a store that cannot be asked about the marker; after all others,
+    `HeldElsewhere` for a run whose journal cannot be read, or `Denied` where access is missing:
+    nobody knows whether it goes on."""
+    unread: list[tuple[str, LaunchError]] = []
     for run_id in home.ids(env.home):
         facts = home.identity(env.home, run_id) or {}
         if (facts.get("fingerprint"), facts.get("owner")) != (fingerprint, env.owner):
             continue
-        run = _one(env, run_id, believe=False)  # another machine may have resumed it
-        if run is None or run.ended is not None or run.phase is Phase.LOST:
+        try:
+            run = look(env, facts)  # another machine may have resumed it
+        except LaunchError as error:
+            unread.append((facts["name"], error))
+            continue
+        if run.ended is not None:
             continue
         place = home.folder(env.home, run_id)
         artifacts = open_artifacts(run.root, place, env.environ, env.clock)
         if not artifacts.exists("control/stop.json"):
             yield run_id
+    for name, error in unread:
+        kind = Denied if isinstance(error, Signal) else HeldElsewhere
+        raise kind(
+            f"{name}, a run of the same recipe, may be live, and that cannot be read: {error}",
+            f"`launch up --new` starts another beside it; {error.hint or REACHES}",
+        ) from error
 
 
 def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
@@ -158,13 +172,13 @@ def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
         return dict(zip(remote, pool.map(lambda run_id: _one(env, run_id), remote)))
 
 
-def _one(env: Env, run_id: str, believe: bool = True) -> Optional[Run]:
+def _one(env: Env, run_id: str) -> Optional[Run]:
     """The run, also when its journal cannot be read: a listing shows all the others."""
     facts = home.identity(env.home, run_id)
     if facts is None:
         return None
     try:
-        return look(env, facts, believe)
+        return look(env, facts, believe=True)
     except LaunchError as error:
         recipe = facts["recipe"]["name"] if isinstance(facts["recipe"], dict) else facts["recipe"]
         return Run(
