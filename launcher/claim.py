@@ -28,7 +28,7 @@ from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Budget, Hardware, Recipe, Stage, seconds
-from trainer.boot import reserve
+from trainer.boot import OUTAGE, reserve
 from trainer.config import Problem, build, dotted
 
 Load = Callable[[str], Backend]
@@ -218,12 +218,15 @@ class Claim:
     def boots_word(self, job: JobState, attempt: Attempt, exit_code: Optional[int]) -> str:
         """Why the last boot of an attempt ended with that code, as it noted in a store. Empty: it
         did not come to that, or the service saw another end."""
-        if exit_code is None or not self.artifacts.remote:
-            return ""
-        names = self.artifacts.names(f"attempts/{job.index:02d}-{attempt.number:04d}")
-        newest = max(names, key=lambda name: (len(name), name), default=None)
-        noted = parsed(self.artifacts.read(newest)) if newest is not None else {}
-        return str(noted.get("why") or "") if noted.get("exit_code") == exit_code else ""
+        noted = self._noted(job, attempt) if exit_code is not None else None
+        same = noted is not None and noted.get("exit_code") == exit_code
+        return str(noted.get("why") or "") if noted is not None and same else ""
+
+    def had_outage(self, job: JobState, attempt: Attempt) -> bool:
+        """Whether boot, which has left with 75, did so for an outage before its workers began: by
+        its note in a store, or because there is none, since it did not get as far as the store."""
+        noted = self._noted(job, attempt)
+        return noted is not None and (not noted or noted.get("cause") == OUTAGE)
 
     def begun_as(self, job: JobState, attempt: Attempt) -> str:
         """Which job of the service took the attempt, as its boot noted in a store; else empty."""
@@ -313,6 +316,14 @@ class Claim:
 
     def budget_text(self) -> str:
         return budget_text(self.recipe.budget)
+
+    def _noted(self, job: JobState, attempt: Attempt) -> Optional[dict[str, Any]]:
+        """What the newest boot of an attempt noted in a store; {}: nothing; None: there is none."""
+        if not self.artifacts.remote:
+            return None
+        names = self.artifacts.names(f"attempts/{job.index:02d}-{attempt.number:04d}")
+        newest = max(names, key=lambda name: (len(name), name), default=None)
+        return parsed(self.artifacts.read(newest)) if newest is not None else {}
 
     def _look_for_marker(self) -> Optional[dict[str, Any]]:
         name = "control/stop.json"

@@ -23,7 +23,7 @@ from launcher.plan import affordable, fill
 from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.view import write_summary
-from trainer.boot import CONFIG
+from trainer.boot import AGAIN, CONFIG
 
 #: Seconds between two looks: at first, and at most (on this machine, elsewhere).
 FIRST_LOOK, LOOK_LOCAL, LOOK_REMOTE = 0.25, 2.0, 15.0
@@ -333,6 +333,10 @@ class Engine:
         if seen.phase.over:
             self.claim.look_anew()
         phase, why = self._judged(job, seen)
+        cause = seen.cause if phase is seen.phase else ""
+        asked = phase is Phase.PREEMPTED and seen.exit_code == AGAIN and job.backend != "local"
+        if asked and self.claim.had_outage(job, attempt):
+            phase, cause = Phase.FAILED, retry.INFRASTRUCTURE
         if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
             why = self.claim.boots_word(job, attempt, seen.exit_code) or why
         held = worst(held for _, held in seen.held)
@@ -342,7 +346,6 @@ class Engine:
         # A running job may say something new at every look; the journal is no log.
         news = why != attempt.why and phase is not Phase.RUNNING
         if news or (phase, held, seen.exit_code) != known:
-            cause = seen.cause if phase is seen.phase else ""
             times = {"began": seen.began, "ended": seen.ended if phase.over else None}
             self._phase(job, attempt, phase, held, why, seen.exit_code, cause, times)
         self._note_stages(job, phase)
