@@ -153,12 +153,12 @@ def live_like(env: Env, fingerprint: str) -> Iterator[str]:
         artifacts = open_artifacts(run.root, place, env.environ, env.clock)
         if not artifacts.exists("control/stop.json"):
             yield run_id
-    for name, error in unread:
-        kind = Denied if isinstance(error, Signal) else HeldElsewhere
+    for name, why in unread:
+        kind = Denied if isinstance(why, Signal) else HeldElsewhere
         raise kind(
-            f"{name}, a run of the same recipe, may be live, and that cannot be read: {error}",
-            f"`launch up --new` starts another beside it; {error.hint or REACHES}",
-        ) from error
+            f"{name}, a run of the same recipe, may be live, and that cannot be read: {why}",
+            f"`launch up --new` starts another beside it; {why.hint or REACHES}",
+        ) from why
 
 
 def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
