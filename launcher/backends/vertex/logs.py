@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Optional
 
@@ -89,6 +89,9 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
     ref = next((ref for ref in reversed(job.refs) if ref.kind == JOB), None)
     if ref is None:
         return
+    number = refs.number(ref)
+    if query.cursor.get("job", number) != number:  # the attempt turned out to be another job
+        query = replace(query, cursor={})
     cursor = query.cursor
     known = cursor.get("given")
     now = env.clock.now()
@@ -107,9 +110,10 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
         for entry in sorted(page, key=lambda entry: (entry.at, entry.insert_id)):
             if entry.at > until or given.has(entry):
                 continue
-            number = given.add(entry.insert_id, entry.at)
+            count = given.add(entry.insert_id, entry.at)
             newest = max(entry.at, float(cursor.get("time", 0.0)))
-            cursor = {"time": newest, "id": entry.insert_id, "number": number, "given": given}
+            cursor = {"job": number, "time": newest, "id": entry.insert_id, "number": count,
+                      "given": given}  # fmt: skip
             if query.worker in (None, entry.worker):
                 yield Line(entry.worker, entry.time, entry.text, cursor)
     if cursor:
