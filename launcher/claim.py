@@ -18,16 +18,17 @@ from typing import Any, Optional
 
 from launcher import changes, home, money, retry
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
-from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer
+from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer, Phase
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
 from launcher.clock import Clock
 from launcher.errors import JournalDamaged, NotFromHere, Transient
-from launcher.fold import Fold, Record
+from launcher.fold import NOT_STARTED, Fold, Record
 from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Hardware, Recipe, Stage, seconds
+from trainer.boot import OUTAGE
 from trainer.config import Problem, build, dotted, to_dict
 
 Load = Callable[[str], Backend]
@@ -217,12 +218,22 @@ class Claim:
     def boots_word(self, job: JobState, attempt: Attempt, exit_code: Optional[int]) -> str:
         """Why the last boot of an attempt ended with that code, as it noted in a store. Empty: it
         did not come to that, or the service saw another end."""
-        if exit_code is None or not self.artifacts.remote:
+        noted = self._noted(job, attempt) if exit_code is not None else None
+        same = noted is not None and noted.get("exit_code") == exit_code
+        return str(noted.get("why") or "") if noted is not None and same else ""
+
+    def had_outage(self, job: JobState, attempt: Attempt) -> bool:
+        """Whether boot, which has left with 75, did so for an outage before its workers began: by
+        its note in a store, or because there is none, since it did not get as far as the store."""
+        noted = self._noted(job, attempt)
+        return noted is not None and (not noted or noted.get("cause") == OUTAGE)
+
+    def begun_as(self, job: JobState, attempt: Attempt) -> str:
+        """Which job of the service took the attempt, as its boot noted in a store; else empty."""
+        if not self.artifacts.remote:
             return ""
-        names = self.artifacts.names(f"attempts/{job.index:02d}-{attempt.number:04d}")
-        newest = max(names, key=lambda name: (len(name), name), default=None)
-        noted = parsed(self.artifacts.read(newest)) if newest is not None else {}
-        return str(noted.get("why") or "") if noted.get("exit_code") == exit_code else ""
+        name = f"attempts/{job.index:02d}-{attempt.number:04d}.json"
+        return str(parsed(self.artifacts.read(name)).get("service_job") or "")
 
     def beginning(self, job: JobState, number: int) -> dict[str, Any]:
         """What the first intent of a further attempt says: `{"from": {"stage", "step"}}`, the first
@@ -239,6 +250,22 @@ class Claim:
         where = f"newest checkpoint: step {step}" if step else "no checkpoint yet"
         self.say(f"{job.name} attempt {number}: stage {stage.id}, {where}")
         return {"from": {"stage": stage.id, "step": step}}
+
+    def note_stages(self, job: JobState, phase: Phase) -> None:
+        """Record the stages whose phase has changed: completed ones by their run_meta.json, the
+        first other one as the job, those after it not yet. The last one is done when the job is:
+        while it runs nobody has to be asked about it."""
+        reached, stages = False, [s for s in self.run.stages if s.job == job.index]
+        for stage in stages:
+            wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
+            asked = not reached and (phase.over or stage is not stages[-1])
+            if done or (asked and self.meta(stage).get("completed") is True):
+                wanted = Phase.SUCCEEDED
+            elif not reached:
+                reached = True
+                wanted = wanted if phase in (*NOT_STARTED, Phase.STARTING) else phase
+            if wanted is not stage.phase:
+                self.record("stage", id=stage.id, phase=wanted)
 
     def marker(self) -> Optional[dict[str, Any]]:
         """`control/stop.json`; its presence asks, whatever it says. A store is looked into every
@@ -353,6 +380,14 @@ class Claim:
         unfinished = self.unfinished(job)
         step = unfinished[1].get("global_step") if unfinished is not None else None
         return step if isinstance(step, int) else None
+
+    def _noted(self, job: JobState, attempt: Attempt) -> Optional[dict[str, Any]]:
+        """What the newest boot of an attempt noted in a store; {}: nothing; None: there is none."""
+        if not self.artifacts.remote:
+            return None
+        names = self.artifacts.names(f"attempts/{job.index:02d}-{attempt.number:04d}")
+        newest = max(names, key=lambda name: (len(name), name), default=None)
+        return parsed(self.artifacts.read(newest)) if newest is not None else {}
 
     def _look_for_marker(self) -> Optional[dict[str, Any]]:
         name = "control/stop.json"

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Any, Optional, TypeVar
 
 from launcher import backends, retry
-from launcher.backends.base import Backend, CanFind, CanSayHow, Env, Held, Phase, Ref
+from launcher.backends.base import (
+    Backend,
+    CanFind,
+    CanSayHow,
+    CanTellApart,
+    Env,
+    Held,
+    Phase,
+    Ref,
+)
 from launcher.claim import NAP, Claim, Load
 from launcher.clock import Clock
-from launcher.errors import Leaked, Signal, Transient
+from launcher.errors import BadRequest, Leaked, Signal, Transient
 from launcher.run import Attempt, JobState, Run
 
 #: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked. Waits are
@@ -45,7 +55,20 @@ def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
         )  # fmt: skip
     if leaks:
         commands = [command for leak in leaks for command in leak.commands]
-        raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
+        everything = Leaked([r for leak in leaks for r in leak.refs], [*dict.fromkeys(commands)])
+        odd = all(isinstance(leak.__cause__, BadRequest) for leak in leaks)
+        raise everything from (leaks[0].__cause__ if odd else None)
+
+
+@contextmanager
+def past_odd_refs() -> Iterator[None]:
+    """Of a teardown, what it can do without: the journal may name what makes no sense. The label
+    may still find what is meant, and `sweep`, which looks for it, says so again if not."""
+    try:
+        yield
+    except Leaked as leak:
+        if not isinstance(leak.__cause__, BadRequest):
+            raise
 
 
 def sweep(claim: Claim, everywhere: bool) -> None:
@@ -64,6 +87,25 @@ def sweep(claim: Claim, everywhere: bool) -> None:
         for attempt in list(job.attempts):
             if not claim.fold.closed(job.index, attempt):
                 clear(claim, job, attempt)
+
+
+def first(claim: Claim, job: JobState, attempt: Attempt) -> bool:
+    """Whether the attempt is another job of the service than the one that is followed, by the
+    record of its boot: it was created twice, and the second has left. The first is then written
+    down, and followed from now on. Errors: signals."""
+    backend, told = claim.backend(job.backend), claim.begun_as(job, attempt)
+    if not told or not isinstance(backend, CanTellApart):
+        return False
+    ref = backend.other(claim.handle(job, attempt), told, claim.env)
+    if ref is None:
+        return False
+    claim.say(f"{job.name} attempt {attempt.number}: was created twice; following job {told}")
+    known = [r for r in attempt.refs if _identity(r) == _identity(ref)]
+    if not known:
+        _record(claim, job, attempt, [ref])
+    else:  # the newest record is what is followed
+        claim.record("ref", job=job.index, attempt=attempt.number, ref=known[0])
+    return True
 
 
 def made(claim: Claim, job: JobState, attempt: Attempt, waiting: Mapping[str, Any]) -> list[Ref]:
@@ -182,9 +224,12 @@ def _owner(claim: Claim, ref: Ref) -> tuple[JobState, Optional[Attempt]]:
 
 
 def _found(claim: Claim, name: str) -> list[Ref]:
-    """What carries the run's label where jobs of it have been: one listing for each place."""
+    """What carries the run's label where jobs of it have been, or may have been: one listing for
+    each place."""
     jobs = [job for job in claim.run.jobs if job.backend == name]
-    refs = [r for job in jobs for a in job.attempts if claim.answered(job, a) for r in a.refs]
+    lost = claim.fold.unanswered
+    refs = [r for job in jobs for a in job.attempts for r in a.refs
+            if claim.answered(job, a) or (job.index, a.number) in lost]  # fmt: skip
     backend = claim.backend(name)
     if not refs or not isinstance(backend, CanFind):
         return []

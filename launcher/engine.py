@@ -16,7 +16,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import clear, insist, made, sweep
+from launcher.clear import clear, first, insist, made, past_odd_refs, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -26,6 +26,7 @@ from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Recipe
 from launcher.view import write_summary
+from trainer.boot import AGAIN, CONFIG
 
 #: Seconds between two looks, at most: on this machine, elsewhere.
 LOOK_LOCAL, LOOK_REMOTE = 2.0, 15.0
@@ -97,7 +98,8 @@ class Engine:
                     if not attempt.phase.over:
                         self._last_look(job, attempt)
                     if not self.claim.fold.closed(job.index, attempt):
-                        clear(self.claim, job, attempt)
+                        with past_odd_refs():
+                            clear(self.claim, job, attempt)
             sweep(self.claim, everywhere=True)
         except Leaked as leak:
             self._end(Outcome(Phase.FAILED, str(leak), Exit.LEAKED))
@@ -307,6 +309,8 @@ class Engine:
                 break
             self.clock.sleep(pause)
             seen = backend.observe(handle, self.claim.env)
+        if seen.exit_code == CONFIG and first(self.claim, job, attempt):
+            return self._look(job, attempt)
         return seen
 
     def _watch(self, job: JobState, attempt: Attempt) -> None:
@@ -346,6 +350,10 @@ class Engine:
         if seen.phase.over:
             self.claim.look_anew()
         phase, why = self._judged(job, seen)
+        cause = seen.cause if phase is seen.phase else ""
+        asked = phase is Phase.PREEMPTED and seen.exit_code == AGAIN and job.backend != "local"
+        if asked and self.claim.had_outage(job, attempt):
+            phase, cause = Phase.FAILED, retry.INFRASTRUCTURE
         if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
             why = self.claim.boots_word(job, attempt, seen.exit_code) or why
         held = worst(held for _, held in seen.held)
@@ -355,10 +363,9 @@ class Engine:
         # A running job may say something new at every look; the journal is no log.
         news = why != attempt.why and phase is not Phase.RUNNING
         if news or (phase, held, seen.exit_code) != known:
-            cause = seen.cause if phase is seen.phase else ""
             times = {"began": seen.began, "ended": seen.ended if phase.over else None}
             self._phase(job, attempt, phase, held, why, seen.exit_code, cause, times)
-        self._note_stages(job, phase)
+        self.claim.note_stages(job, phase)
 
     def _judged(self, job: JobState, seen: Seen) -> tuple[Phase, str]:
         """The phase of a look, in the light of the stages' own word and of a request to stop."""
@@ -409,29 +416,14 @@ class Engine:
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""
         if not self.claim.waiting(job, attempt):
-            look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
-            self._see(job, attempt, look)
+            with past_odd_refs():
+                look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
+                self._see(job, attempt, look)
         if not attempt.phase.over:
             self._phase(job, attempt, Phase.CANCELLED, attempt.held, "torn down")
-            self._note_stages(job, Phase.CANCELLED)
+            self.claim.note_stages(job, Phase.CANCELLED)
 
     # Stages, gates, the end.
-
-    def _note_stages(self, job: JobState, phase: Phase) -> None:
-        """Record the stages whose phase has changed: completed ones by their run_meta.json, the
-        first other one as the job, those after it not yet. The last one is done when the job is:
-        while it runs nobody has to be asked about it."""
-        reached, stages = False, [s for s in self.claim.run.stages if s.job == job.index]
-        for stage in stages:
-            wanted, done = stage.phase, stage.phase is Phase.SUCCEEDED
-            asked = not reached and (phase.over or stage is not stages[-1])
-            if done or (asked and self.claim.meta(stage).get("completed") is True):
-                wanted = Phase.SUCCEEDED
-            elif not reached:
-                reached = True
-                wanted = wanted if phase in (*NOT_STARTED, Phase.STARTING) else phase
-            if wanted is not stage.phase:
-                self.claim.record("stage", id=stage.id, phase=wanted)
 
     def _gates(self, job: JobState) -> Optional[Outcome]:
         """Ask the gates after this job's stages; the first that does not pass ends the run."""

@@ -37,6 +37,8 @@ class Fold:
         self.open: dict[tuple[int, int], dict[str, Record]] = {}  # intents without a ref
         self.intents: dict[tuple[int, int], list[Record]] = {}
         self.offers: dict[tuple[int, int], Record] = {}  # where each attempt was placed
+        #: Attempts that were given up although a request of theirs may have been applied.
+        self.unanswered: set[tuple[int, int]] = set()
         self.before: dict[int, int] = {}  # job -> attempts made before the newest `resumed`
         self.stopping: Optional[float] = None  # when the driver saw the stop marker
         self.resumed = 0  # how often the run was opened again
@@ -153,8 +155,12 @@ class Fold:
             attempt.began = record["began"]
         elif attempt.began is None and waited:
             _note_begin(attempt, record["time"])
+        key = (record["job"], record["attempt"])
+        waiting = self.open.get(key, {}).values()
+        if attempt.held is not Held.NONE and any(raw["billable"] for raw in waiting):
+            self.unanswered |= {key} if attempt.phase.over else set()
         if attempt.held in (Held.NONE, Held.GONE):
-            self.open.pop((record["job"], record["attempt"]), None)
+            self.open.pop(key, None)
 
     def _on_gone(self, record: Record) -> None:
         attempt = self.attempt(record["job"], record["attempt"])
@@ -287,7 +293,11 @@ def run_of(raw: dict[str, Any]) -> Run:
 
 
 def ref_of(raw: dict[str, Any]) -> Ref:
-    return Ref(**raw)
+    ref = Ref(**raw)
+    texts = (ref.backend, ref.kind, ref.name, ref.place, ref.run)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(ref.data, dict):
+        raise TypeError(f"this is no ref: {ascii(raw)[:200]}")
+    return ref
 
 
 def worst(held: Iterable[Held]) -> Held:

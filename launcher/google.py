@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import logging
 import os
 import re
@@ -29,6 +30,8 @@ LOGIN = (
 )
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 _RETRY_SOON, _RETRY_LATER = 2.0, 15.0
+#: What a proxy, or the login page of a network, says in place of the service.
+_NO_JSON = "not the service has answered: no JSON (a proxy, or a login page?)"
 _TEMPORARY = {408, 409, 499, 500, 502, 503, 504}
 _QUOTA = re.compile(
     r"quota metrics? exceeds? quota limits?:\s*([\w./, -]+)|quotas? (?:is|are) exceeded:\s*"
@@ -103,10 +106,9 @@ def dated(
         response = session.request(method, url, **{"timeout": TIMEOUT, **given})
         if response.status_code >= 400:
             raise library("google.api_core.exceptions").from_http_response(response)
-        try:
-            answer = response.json()
-        except ValueError as error:
-            raise Transient(f"{what}: the answer of {url} is not JSON", _RETRY_SOON) from error
+        answer = response.json()
+        if not isinstance(answer, dict):
+            raise Transient(f"{what}: {_NO_JSON}", _RETRY_SOON)
     try:
         return answer, parsedate_to_datetime(response.headers["Date"]).timestamp()
     except (KeyError, ValueError, TypeError):
@@ -145,6 +147,9 @@ def signal_of(error: Exception, what: str, place: str) -> Optional[Signal]:
         return Denied(text, LOGIN)
     if isinstance(error, library("google.api_core.exceptions").GoogleAPICallError):
         return _of_answer(error, what, place)
+    unread = library("google.protobuf.json_format").ParseError
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, unread)):
+        return Transient(f"{what}: {_NO_JSON}", _RETRY_SOON)
     retry_error = library("google.api_core.exceptions").RetryError
     if isinstance(error, (library("requests").RequestException, retry_error, ConnectionError)):
         return Transient(f"{what}: {_away(error)}", _RETRY_SOON)
@@ -180,6 +185,8 @@ def _of_answer(error: Any, what: str, place: str) -> Signal:
     if code == 429 or (code == 403 and _RATE.search(everything)):
         wait = _after(error, _RETRY_LATER)
         return Transient(f"{what}: too many requests: {text}", wait, refused=True)
+    if code < 400:  # of an upload: there is no session in it
+        return Transient(f"{what}: {_NO_JSON}", _RETRY_SOON)
     if code in _TEMPORARY:
         return Transient(f"{what}: {code}: {text}", _after(error, _RETRY_SOON))
     if code == 401:

@@ -33,9 +33,10 @@ from trainer.config import Job, StageConfig, load_job, to_dict
 
 #: Backends whose service is served on this machine.
 BACKENDS = ("vertex",)
-#: The machine of the first job is taken when an object with such a URI is written: the first whole
-#: checkpoint is there then.
+#: The machine of a job is taken when an object with such a URI is written: the first whole
+#: checkpoint is there then, or the first whole shard of stored targets.
 PREEMPT_ON = r"/checkpoints/step-\d+/MANIFEST\.json$"
+PREEMPT_ON_SHARD = r"/targets/shard-\d+/meta\.json$"
 _PACKAGES = {
     "google.cloud.aiplatform_v1": "rehearse", "google.cloud.logging_v2": "rehearse",
     "google.cloud.secretmanager_v1": "rehearse", "google.cloud.storage": "google",
@@ -131,7 +132,8 @@ class Rehearsal:
         buckets = sorted(set(_BUCKET.findall(text)))
         argv = [sys.executable, "-m", "launcher.rehearsal", "--while-open",
                 "--folder", str(self.folder / "cloud"), "--home", str(self.home),
-                "--project", self.project, "--preempt-on", PREEMPT_ON]  # fmt: skip
+                "--project", self.project]  # fmt: skip
+        argv += [word for on in _preemptions(self.loaded.recipe) for word in ("--preempt-on", on)]
         for option, values in (("--bucket", buckets), ("--secret", secrets)):
             argv += [word for value in values for word in (option, value)]
         argv += [word for each in _PROXIES.items() for word in ("--env", "=".join(each))]
@@ -224,6 +226,13 @@ def _installed(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # a package above it
         return False
+
+
+def _preemptions(recipe: Recipe) -> list[str]:
+    """What the machines of the first jobs are taken at, one after the other."""
+    stores = any(stage.stage == "targets" for stage in recipe.stages)
+    trains = any(stage.stage != "targets" for stage in recipe.stages)
+    return [PREEMPT_ON_SHARD] * stores + [PREEMPT_ON] * trains
 
 
 def _project(recipe: Recipe) -> str:

@@ -13,13 +13,14 @@ from typing import Any, Optional
 from launcher import home, money, records
 from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
 from launcher.backends.base import Env, Held, Phase
-from launcher.errors import LaunchError, Signal, UsageError
+from launcher.errors import Denied, HeldElsewhere, LaunchError, Signal, UsageError
 from launcher.fold import run_of, spent, unpriced
 from launcher.journal import Journal, fold, newest_claim, ours, refuse_swapped
 from launcher.run import Driver, JobState, Run
 
 #: How a warning begins that tells of a store which did not answer.
 DEAF = "as last known"
+REACHES = "`launch teardown --all` finds and deletes what it holds"
 #: How many stores are asked at the same time.
 _AT_ONCE = 8
 #: What a restarted boot leaves: job, attempt, which restart.
@@ -165,7 +166,9 @@ def _noted(file: Path) -> dict[str, Any]:
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:
     """Ids of our runs of that fingerprint which go on, newest first. One that was asked to stop
-    does not. Errors: those of a store that cannot be asked about the marker."""
+    does not. Errors: those of a store that cannot be asked about the marker; after all others,
+    `HeldElsewhere` for a run whose journal cannot be read, or `Denied` where access is missing:
+    nobody knows whether it goes on."""
     for run in _going_on(env, lambda facts: facts.get("fingerprint") == fingerprint):
         yield run.id
 
@@ -184,17 +187,28 @@ def live_named(env: Env, recipe: str) -> Iterator[Run]:
 def _going_on(
     env: Env, wanted: Callable[[dict[str, Any]], bool], believe: bool = False
 ) -> Iterator[Run]:
+    unread: list[tuple[str, LaunchError]] = []
     for run_id in home.ids(env.home):
         facts = home.identity(env.home, run_id) or {}
         if facts.get("owner") != env.owner or not wanted(facts):
             continue
-        run = _one(env, run_id, believe)  # another machine may have resumed it
-        if run is None or run.ended is not None or run.phase is Phase.LOST:
+        try:
+            run = look(env, facts, believe)  # another machine may have resumed it
+        except LaunchError as error:
+            unread.append((facts["name"], error))
+            continue
+        if run.ended is not None:
             continue
         place = home.folder(env.home, run_id)
         artifacts = open_artifacts(run.root, place, env.environ, env.clock)
         if not artifacts.exists("control/stop.json"):
             yield run
+    for name, why in () if believe else unread:
+        kind = Denied if isinstance(why, Signal) else HeldElsewhere
+        raise kind(
+            f"{name}, a run of the same recipe, may be live, and that cannot be read: {why}",
+            f"`launch up --new` starts another beside it; {why.hint or REACHES}",
+        ) from why
 
 
 def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
@@ -208,13 +222,13 @@ def _side_by_side(env: Env, ids: list[str]) -> dict[str, Optional[Run]]:
         return dict(zip(remote, pool.map(lambda run_id: _one(env, run_id), remote)))
 
 
-def _one(env: Env, run_id: str, believe: bool = True) -> Optional[Run]:
+def _one(env: Env, run_id: str) -> Optional[Run]:
     """The run, also when its journal cannot be read: a listing shows all the others."""
     facts = home.identity(env.home, run_id)
     if facts is None:
         return None
     try:
-        return look(env, facts, believe)
+        return look(env, facts, believe=True)
     except LaunchError as error:
         recipe = facts["recipe"]["name"] if isinstance(facts["recipe"], dict) else facts["recipe"]
         return Run(

@@ -135,6 +135,35 @@ def test_the_whole_way_of_a_cloud_run_and_its_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_machine_that_is_lost_while_targets_are_stored_costs_no_whole_shard(
+    tmp_path: Path,
+) -> None:
+    """The first machine goes after the first whole shard, the second after a checkpoint."""
+    home = tmp_path / "home"
+    done = rehearsed(home, str(RECIPES / "kd_l4_precompute.yaml"), "--yes", "--json", "--keep")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    show = told["rehearsal"]
+    phases = [attempt["phase"] for attempt in show["attempts"]]
+    assert phases == ["preempted", "preempted", "succeeded"]
+    bucket = Objects(Path(show["folder"]) / "cloud" / "gcs")
+    root = told["root"].removeprefix(f"gs://{BUCKET}/")
+
+    def said(attempt: int, pattern: str) -> list[int]:
+        start = f"{root}/logs/worker-0/00-{attempt:04d}-"
+        names = sorted(name for name in bucket.names(BUCKET) if name.startswith(start))
+        text = b"".join(bucket.content(BUCKET, name) for name in names).decode()
+        return [int(shard) for shard in re.findall(rf"targets: shard (\d+)/\d+{pattern}", text)]
+
+    there, made = " is there already", ", [0-9,]+ tokens"
+    before, after = said(1, made), said(2, made)
+    assert before and after, "the machine went in the middle"
+    assert said(1, there) == [] and said(2, there) == before
+    assert before + after == list(range(1, len(before + after) + 1)), "each was made once"
+    assert said(3, made) == [] and show["leftovers"] == [] and processes(home) == []
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     home, said = tmp_path / "home", tmp_path / "said"
     with said.open("w") as out:

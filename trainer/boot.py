@@ -34,6 +34,8 @@ from typing import Any, Optional
 
 OK, ERROR, CONFIG, DATA, AGAIN, ENVIRONMENT = 0, 1, 64, 65, 75, 78
 STOPPED = "stopped"
+#: What boot notes as `cause` where it leaves with 75 for an outage before its workers began.
+OUTAGE = "infrastructure"
 #: The descriptor that a starter hands over: it holds the lock already.
 LOCK_VARIABLE = "LAUNCH_BOOT_LOCK"
 #: Where the artifact root may be, besides a local folder.
@@ -333,9 +335,10 @@ def say(spec: Spec, line: str) -> None:
         os.write(1, f"{line}\n".encode())
 
 
-def leave(spec: Spec, code: int, why: str) -> None:
+def leave(spec: Spec, code: int, why: str, cause: str = "") -> None:
     """`<work>/result.json`, the last thing that a boot writes."""
     facts, path = {"exit_code": code, "why": why, "ended": time.time()}, spec.work / "result.json"
+    facts |= {"cause": cause} if cause else {}
     try:
         write_json(path, facts)
     except OSError:  # a full disk: the bundle has done its work and makes room

@@ -21,7 +21,7 @@ _LOOK = 5.0
 #: Seconds between two looks for a new checkpoint or crash dump, which is sent at once.
 _HURRY = 0.5
 #: What changes when there is one.
-_URGENT = ("checkpoints/last.json", "crash_dump.pt")
+_URGENT = ("checkpoints/last.json", "targets/shard-*/meta.json", "crash_dump.pt")
 
 Say = Callable[[str], None]
 
@@ -86,7 +86,7 @@ class RemoteRoot:
                     return
 
     def _hurry(self) -> None:
-        """A machine may be taken at any moment: a checkpoint does not wait for the next look."""
+        """A machine may be taken at any moment: what is whole does not wait for the next look."""
         known = self._urgent()
         while not self._done.wait(_HURRY):
             found = self._urgent()

@@ -227,7 +227,9 @@ class _Making:
         return kd
 
     def _targets(self, targets: Targets) -> Targets:
-        return replace(targets, teacher=self._reference(targets.teacher))
+        # One row at a time, so that a machine can be taken between two shards.
+        self._say("targets.micro_batch", 1, targets.micro_batch)
+        return replace(targets, teacher=self._reference(targets.teacher), micro_batch=1)
 
     def _merge(self, merge: Merge) -> Merge:
         if merge.adapter.split("@")[0] not in self.made:

@@ -105,6 +105,8 @@ class GcsStore(RemoteStore):
                 raise Exists from error
             except media.DataCorruption as error:
                 raise Damaged(first_line(error)) from error
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                raise
             except ValueError as error:  # fewer bytes than were measured
                 raise changed(content) from error
             except errors.GoogleAPICallError as error:
@@ -132,7 +134,9 @@ class GcsStore(RemoteStore):
         except media.DataCorruption as error:
             raise Damaged(first_line(error)) from error
         # The library verifies no download that it had to continue after a cut.
-        if blob.crc32c and blob.crc32c != summing.crc32c:
+        if not blob.crc32c:  # nor is it the service that answers without one
+            raise Damaged("no checksum came with it")
+        if blob.crc32c != summing.crc32c:
             raise Damaged(f"crc32c {summing.crc32c} instead of {blob.crc32c}")
 
     def _look(self, name: str) -> tuple[int, Mapping[str, str]]:
@@ -188,6 +192,9 @@ class GcsStore(RemoteStore):
             return Denied(f"{failed}: the Google credentials are refused or have expired; {_LOGIN}")
         if code == 403:
             return Denied(f"{failed}: access denied ({_said(error)}); {self._grant(writing)}")
+        if 0 < code < 400 or isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            what = "not the service has answered: no JSON (a proxy, or a login page?)"
+            return Transient(f"{failed}: {what}; try again later")
         away = (requests.RequestException, ConnectionError, TimeoutError)
         if code in (408, 429) or code >= 500 or isinstance(error, away):
             silent = no_answer(error) if isinstance(error, away) and not code else ""

@@ -24,6 +24,7 @@ from trainer.boot import (
     ENVIRONMENT,
     ERROR,
     OK,
+    OUTAGE,
     STOPPED,
     BootError,
     Spec,
@@ -56,21 +57,24 @@ def supervise(spec: Spec, asked: Sequence[str], started: float) -> int:
     `started`: when boot began, seconds since the epoch."""
     job = _Job(spec, asked, started)
     ranks: Ranks = {}
+    outage = False  # before the workers began
     try:
         code, why, ranks = job.run()
+        outage = job.alone
     except _Asked:
         reason = job.watch.reason
         code, why = (OK if reason == STOPPED else AGAIN), reason
     except BootError as error:
-        code, why = error.code, str(error)
+        code, why, outage = error.code, str(error), True
     except StoreError as error:
         code, why = (AGAIN if isinstance(error, Transient) else ENVIRONMENT), str(error)
+        outage = True
     except OSError as error:
         code, why = ENVIRONMENT, f"{error.filename or spec.work}: {error.strerror}"
     except Exception as error:  # a bug of ours must not cost what the trainer has saved
         traceback.print_exception(error)
         code, why = ERROR, f"{type(error).__name__}: {error}"
-    return job.end(code, why, ranks)
+    return job.end(code, why, ranks, OUTAGE if outage and code == AGAIN else "")
 
 
 class _Watch:
@@ -113,6 +117,7 @@ class _Job:
         self.start: Optional[attempts.Start] = None
         self.root: Any = None  # RemoteRoot, once it is open
         self.paths: Optional[list[str]] = None  # of what was installed for this job
+        self.alone = False  # the other nodes did not come
 
     def run(self) -> tuple[int, str, Ranks]:
         """Errors: `BootError`, `StoreError`, `OSError`, `_Asked`."""
@@ -148,7 +153,7 @@ class _Job:
             raise _Asked
         return self._work(given, node)
 
-    def end(self, code: int, why: str, ranks: Ranks) -> int:
+    def end(self, code: int, why: str, ranks: Ranks, cause: str) -> int:
         """Send what is left, say how it ended, and where. The exit code: a success that the store
         does not hold is none."""
         spec = self.spec
@@ -161,11 +166,12 @@ class _Job:
         if self.start is not None:
             start = self.start
             facts = {"exit_code": code, "why": why,
-                     "ranks": {rank: end["code"] for rank, end in ranks.items()}}  # fmt: skip
+                     "ranks": {rank: end["code"] for rank, end in ranks.items()},
+                     **({"cause": cause} if cause else {})}  # fmt: skip
             self._in_time(lambda: attempts.end(self.store, start, facts), "the attempt's end")
         if self.root is not None and not missing:
             self._in_time(lambda: self.root.close(_RECORDS), "the last lines")
-        leave(spec, code, why)
+        leave(spec, code, why, cause)
         return code
 
     def _bring(self) -> None:
@@ -232,7 +238,7 @@ class _Job:
             workers.note_exit(spec, 0, code, group.said)
         ranks = workers.ends(spec)
         if node is not None and ended == "late":
-            where = f"{node.address}:{node.port}"
+            self.alone, where = True, f"{node.address}:{node.port}"
             why = f"the {node.nodes} nodes did not meet at {where} within {spec.join:g} s"
             return AGAIN, why, ranks
         code, why = workers.verdict(ranks, spec.workers, watch.reason, ended == "killed")

@@ -160,6 +160,7 @@ class Inputs:
             return self._plain(place, found, field, part)
         if not steps and any(name.startswith("tokenizer/") for name in found):
             kept = [name for name in found if name.startswith("tokenizer/")]
+            self._refuse_half(place, found)
             self._want(place, found, kept, field)
             return str(self.shelf.path(place.below("tokenizer")))
         if which == "best":
@@ -226,8 +227,24 @@ class Inputs:
                 raise type(error)(f"{at}: {error}") from error
         return json.dumps({**record, "path": where}, ensure_ascii=False)
 
+    def _refuse_half(self, place: Place, found: Mapping[str, Entry]) -> None:
+        """Errors: `Missing` for the folder of a stage that has not written all of its model: its
+        files come in any order, its completed record last."""
+        if not any(mark in found for mark in _STAGE):
+            return
+        try:
+            meta = json.loads(self.shelf.read(place.below("run_meta.json")))
+            if meta["completed"] is True:
+                return
+        except (NotFound, ValueError, KeyError, TypeError):
+            pass
+        raise Missing(
+            f"{place}: the stage that writes it is not completed; run (or resume) it first"
+        )
+
     def _plain(self, place: Place, found: Mapping[str, Entry], field: str, part: Part) -> str:
         written = any(mark in found for mark in _STAGE)
+        self._refuse_half(place, found)
         kept = [n for n in found if not _hidden(n) and not (written and _BESIDE.fullmatch(n))]
         if part == "words":
             kept = [name for name in kept if not name.endswith(_WEIGHTS)]

@@ -255,10 +255,18 @@ class CanExamine(Protocol):
 
 @runtime_checkable
 class CanFind(Protocol):
-    """Optional: what carries the label of one run, in the places of `refs`, which are the run's:
+    """Optional: what carries the label of one run, in the places of `known`, which are the run's:
     fewer requests than `sweep`."""
 
-    def of_run(self, run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]: ...
+    def of_run(self, run: str, known: Iterable[Ref], env: Env) -> Iterator[Ref]: ...
+
+
+@runtime_checkable
+class CanTellApart(Protocol):
+    """Optional: the job of an attempt that its boot, in its record, calls `told`. None: it is the
+    one that is followed, or it is not there, or not the run's."""
+
+    def other(self, job: JobHandle, told: str, env: Env) -> Optional[Ref]: ...
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher import hardware
+from launcher import hardware, retry
 from launcher.artifacts import is_remote
 from launcher.backends.base import (
     Capabilities,
@@ -245,6 +245,8 @@ def _ended(result: Mapping[str, Any], work: Path, held: tuple[tuple[Ref, Held], 
         if why == boot.STOPPED or meta.get("stopped") == "stop":
             return Seen(Phase.CANCELLED, held, f"{stage}: stopped{at}", code)
         return Seen(Phase.FAILED, held, f"exit code 0, but {stage} is not completed{at}", code)
+    if code == boot.AGAIN and result.get("cause") == boot.OUTAGE:
+        return Seen(Phase.FAILED, held, why, code, cause=retry.INFRASTRUCTURE)
     if code == boot.AGAIN:
         return Seen(Phase.PREEMPTED, held, why, code)
     meaning = _MEANING.get(code)

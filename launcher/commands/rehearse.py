@@ -191,7 +191,8 @@ def _summary(run: Run, told: dict[str, Any]) -> list[str]:
     attempts, second = told["attempts"], told.get("second_up")
     way = ["plan", "bundle and specification uploaded", "job queued and run"]
     if told["preempted"]:
-        way += ["machine taken after the first whole checkpoint", "started again"]
+        way += [f"machine taken {told['preempted']} times" if told["preempted"] > 1
+                else "machine taken after the first whole checkpoint", "started again"]  # fmt: skip
         way += [f"resumed at step {step}" for step in told["resumed_at"]]
     way += [run.phase.value, *(["torn down"] if second else [])]
     lines = [

@@ -73,8 +73,10 @@ def _prepare(server: Google, options: argparse.Namespace) -> None:
     server.vertex.environ.update(options.env)
     usual = Real(preempted=options.preempt, restarts=options.restarts)
     server.vertex.fate = Stub() if options.stubs else usual
-    if options.preempt_on is not None:
-        server.vertex.fates.append(Real(restarts=options.restarts, preempted_on=options.preempt_on))
+    for taken in range(len(options.preempt_on)):
+        # Whatever a job before it should have been taken at, and was not, counts as well.
+        on = "|".join(f"(?:{pattern})" for pattern in options.preempt_on[taken:])
+        server.vertex.fates.append(Real(restarts=options.restarts, preempted_on=on))
 
 
 def _noting(file: Path) -> Callable[[str, str, int], None]:
@@ -120,8 +122,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="a variable that all containers have; may be repeated")  # fmt: skip
     add("--stubs", action="store_true", help="jobs follow a script, nothing runs")
     add("--preempt", type=float, metavar="S", help="take every job's machine after S seconds")
-    add("--preempt-on", metavar="REGEX", type=_pattern,
-        help="take the first job's machine once such a gs:// URI is written")  # fmt: skip
+    add("--preempt-on", action="append", default=[], metavar="REGEX", type=_pattern,
+        help="take the first job's machine once such a gs:// URI is written; may be repeated: the "
+        "second one is for the second job")  # fmt: skip
     add("--restarts", type=int, default=0, help="start a failed worker again so often in a job")
     add("--home", type=Path, help="at the end, drivers of runs in this $LAUNCH_HOME leave, too")
     add("--while-open", action="store_true", help="end, too, when standard input is closed")

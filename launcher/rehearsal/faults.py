@@ -20,6 +20,7 @@ Kind = Literal[
     "cut_upload",  # close the connection after `at_bytes` of the request's body
     "cut_download",  # close the connection after `at_bytes` of the answer's body
     "corrupt",  # apply the request; what it carries or returns is damaged (the service says how)
+    "page",  # answer 200 with a page of HTML, as a network's login page does; nothing applied
     "slow",  # `seconds` pass on the server's clock, then all goes well
 ]
 

@@ -237,6 +237,10 @@ class _Connection(BaseHTTPRequestHandler):
             owner.clock.sleep(fault.seconds)
         if fault and kind == "status":
             return error(fault.status, f"the rehearsal answers {fault.status} to this request")
+        if kind == "page":
+            return Response(
+                200, b"<html>Log in to use this network.</html>", {"Content-Type": "text/html"}
+            )
         host = self.headers.get("Host") or f"127.0.0.1:{owner.port}"
         fields = urllib.parse.parse_qs(query, keep_blank_values=True)
         request = Request(

@@ -85,7 +85,7 @@ def _before(fault: Optional[Fault], context: Any, google: Google) -> None:
     if fault.kind == "status":
         words = f"the rehearsal answers {fault.status} to this request"
         _abort(context, name(fault.status), words)
-    if fault.kind in ("cut_before", "cut_upload"):
+    if fault.kind in ("cut_before", "cut_upload", "page"):  # what makes a page speaks no gRPC
         _abort(context, *_BROKEN)
 
 

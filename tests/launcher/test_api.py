@@ -16,7 +16,7 @@ from launcher import api, bundle, home, start
 from launcher.backends.base import Held, Phase
 from launcher.bundle import Bundle
 from launcher.clock import ManualClock
-from launcher.errors import Exit, Leaked, RecipeErrors, UsageError
+from launcher.errors import Exit, HeldElsewhere, Leaked, RecipeErrors, UsageError
 from launcher.plan import PREVIEW, fill
 from launcher.recipe import Loaded, load
 from launcher.spec import Recipe
@@ -95,6 +95,29 @@ def test_new_insists_on_another_run(world: World, file: Path) -> None:
     assert one.id != other.id
     finish(world)
     assert {api.wait(run, timeout=30).phase for run in (one, other)} == {Phase.SUCCEEDED}
+
+
+def test_a_run_that_cannot_be_read_is_not_doubled(world: World, file: Path) -> None:
+    """Its job may be running. Another run of the recipe that goes on is still attached to."""
+    script(world, jobs=[{"looks": None}] * 3)
+    first = api.up(file)
+    until(lambda: len(world.lines("begun.log")) == 1)
+    place = home.folder(api.env().home, first.id)
+    record = "00000002.json"
+    for journal in (place / "journal", home.local_root(first.root) / "journal"):
+        whole = (journal / record).read_text()
+        (journal / record).write_text("{")
+    with pytest.raises(HeldElsewhere) as caught:
+        api.up(file)
+    assert str(caught.value).startswith(f"{first.name}, a run of the same recipe, may be live")
+    assert caught.value.code == Exit.HELD and "launch up --new" in caught.value.hint
+    assert len(api.list_runs()) == 1
+    second = api.up(file, new=True)
+    assert api.up(file).id == second.id
+    for journal in (place / "journal", home.local_root(first.root) / "journal"):
+        (journal / record).write_text(whole)
+    finish(world)
+    assert {api.wait(run, timeout=30).phase for run in (first, second)} == {Phase.SUCCEEDED}
 
 
 def test_two_ups_at_once_make_one_run(world: World, file: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -592,6 +592,34 @@ def test_why_a_job_failed_is_what_boot_noted_where_the_service_has_only_a_code(
     assert (attempt.phase, attempt.exit_code, attempt.why) == (phase, code, noted)
     if phase is Phase.FAILED:
         assert run.why.startswith(noted) and len(run.jobs[0].attempts) == 1
+
+
+OUTAGE = {"exit_code": 75, "why": "inputs: gs://b/x: does not answer", "cause": "infrastructure"}
+SIGNAL = {"exit_code": 75, "why": "signal"}
+
+
+@pytest.mark.parametrize(
+    ("noted", "cause", "attempts", "code"),
+    [(OUTAGE, "infrastructure", 3, Exit.JOB), (None, "infrastructure", 3, Exit.JOB),
+     (SIGNAL, "preempted", 4, Exit.OK), ({}, "preempted", 4, Exit.OK)],
+)  # fmt: skip
+def test_an_outage_before_the_workers_began_is_no_preemption(
+    it: Scene, noted: Optional[dict[str, Any]], cause: str, attempts: int, code: int
+) -> None:
+    """Each such attempt pays for a machine that does nothing: `retry.infrastructure` counts them.
+    Where the store itself was away, boot could note nothing."""
+    it.server.vertex.fates.extend([Stub(2, 2, 20, exited(75))] * 3)
+    run_id = begin(it)
+    for number in range(1, 4):
+        if noted is not None:
+            record = json.dumps({"v": 1, "job": 0, "attempt": number, **noted}).encode()
+            open_store(root(run_id)).put_bytes(f"attempts/00-{number:04d}.json", record)
+    run = drive(it, run_id)
+    made = run.jobs[0].attempts
+    assert ([a.cause for a in made[:3]], len(made)) == ([cause] * 3, attempts)
+    assert run.exit_code == code
+    if noted is OUTAGE:
+        assert run.why == f"{OUTAGE['why']} (3 times; retry.infrastructure: 2)"
 
 
 def away(it: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

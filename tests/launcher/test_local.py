@@ -245,6 +245,16 @@ def test_how_a_job_ends_is_its_phase(
     assert (seen.phase, seen.exit_code, seen.why) == (phase, code, why)
 
 
+def test_an_outage_before_the_workers_began_is_no_preemption(job: Any) -> None:
+    one = job("""if sys.argv[1] == "inputs":
+    print('error: gs://other/x.jsonl: no answer'); sys.exit(75)""")
+    one.spec["job"]["data"] = ["gs://other/x.jsonl"]
+    one.create()
+    seen = one.ended()
+    assert (seen.phase, seen.exit_code, seen.cause) == (Phase.FAILED, 75, "infrastructure")
+    assert seen.why == "inputs: gs://other/x.jsonl: no answer"
+
+
 def test_a_stopped_job_is_cancelled_and_says_where(job: Any) -> None:
     source = STAYS.replace("sys", "write(0, completed=False, stopped='signal', global_step=3); sys")
     one = job(source)

@@ -3,6 +3,7 @@ left behind, and no time of this machine is taken for time of the job. All on a 
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher import engine, google, home
+from launcher import engine, google, home, retry
 from launcher.adopt import adopt
 from launcher.artifacts import open_artifacts
 from launcher.backends.base import CanFind, Env, Held, Intent, JobHandle, Phase, Ref, Seen
@@ -27,6 +28,7 @@ from tests.launcher import runs
 from tests.launcher.bucketed import Mirrored, begin, bucket, journal, laptop, load, recipe
 from tests.launcher.rehearsed import Scene
 from tests.launcher.test_faults import Turning
+from trainer.store import open_store
 
 from launcher.rehearsal.faults import Fault, Script  # isort: skip
 from launcher.rehearsal.http import HttpError  # isort: skip
@@ -115,6 +117,99 @@ def test_a_job_whose_reply_was_lost_and_that_lists_late_is_never_left(
     assert (run.phase, run.held, created(it)) == (Phase.SUCCEEDED, Held.GONE, jobs_made)
     assert left(it) == {} and not attempt.holding
     assert len([ref for ref in attempt.refs if ref.kind == "custom_job"]) == jobs_made
+
+
+def made_twice(it: Scene, run_id: str, second: Stub) -> None:
+    """The reply of the first request is lost, and its job lists too late. The second job finds the
+    attempt taken by the first, as boot notes it in the store, and leaves."""
+    it.server.vertex.fates.extend([Stub(2, 5, 900), second])
+    lists_lag(it, 3000)
+    fails(it, _CREATE, Fault("cut_after"))
+    note_job(run_id, str(it.server.vertex._next))
+
+
+def note_job(run_id: str, number: str) -> None:
+    """What boot leaves: the service's job that the first attempt is."""
+    record = {"v": 1, "job": 0, "attempt": 1, "restart": 0, "service_job": number}
+    store = open_store(f"gs://bkt/runs/thing-{run_id[-6:]}")
+    store.put_bytes("attempts/00-0001.json", json.dumps(record).encode())
+
+
+def test_of_an_attempt_that_was_created_twice_the_one_that_works_is_followed(
+    it: Scene, clock: Turning
+) -> None:
+    run_id, began = begin(it), clock.now()
+    made_twice(it, run_id, Stub(2, 5, 10, vertex.exited(64)))
+    run = engine.drive(run_id, it.env, load)
+    (attempt,) = run.jobs[0].attempts
+    assert (run.phase, run.exit_code, created(it)) == (Phase.SUCCEEDED, Exit.OK, 2)
+    assert clock.now() - began > 900, "the first job was seen to its end"
+    assert left(it) == {} and not attempt.holding
+    assert [r.name[-2:] for r in attempt.refs if r.kind == "custom_job"] == ["a1", "~2"]
+
+
+@pytest.mark.parametrize("told", ["own", "another", "../../x", ""])
+def test_a_wrong_configuration_is_not_taken_for_a_second_job(it: Scene, told: str) -> None:
+    """The record names the job itself, a job of another run, or what is no job at all."""
+    run_id, service = begin(it), it.server.vertex
+    number = str(service._next)
+    if told == "another":
+        service.fates.append(Stub(1, 1, None))
+        message = vertex.types.CustomJob(
+            display_name=f"thing-{run_id[-6:]}-j0-a1", labels={"launch-run": "f" * 16}
+        )
+        parent = "projects/proj/locations/us-central1"
+        service._create(types.SimpleNamespace(parent=parent, custom_job=message))
+    service.fates.append(Stub(2, 5, 10, vertex.exited(64)))
+    note_job(run_id, number if told in ("own", "another") else told)
+    run = engine.drive(run_id, it.env, load)
+    assert (run.phase, run.exit_code) == (Phase.FAILED, Exit.JOB)
+    assert [*left(it).values()] == (["RUNNING"] if told == "another" else [])
+
+
+def test_a_teardown_ends_both_jobs_of_an_attempt(it: Scene, clock: Turning) -> None:
+    run_id = begin(it)
+    made_twice(it, run_id, Stub(2, 5, 10, vertex.exited(64)))
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    clock.after(200, killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.drive(run_id, it.env, load)
+    jobs_made = it.server.vertex._jobs.values()
+    assert [vertex._state(job) for job in jobs_made] == ["RUNNING", "FAILED"]
+    assert engine.teardown(run_id, it.env, load).held is Held.GONE
+    assert left(it) == {}
+
+
+def test_the_last_listing_looks_where_every_reply_was_lost(it: Scene) -> None:
+    """Eight requests are applied and not answered, and their jobs list only later; the next attempt
+    finds no quota there, and the one after it runs elsewhere."""
+    lost, service = retry.REQUESTS, it.server.vertex
+    places = ("us-central1", "europe-west4")
+    made = recipe()
+    (stage,) = made.stages
+    hardware = replace(stage.hardware, places=places, capacity=("spot",))
+    run_id = begin(it, replace(made, stages=(replace(stage, hardware=hardware),)))
+    tries: list[str] = []
+
+    def create(asked: Any) -> Any:
+        tries.append(asked.parent)
+        if len(tries) <= lost:
+            service._create(asked)
+            raise HttpError(503, "in flight")
+        if asked.parent.endswith(places[0]):
+            raise HttpError(429, vertex.QUOTA.message)
+        return service._create(asked)
+
+    service.fate = Stub(2, 5, 5000)
+    answers(it, "CreateCustomJob", create)
+    lists_lag(it, 3000)
+    run = engine.drive(run_id, it.env, load)
+    assert [a.place for a in run.jobs[0].attempts] == [places[0], places[0], places[1]]
+    assert (run.phase, run.held, created(it)) == (Phase.SUCCEEDED, Held.GONE, lost + 1)
+    assert left(it) == {}
 
 
 def test_a_refused_request_is_sent_again_without_a_long_look(it: Scene, clock: Turning) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ import pytest
 from launcher import api, console, engine, home, start, sweeping, view
 from launcher.adopt import adopt
 from launcher.artifacts import open_artifacts
-from launcher.backends.base import Env, Held, Intent, Offer, Phase
+from launcher.backends.base import Env, Held, Intent, JobHandle, LogQuery, Offer, Phase
 from launcher.backends.vertex import jobs
+from launcher.backends.vertex.request import DEFAULT_PLACES
 from launcher.errors import (
+    BadRequest,
+    Denied,
     Exit,
     HeldElsewhere,
     JournalDamaged,
@@ -36,7 +40,7 @@ from tests.launcher.test_faults import Turning
 from trainer.store import open_store
 
 from launcher.rehearsal.faults import Fault, Script  # isort: skip
-from launcher.rehearsal.vertex import PREEMPTED, Stub, exited  # isort: skip
+from launcher.rehearsal.vertex import PREEMPTED, Stub, exited, types  # isort: skip
 
 
 @pytest.fixture
@@ -435,20 +439,103 @@ def test_a_strangers_journal_deletes_no_job_of_another_run(
         },
     ],
 )
+@pytest.mark.parametrize("environ", [{}, {"GOOGLE_CLOUD_PROJECT": "mine"}])
 def test_credentials_go_to_no_address_that_a_stranger_names(
-    it: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
+    it: Scene,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, Any],
+    environ: dict[str, str],
 ) -> None:
     run_id = begin(it)
     forge_job(root(run_id), run_id, **facts)
     other = laptop(it, tmp_path / "other", "bob")
-    direct = {k: v for k, v in other.environ.items() if "AIPLATFORM" not in k}
-    other = replace(other, environ=direct)
+    ours = ("AIPLATFORM", "GOOGLE_CLOUD_PROJECT", "REGION")
+    direct = {k: v for k, v in other.environ.items() if not any(name in k for name in ours)}
+    other = replace(other, environ={**direct, **environ})
     adopt(root(run_id), other)
     asked: list[str] = []
-    monkeypatch.setattr(jobs, "_job_service", lambda endpoint, credentials: asked.append(endpoint))
+
+    def refuse(endpoint: str, credentials: object) -> None:
+        asked.append(endpoint)
+        raise Denied("not here")
+
+    monkeypatch.setattr(jobs, "_job_service", refuse)
     with pytest.raises(Leaked):
         engine.teardown(run_id, other, load)
-    assert asked == [] and not list(other.home.glob("google/vertex-places/*"))
+    assert not list(other.home.glob("google/vertex-places/*"))
+    # What carries the label is looked for where this machine's own environment says, if it does.
+    places = DEFAULT_PLACES if "GOOGLE_CLOUD_PROJECT" in environ else ()
+    assert asked == [f"https://{place}-aiplatform.googleapis.com" for place in places]
+
+
+SOUND = {
+    "resource": "projects/proj/locations/us-central1/customJobs/1", "project": "proj",
+    "job_id": "1", "workers": 1,
+}  # fmt: skip
+ODD = [
+    {"resource": None}, {"resource": 7}, {"resource": "projects/p/locations/us-east1/customJobs/1"},
+    {"resource": "x/../y"}, {"project": 7}, {"project": None}, {"project": ["proj"]},
+    {"workers": "x"}, {"workers": 0}, {"job_id": None}, {"job_id": '1" OR "'},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_a_ref_says_is_read_or_refused_in_one_line(
+    it: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: dict[str, Any]
+) -> None:
+    """Its job is driven, watched, read from or torn down; whatever cannot be is a signal. What the
+    label finds is deleted all the same."""
+    run_id = begin(it)
+    service = it.server.vertex
+    service.fate = Stub(1, 1, None)
+    data = {k: v for k, v in {**SOUND, **odd}.items() if v is not None}
+    forge_job(root(run_id), run_id, data=data)
+    mine = types.CustomJob(
+        display_name=f"thing-{run_id[-6:]}-j0-a1",
+        labels={"launch-run": run_id, "launch-owner": "ann"},
+    )
+    parent = "projects/proj/locations/us-central1"
+    service._create(SimpleNamespace(parent=parent, custom_job=mine))
+    other = laptop(it, tmp_path / "other", "ann")
+    other = replace(other, environ={**other.environ, "GOOGLE_CLOUD_PROJECT": "proj"})
+    facts = adopt(root(run_id), other)
+    run = view.look(other, facts)
+    (attempt,) = run.jobs[0].attempts
+    handle = JobHandle(run_id, run.jobs[0].name, 1, run.root, tuple(attempt.refs))
+    backend = load("vertex")
+    for act in (
+        lambda: list(backend.logs(handle, LogQuery(0), other)),
+        lambda: backend.observe(handle, other),
+        lambda: backend.stop(handle, other, 60.0),
+    ):
+        try:
+            act()
+        except BadRequest as error:
+            assert re.fullmatch(r"journal: thing-\w{6}-j0-a1: its \w+ is \S.*", str(error))
+            assert error.code == Exit.USAGE and "launch teardown" in error.hint
+    where_known = "project" not in odd
+    try:
+        assert engine.teardown(run_id, other, load).held is Held.GONE
+        assert where_known
+    except Leaked as leak:
+        assert not where_known and f"launch teardown thing-{run_id[-6:]}" in leak.commands
+    assert service.states() == {}, "the label has found it"
+
+
+@pytest.mark.parametrize(
+    "facts", [{"place": 7}, {"kind": None}, {"data": "x"}, {"data": ["x"]}, {"backend": {}}]
+)
+def test_a_ref_that_is_none_is_a_damaged_journal(
+    it: Scene, tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    run_id = begin(it)
+    forge_job(root(run_id), run_id, **{"data": SOUND, **facts})
+    forge(root(run_id), 5, "driver")
+    other = laptop(it, tmp_path / "other", "bob")
+    with pytest.raises(JournalDamaged, match=r"record 00000004.json cannot be read"):
+        adopt(root(run_id), other)
+        engine.drive(run_id, other, load, take_over=True)
 
 
 def test_a_command_from_a_strangers_journal_is_not_shown_to_be_typed(

@@ -160,6 +160,23 @@ def test_an_outage_while_it_runs_does_not_disturb_the_job(it: Scene) -> None:
     assert it.server.faults.left == [] and nothing_is_left(it)
 
 
+PAGED = ["POST [^?]*customJobs(\\?|$)", "GET [^?]*customJobs\\?", "GET [^?]*customJobs/",
+         "DELETE .*customJobs/", "POST /upload"]  # fmt: skip
+
+
+def test_a_page_in_place_of_an_answer_is_an_outage(
+    it: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a proxy, or the login page of a network, answers with 200 to the requests of a run."""
+    it.server.faults = Script([(pattern, Fault("page")) for pattern in PAGED * 2])
+    run = drive(it)
+    assert run.phase is Phase.SUCCEEDED and len(attempts(run)) == 1, run.why
+    assert it.server.faults.left == []
+    assert len(it.server.vertex.created) == 1 and nothing_is_left(it)
+    said = capsys.readouterr().err
+    assert said.count("not the service has answered") == 2 * len(PAGED) and "Traceback" not in said
+
+
 def test_following_a_run_that_is_over_waits_for_its_last_lines(it: Scene) -> None:
     lines = (Said(1, "step 1"), Said(9.9, "step 2", late=20))
     it.server.vertex.fates.append(Stub(1, 1, 10, lines=lines))

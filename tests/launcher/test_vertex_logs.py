@@ -210,6 +210,26 @@ def test_a_worker_whose_clock_runs_ahead_hides_nobody(it: Scene) -> None:
         assert texts == [f"{task} {n}" for n in range(20)]
 
 
+def test_of_an_attempt_that_was_created_twice_the_lines_of_the_first_job_all_come(
+    it: Scene,
+) -> None:
+    """The second job was followed until it left; what the first had said by then is not lost."""
+    first = started(it, *(Said(n * 10.0, f"{n:02d}") for n in range(10)))
+    it.clock.sleep(60)
+    ref = first.refs[-1]
+    second = replace(ref, data={**ref.data, "job_id": "77"})
+    now = it.clock.now()
+    it.server.logging.write("proj", "77", "workerpool0-0", "created twice: nothing was done", now)
+    follower = Follower(it, it.handle([second]))
+    it.clock.sleep(20)
+    follower.look()
+    assert follower.texts == ["created twice: nothing was done"]
+    follower.job = it.handle([second, ref])
+    it.clock.sleep(60)
+    follower.look()
+    assert follower.texts[1:] == [f"{n:02d}" for n in range(10)]
+
+
 def test_a_cursor_without_memory_never_repeats_what_lies_before_it(it: Scene) -> None:
     follower = Follower(it, started(it, *(Said(n * 4.0, f"{n:02d}") for n in range(30))))
     it.clock.sleep(60)

@@ -87,6 +87,7 @@ def test_a_node_whose_peer_never_comes_gives_up_with_75(it: Cloud) -> None:
     why = it.result(node="workerpool0-0")["why"]
     assert why.startswith("the 2 nodes did not meet at 127.0.0.1:")
     assert why.endswith("within 4 s")
+    assert it.result(node="workerpool0-0")["cause"] == "infrastructure"
 
 
 def test_a_node_that_starts_again_gives_its_logs_another_name(it: Cloud) -> None:

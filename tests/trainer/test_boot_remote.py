@@ -131,6 +131,7 @@ def test_a_signal_saves_and_what_was_saved_is_sent(it: Cloud) -> None:
     assert (code, it.result()["why"]) == (75, "signal"), said
     assert "s/checkpoints/step-5/MANIFEST.json" in it.names()
     assert it.json("attempts/00-0001.json")["why"] == "signal"
+    assert "cause" not in it.result() and "cause" not in it.json("attempts/00-0001.json")
 
 
 def test_a_marker_in_the_store_stops_the_job(it: Cloud) -> None:
@@ -237,6 +238,8 @@ def test_inputs_that_cannot_be_had_end_the_job(it: Cloud, given: int, code: int)
     spec["job"]["data"] = ["gs://other/x.jsonl"]
     assert it.run(spec)[0] == code
     assert it.result()["why"] == "inputs: gs://other/x.jsonl: no"
+    for noted in (it.result(), it.json("attempts/00-0001.json")):
+        assert noted.get("cause") == ("infrastructure" if code == 75 else None)
 
 
 # Secrets.

@@ -338,14 +338,37 @@ def test_of_a_stage_only_the_checkpoint_that_is_meant_comes(world: World) -> Non
 
 
 def test_a_tokenizer_stage_and_an_exporting_one_are_what_they_wrote(world: World) -> None:
-    world.put("t/run_meta.json", "{}")
+    done = b'{"completed": true}'
+    world.put("t/run_meta.json", done.decode())
     world.put("t/tokenizer/tokenizer.json", "[]")
-    world.put_folder("e", {"config.json": b"{}", "run_meta.json": b"{}", "metrics/1": b"{}"})
+    world.put_folder("e", {"config.json": b"{}", "run_meta.json": done, "metrics/1": b"{}"})
     model = Model(name=f"{world.uri}/e@best", tokenizer=f"{world.uri}/t")
     (found,) = world.fetch(stage(model=model))
     assert found["model"]["tokenizer"] == str(world.here("t/tokenizer"))
     assert found["model"]["name"] == str(world.here("e"))
     assert world.copies() == {"t/tokenizer/tokenizer.json", "e/config.json", "e/run_meta.json"}
+
+
+@pytest.mark.parametrize(
+    "meta", ['{"completed": false}', "{}", "[]", '{"completed"', '{"completed": "true"}', None]
+)
+def test_what_a_stage_has_not_completed_is_no_model(world: World, meta: str | None) -> None:
+    """Of an export that was cut, or goes on in another run, some files are there: half a model."""
+    half = {"config.json": b"{}", "model-1-of-2.safetensors": b"w", "args_snapshot.json": b"{}"}
+    world.put_folder("run/e", half)
+    world.put("run/t/args_snapshot.json", "{}")
+    world.put("run/t/tokenizer/tokenizer_config.json", "{}")
+    if meta is not None:
+        world.put("run/e/run_meta.json", meta)
+        world.put("run/t/run_meta.json", meta)
+    model = Model(name=f"{world.uri}/run/e", tokenizer=f"{world.uri}/run/t")
+    with pytest.raises(DataError) as caught:
+        world.fetch(stage(model=model))
+    why = "the stage that writes it is not completed; run (or resume) it first"
+    assert sorted(str(caught.value).splitlines()) == [
+        f"model.name: {world.uri}/run/e: {why}", f"model.tokenizer: {world.uri}/run/t: {why}",
+    ]  # fmt: skip
+    assert not world.copies()
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(world: World) -> None:

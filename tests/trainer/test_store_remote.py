@@ -25,7 +25,7 @@ from launcher.rehearsal.gcs import GcsServer
 from tests.trainer.remote import QUICK, environment, moto_server
 from trainer.store import Denied, FileStore, NotFound, Store, StoreError, Transient, open_store
 from trainer.store_gcs import GcsStore
-from trainer.store_remote import Patience
+from trainer.store_remote import ONCE, Patience
 from trainer.store_s3 import S3Store
 
 PATIENCE = Patience(**QUICK, total=5.0)
@@ -356,6 +356,26 @@ def test_a_cut_download_goes_on_and_is_verified(server: GcsServer, tmp_path: Pat
     store.get_file("k", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
     assert [status for _, target, status in server.log if "alt=media" in target] == [200, 206, 200]
+
+
+def test_a_page_in_place_of_an_answer_is_an_outage(server: GcsServer, tmp_path: Path) -> None:
+    """What a proxy, or the login page of a network, answers with 200. No page is a value."""
+    store = GcsStore("gs://runs/page", ONCE)
+    store.put_bytes("k", b"x")
+    large = tmp_path / "large"
+    large.write_bytes(bytes(9 << 20))
+    for act in (
+        lambda: store.get_bytes("k"), lambda: store.get_file("k", tmp_path / "k"),
+        lambda: store.put_bytes("k", b"y"), lambda: store.put_file("k", large),
+        lambda: store.create_once("new", b"y"), lambda: store.list(), lambda: store.exists("k"),
+    ):  # fmt: skip
+        server.faults = Script([("", Fault("page"))] * 10)
+        with pytest.raises(Transient) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    server.faults = Script()
+    assert store.get_bytes("k") == b"x" and store.list() == ["k"]
+    assert store.create_once("new", b"z")
 
 
 def test_storms_pass_and_outages_are_transient(server: GcsServer) -> None:

@@ -27,7 +27,7 @@ from launcher.backends.base import (
     Ref,
     Seen,
 )
-from launcher.backends.vertex import checks, jobs, logs, request
+from launcher.backends.vertex import checks, jobs, logs, refs, request
 from launcher.spec import Hardware, Recipe
 
 
@@ -79,11 +79,14 @@ class VertexBackend:
     def sweep(self, env: Env) -> Iterator[Ref]:
         return (found.ref for found in jobs.labelled(env, everyone=False))
 
-    def of_run(self, run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
-        return jobs.of_run(run, refs, env)
+    def of_run(self, run: str, known: Iterable[Ref], env: Env) -> Iterator[Ref]:
+        return jobs.of_run(run, known, env)
+
+    def other(self, job: JobHandle, told: str, env: Env) -> Optional[Ref]:
+        return jobs.other(job, told, env)
 
     def labelled(self, env: Env, everyone: bool) -> Iterator[Labelled]:
         return jobs.labelled(env, everyone)
 
     def by_hand(self, ref: Ref) -> Optional[str]:
-        return jobs.by_hand(ref)
+        return refs.by_hand(ref)

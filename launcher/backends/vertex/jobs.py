@@ -11,21 +11,17 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 from launcher import google
 from launcher.backends.base import Env, Held, Intent, JobHandle, Labelled, Phase, Ref, Seen
-from launcher.backends.vertex import states
+from launcher.backends.vertex import refs, states
 from launcher.backends.vertex.request import DEFAULT_PLACES, JOB, NAME, OBJECT, label
 from launcher.errors import BadRequest, Denied, Transient
 
 _PROJECT = re.compile(r"/projects/([^/]+)/locations/")
-#: A region and a project. They become part of addresses that get our credentials, and of file
-#: names, and may come from a stranger's journal.
-_PLACE = re.compile(r"[a-z]+(?:-[a-z]+)*[0-9]*")
-_NAME = re.compile(r"[a-z0-9:.-]+")
-_RESOURCE = re.compile(r"projects/([a-z0-9:.-]+)/locations/([a-z0-9-]+)/customJobs/([0-9]+)")
 _PAGE = 100
 #: Seconds for which a request may be applied late, and what it made be missing in reads and lists.
 #: The service promises nothing; a minute is long for it.
@@ -85,7 +81,7 @@ def observe(job: JobHandle, env: Env) -> Seen:
     ref = next((r for r in reversed(job.refs) if r.kind == JOB), None)
     kept = tuple((r, Held.NONE) for r in job.refs if r.kind == OBJECT)
     if ref is not None:
-        _remember(env.home, str(ref.data["project"]), ref.place)  # of a run from another machine
+        _remember(env.home, *refs.where(ref))  # of a run from another machine
         found = _get(env, ref)
         if found is None:
             return Seen(Phase.LOST, (*kept, (ref, Held.GONE)), "somebody has deleted the job")
@@ -96,12 +92,31 @@ def observe(job: JobHandle, env: Env) -> Seen:
     return _seen(found, ref, kept)
 
 
+def other(job: JobHandle, told: str, env: Env) -> Optional[Ref]:
+    """The job of this attempt whose number is `told`, when it is another than the one that is
+    followed and carries our labels and its name."""
+    followed = next((r for r in reversed(job.refs) if r.kind == JOB), None)
+    if followed is None or not refs.is_number(told):
+        return None
+    project, place = refs.where(followed)
+    resource = f"projects/{project}/locations/{place}/customJobs/{told}"
+    if (refs.resource(followed) or "").endswith(f"/{told}"):
+        return None
+    found = _get(
+        env, replace(followed, run=job.run, data={"project": project, "resource": resource})
+    )
+    wanted = f"{job.name}-a{job.attempt}", label(env.owner)
+    if found is None or (found.display_name, found.labels.get("launch-owner")) != wanted:
+        return None
+    return _ref(found, project, place)
+
+
 def cancel_unless_running(job: JobHandle, env: Env) -> None:
     """A job that has not begun is cancelled; boot, once it runs, reads the marker by itself."""
     for ref in job.refs:
         found = _get(env, ref) if ref.kind == JOB else None
         if found is not None and states.name_of(found.state) in ("QUEUED", "PENDING"):
-            _cancel(env, ref)
+            _cancel(env, ref, found)
 
 
 def delete(ref: Ref, env: Env) -> Held:
@@ -115,9 +130,9 @@ def delete(ref: Ref, env: Env) -> Held:
     state = states.name_of(found.state)
     phase, _ = states.STATES.get(state, states.UNKNOWN)
     if phase.over:
-        _remove(env, ref)
+        _remove(env, ref, found)
     elif phase is not Phase.STOPPING:
-        _cancel(env, ref)
+        _cancel(env, ref, found)
     return Held.DELETING
 
 
@@ -138,21 +153,12 @@ def labelled(env: Env, everyone: bool) -> Iterator[Labelled]:
         yield from (_labelled(job, project, place) for job in found if "launch-run" in job.labels)
 
 
-def of_run(run: str, refs: Iterable[Ref], env: Env) -> Iterator[Ref]:
-    """The run's jobs, in the places where `refs` of it lie."""
+def of_run(run: str, known: Iterable[Ref], env: Env) -> Iterator[Ref]:
+    """The run's jobs, in the places where `known` refs of it lie."""
     labels = {"launch-run": run, "launch-owner": label(env.owner)}
-    for project, place in sorted({(str(ref.data["project"]), ref.place) for ref in refs}):
+    for project, place in sorted({refs.where(ref) for ref in known}):
         for job in _list(env, f"projects/{project}/locations/{place}", labels):
             yield _ref(job, project, place)
-
-
-def by_hand(ref: Ref) -> Optional[str]:
-    """The command that ends a job, from its resource's name alone."""
-    found = _RESOURCE.fullmatch(str(ref.data.get("resource", "")))
-    if found is None:
-        return None
-    project, place, number = found.groups()
-    return f"gcloud ai custom-jobs cancel {number} --project={project} --region={place}"
 
 
 def project_of(environ: Mapping[str, str]) -> Optional[str]:
@@ -185,10 +191,10 @@ def _unanswered(job: JobHandle, env: Env) -> tuple[Any, Optional[Ref]]:
     told = next((r for r in reversed(job.refs) if r.kind == OBJECT), None)
     if told is None:
         return None, None
-    project = str(told.data["project"])
-    parent = f"projects/{project}/locations/{told.place}"
+    project, place = refs.where(told)
+    parent = f"projects/{project}/locations/{place}"
     found = _find(env, parent, job.run, f"{job.name}-a{job.attempt}")
-    return found, found and _ref(found, project, told.place)
+    return found, found and _ref(found, project, place)
 
 
 def _find(env: Env, parent: str, run: str, name: str) -> Any:
@@ -222,28 +228,33 @@ def _list_page(env: Env, parent: str, wanted: str, size: int) -> Any:
 
 def _get(env: Env, ref: Ref) -> Any:
     """The job of a ref, or None when it is not there. One without the run's label is not the one
-    that was meant: a stranger's journal may name any job."""
-    with google.signals(f"reading {ref.name}", ref.place):
+    that was meant: a stranger's journal may name any job. Where the ref names none, the label
+    finds it."""
+    project, place = refs.where(ref)
+    resource = refs.resource(ref)
+    if resource is None:
+        return _find(env, f"projects/{project}/locations/{place}", ref.run, refs.title(ref))
+    with google.signals(f"reading {ref.name}", place):
         try:
-            found = _client(env, ref.place).get_custom_job(
-                name=ref.data["resource"], retry=None, timeout=google.TIMEOUT
+            found = _client(env, place).get_custom_job(
+                name=resource, retry=None, timeout=google.TIMEOUT
             )
         except google.library("google.api_core.exceptions").NotFound:
             return None
     return found if found.labels.get("launch-run") == ref.run else None
 
 
-def _cancel(env: Env, ref: Ref) -> None:
+def _cancel(env: Env, ref: Ref, found: Any) -> None:
     with google.signals(f"cancelling {ref.name}", ref.place), _unless_it_ended():
         _client(env, ref.place).cancel_custom_job(
-            name=ref.data["resource"], retry=None, timeout=google.TIMEOUT
+            name=found.name, retry=None, timeout=google.TIMEOUT
         )
 
 
-def _remove(env: Env, ref: Ref) -> None:
+def _remove(env: Env, ref: Ref, found: Any) -> None:
     with google.signals(f"deleting {ref.name}", ref.place), _unless_it_ended():
         _client(env, ref.place).delete_custom_job(
-            name=ref.data["resource"], retry=None, timeout=google.TIMEOUT
+            name=found.name, retry=None, timeout=google.TIMEOUT
         )
 
 
@@ -301,7 +312,7 @@ def _message(body: Mapping[str, Any]) -> Any:
 
 
 def _client(env: Env, place: str) -> Any:
-    _check(place)
+    refs.check(place)
     default = f"https://{place}-aiplatform.googleapis.com"
     return _job_service(
         google.endpoint(env.environ, "aiplatform", default), google.credentials(env.environ)
@@ -339,20 +350,12 @@ def _project(intent: Intent) -> str:
 
 def _remember(home: Path, project: str, place: str) -> None:
     """Written before a place's first job, so that a sweep looks there whatever happens next."""
-    _check(place, project)
+    refs.check(place, project)
     folder = home / "google" / "vertex-places"
     file = folder / f"{place}@{project}"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
-
-
-def _check(place: str, project: str = "-") -> None:
-    if not _PLACE.fullmatch(place):
-        raise BadRequest("hardware.places", f"{ascii(place)[:80]} is no region",
-                         "such as us-central1")  # fmt: skip
-    if not _NAME.fullmatch(project):
-        raise BadRequest("hardware.vertex.project", f"{ascii(project)[:80]} is no project")
 
 
 def _remembered(home: Path) -> list[tuple[str, str]]:

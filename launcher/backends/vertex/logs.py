@@ -13,13 +13,13 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Optional
 
 from launcher import google
 from launcher.backends.base import Env, JobHandle, Line, LogQuery, Ref
-from launcher.backends.vertex import quota
+from launcher.backends.vertex import quota, refs
 from launcher.backends.vertex.request import JOB
 from launcher.errors import Transient
 
@@ -89,6 +89,9 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
     ref = next((ref for ref in reversed(job.refs) if ref.kind == JOB), None)
     if ref is None:
         return
+    number = refs.number(ref)
+    if query.cursor.get("job", number) != number:  # the attempt turned out to be another job
+        query = replace(query, cursor={})
     cursor = query.cursor
     known = cursor.get("given")
     now = env.clock.now()
@@ -107,9 +110,10 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
         for entry in sorted(page, key=lambda entry: (entry.at, entry.insert_id)):
             if entry.at > until or given.has(entry):
                 continue
-            number = given.add(entry.insert_id, entry.at)
+            count = given.add(entry.insert_id, entry.at)
             newest = max(entry.at, float(cursor.get("time", 0.0)))
-            cursor = {"time": newest, "id": entry.insert_id, "number": number, "given": given}
+            cursor = {"job": number, "time": newest, "id": entry.insert_id, "number": count,
+                      "given": given}  # fmt: skip
             if query.worker in (None, entry.worker):
                 yield Line(entry.worker, entry.time, entry.text, cursor)
     if cursor:
@@ -120,8 +124,8 @@ def _pages(
     ref: Ref, query: LogQuery, env: Env, wide: bool
 ) -> Iterator[tuple[list[_Entry], Optional[float]]]:
     """The entries page by page, each with the service's time of its answer."""
-    project = str(ref.data["project"])
-    who = f"{os.getpid()} {ref.data['job_id']} {query.worker}"
+    (project, _), number, workers = refs.where(ref), refs.number(ref), refs.workers(ref)
+    who = f"{os.getpid()} {number} {query.worker}"
     base = google.endpoint(env.environ, "logging", "https://logging.googleapis.com")
     session = google.session(env.environ)
     what, url = f"reading the logs of {ref.name}", f"{base}/v2/entries:list"
@@ -137,7 +141,7 @@ def _pages(
                 return  # the turns are for new lines
             answer, answered = google.dated(session, "POST", url, what, ref.place, json=body)
             entries = answer.get("entries", ())
-            yield [_entry(raw, _workers(ref)) for raw in entries], answered
+            yield [_entry(raw, workers) for raw in entries], answered
             if not answer.get("nextPageToken") or (back and count == _WIDE_PAGES):
                 break
             body = {**body, "pageToken": answer["nextPageToken"]}
@@ -145,7 +149,7 @@ def _pages(
 
 def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
     """What lies after the cursor and shortly before it; `back`: what lies minutes before that."""
-    lines = ['resource.type="ml_job"', f'resource.labels.job_id="{ref.data["job_id"]}"']
+    lines = ['resource.type="ml_job"', f'resource.labels.job_id="{refs.number(ref)}"']
     starts = [] if query.since is None else [query.since]
     if query.cursor:
         overlap = float(query.cursor["time"]) - OVERLAP
@@ -155,7 +159,7 @@ def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
     # Without a bound the service looks at the last day only.
     lines.append(f'timestamp>="{_stamp(max(starts, default=0.0))}"')
     if query.worker is not None:
-        node = query.worker // _workers(ref)
+        node = query.worker // refs.workers(ref)
         pool = "workerpool0-0" if node == 0 else f"workerpool1-{node - 1}"
         tasks = [pool, "service"] if node == 0 else [pool]
         lines.append(f"({' OR '.join(f'resource.labels.task_name={_quoted(t)}' for t in tasks)})")
@@ -164,11 +168,6 @@ def _filter(ref: Ref, query: LogQuery, back: bool) -> str:
 
 def _quoted(text: str) -> str:
     return f'"{text}"'
-
-
-def _workers(ref: Ref) -> int:
-    """How many workers a node of the job has."""
-    return int(ref.data.get("workers", 1))
 
 
 def _entry(raw: Mapping[str, Any], workers: int) -> _Entry:
