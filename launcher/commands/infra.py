@@ -377,8 +377,10 @@ def _show(
     shown = len(headers) if any(one.because for one in differing) else len(headers) - 1
     for line in console.columns(headers[:shown], [row[:shown] for row in rows]) if rows else ():
         say(line)
+    left = sum(one.change == "leave" for one in differing)
     same = len(changes) - len(differing)
-    say(f"{len(differing)} to change, {same} as they should be")
+    stay = f", {left} that stay" if left else ""
+    say(f"{len(differing) - left} to change, {same} as they should be{stay}")
     for operation in pending:
         say(f"unknown: {operation} was interrupted; `launch infra up` finds out")
     for line in f.missing:
