@@ -99,9 +99,11 @@ def stopped(
         return budget_text(budget)
     worked = sum(duration(attempt, now) for attempt in _attempts(run))
     at = "" if step is None else f" at step {step}"
+    lowered = first.used > 1.5 * first.of  # twice that would be spent, too
+    enough = round(2 * (first.used if lowered else first.of), 2)
     return (
         f"stopped at {first} after {_words(worked)}{at}; "
-        f"raise it: launch resume {run.name} --set {first.key}={2 * first.of:g}"
+        f"raise it: launch resume {run.name} --set {first.key}={enough:g}"
     )
 
 

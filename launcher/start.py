@@ -20,7 +20,7 @@ from launcher.claim import recipe_of
 from launcher.errors import BudgetSpent, UsageError
 from launcher.fold import Fold
 from launcher.journal import Journal
-from launcher.money import budget_left, budget_text, worth
+from launcher.money import budget_text, limits, worth
 from launcher.plan import (
     RunPlan,
     artifact_root,
@@ -223,14 +223,14 @@ def _refuse_spent(recipe: Recipe, run: Run, now: float) -> None:
     if job is None:
         return
     newest = [attempt for one in run.jobs for attempt in one.attempts][-1:]
-    left = budget_left(run, recipe.budget, now, newest[0].usd_per_hour if newest else None)
-    if left is not None and left <= worth(left, newest[0] if newest else None, now):
-        raise BudgetSpent(f"{run.name}: {budget_text(recipe.budget)}", more_budget(run.name))
-
-
-def more_budget(name: str) -> str:
-    """What to do about a run whose budget is spent."""
-    return f"`launch resume {name} --set budget.hours=MORE` (or budget.usd), all attempts together"
+    price = newest[0].usd_per_hour if newest else None
+    first = next(iter(limits(run, recipe.budget, now, price)), None)
+    if first is not None and first.left <= worth(first.left, newest[0] if newest else None, now):
+        raise BudgetSpent(
+            f"{run.name}: {budget_text(recipe.budget)}: {first} are used, and what is left is too "
+            "little for another attempt",
+            f"`launch resume {run.name} --set {first.key}=MORE`, all attempts together",
+        )
 
 
 def _refuse_idle(before: Recipe, after: Recipe, fold: Fold, metas: Metas) -> None:

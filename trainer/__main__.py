@@ -34,7 +34,11 @@ def main(arguments: list[str]) -> int:
         return CONFIG
     counts = {"run": (2,), "inputs": (3,), "stand-ins": (4,), "check": (1, 2)}
     given = [a for a in arguments if a != "--json"] if command == "check" else arguments
-    if command != "smoke" and len(given) not in counts.get(command, ()):
+    if command == "check" and {"-h", "--help"} & set(given):
+        say(USAGE)
+        return OK
+    options = [a for a in given if command == "check" and a.startswith("-")]
+    if options or (command != "smoke" and len(given) not in counts.get(command, ())):
         print_error(f"not understood: {' '.join(arguments)!r}; {USAGE}")
         return CONFIG
     try:

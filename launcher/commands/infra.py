@@ -247,7 +247,9 @@ class _Shown:
             say(line)
         same = len(self._changes) - len(self.differing)
         should = "" if self._going else f", {same} as they should be"
-        say(f"{len(self.differing)} to change{should}")
+        left = sum(one.change == "leave" for one in self.differing)
+        stay = f", {left} that stay" if left else ""
+        say(f"{len(self.differing) - left} to change{should}{stay}")
         if self._more:
             others = ", ".join(self._seen.others(self._f.name))
             say(f"{self._more} more stay as they are, for {others}")

@@ -151,6 +151,13 @@ def test_one_that_listens_ends_a_look_after_the_cap(tmp_path: Path) -> None:
     )
 
 
+def test_of_a_budget_lowered_below_what_was_spent_the_advice_is_enough(tmp_path: Path) -> None:
+    _, run = drive(tmp_path, 3600.0, {"looks": None}, usd=3600)
+    said = money.stopped(run, Budget(usd=600), NOW, 3600.0, None)
+    advised = float(said.rpartition("=")[2])
+    assert advised == pytest.approx(2 * (run.spent_usd or 0.0), abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("budget", "said"),
     [

@@ -214,6 +214,7 @@ def test_a_destroy_that_is_agreed_to_leaves_the_bucket_and_says_so(
     code, told = _typed(environ, "tuna-models")
 
     assert code == 0
+    assert "\n3 to change, 6 that stay" in told.replace("\r", "")
     assert "nothing is left of it" in told
     assert "gs://tuna-models and all in it stay" in told
     assert [key for key in made.cloud if "storage/bucket:" in key]

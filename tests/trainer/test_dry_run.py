@@ -93,6 +93,8 @@ def test_bad_input_is_one_line_and_its_exit_code(
         (["-h"], 0, "usage: ", ""),
         ([], 64, "", "usage: "),
         (["rum", "job.json"], 64, "", "error: not understood: 'rum job.json'; usage: "),
+        (["check", "--help"], 0, "usage: ", ""),
+        (["check", "--jsn"], 64, "", "error: not understood: 'check --jsn'; usage: "),
     ],
 )
 def test_usage(
