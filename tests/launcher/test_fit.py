@@ -135,6 +135,17 @@ def test_micro_batch_auto_counts_as_one_row_and_says_so() -> None:
     )
 
 
+def test_micro_batch_auto_keeps_what_the_teacher_says_of_all_its_rows() -> None:
+    cut = sft(rows=1)
+    assert cut.train is not None
+    online = replace(cut, stage="kd", kd=Distill(teacher=EIGHT_B))
+    eight = replace(online, train=replace(cut.train, accumulate=8))
+    auto = replace(online, train=Train(steps=1, micro_batch="auto", global_batch=64))
+    eight_workers = hardware.parse("H100:8")
+    assert of(auto, eight_workers).bytes == of(eight, eight_workers).bytes
+    assert of(auto).bytes > of(auto, eight_workers).bytes
+
+
 def test_several_workers_add_what_they_exchange_through() -> None:
     assert of(sft(), hardware.parse("H100:8")).bytes - of(sft()).bytes == pytest.approx(0.5e9)
 

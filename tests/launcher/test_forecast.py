@@ -376,6 +376,25 @@ def test_a_run_of_the_same_work_is_believed_more_than_arithmetic(tmp_path: Path)
     assert of(larger, offer(1.0), home=tmp_path).source != f"in {name}"
 
 
+def test_a_run_whose_rows_were_others_is_not_believed(tmp_path: Path) -> None:
+    """Rows that are not packed are as long as the texts; a resume may have changed the batch."""
+    data = Data(train=(Source(path="short.jsonl"),), sequence_length=128, packing=False)
+    one = stage(model=Model(name="meta-llama/Llama-3.2-1B"), data=data)
+    name = recorded(tmp_path, Recipe("r", (one,)), [9.0] * 5)
+    models = shapes.of_stage(one, (one,), Path())
+    found = measured.like(one, models, tmp_path)
+    assert found is not None and found.run == name
+    longer = replace(one, data=replace(data, train=(Source(path="long.jsonl"),)))
+    assert measured.like(longer, models, tmp_path) is None
+    (journal,) = (tmp_path / "runs").glob(f"*{name[-6:]}/journal")
+    resumed = {"kind": "resumed", "overrides": [], "recipe": to_dict(Recipe("r", (one,)))}
+    (journal / "00000009.json").write_text(json.dumps(resumed))
+    assert measured.like(one, models, tmp_path) is not None
+    resumed["overrides"] = ["train.micro_batch=64"]
+    (journal / "00000009.json").write_text(json.dumps(resumed))
+    assert measured.like(one, models, tmp_path) is None
+
+
 def test_a_run_with_too_few_steps_or_a_damaged_record_does_not_count(tmp_path: Path) -> None:
     one = stage(model=Model(name="meta-llama/Llama-3.2-1B"))
     recipe = Recipe("r", (one,))
