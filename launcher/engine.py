@@ -166,7 +166,7 @@ class Engine:
         if last is not None and last.phase is Phase.FAILED and last.cause == retry.JOB and marker:
             return Outcome(Phase.FAILED, last.why, Exit.JOB)
         if marker is not None and marker.get("by") == "budget":
-            return Outcome(Phase.CANCELLED, self._over_budget(marker), Exit.BUDGET)
+            return Outcome(Phase.CANCELLED, self.claim.over_budget(), Exit.BUDGET)
         paused = last.why if last is not None and last.phase is Phase.CANCELLED else ""
         if marker is not None:
             reason = marker.get("reason")
@@ -175,15 +175,6 @@ class Engine:
         if last is not None and last.phase is Phase.CANCELLED:
             return Outcome(Phase.CANCELLED, last.why, Exit.OK)
         return None
-
-    def _over_budget(self, marker: Mapping[str, Any]) -> str:
-        """Why a run ends that was stopped for its budget. One that was raised while the job was
-        leaving cannot call it back: then the reason is that of the moment at which it was asked."""
-        fold = self.claim.fold
-        if fold.stopping is None or fold.changed < fold.stopping:
-            return self.claim.over_budget()
-        asked = str(marker.get("reason") or "the budget was spent").partition("; raise it")[0]
-        return f"{asked}; its budget was changed after that: launch resume {fold.run.name}"
 
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
         """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
