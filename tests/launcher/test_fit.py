@@ -209,6 +209,17 @@ def test_each_change_is_one_setting_that_gives_the_memory_it_says() -> None:
         assert found.fits
 
 
+def test_an_adapter_beside_experts_names_the_layers_that_it_can_adapt() -> None:
+    """The trainer refuses `targets: auto` there (trainer/adapters.py)."""
+    stage = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True)
+    found = fit.changes(stage, H100, 1, shapes.of_stage(stage, (stage,), Path()))
+    settings = next(c.settings for c in found if "model.adapter.rank=16" in c.settings)
+    assert "model.adapter.targets=[q_proj, k_proj, v_proj, o_proj]" in settings
+    layers = Adapter(rank=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    named = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True, adapter=layers)
+    assert of(named).bytes == next(c.memory.bytes for c in found if c.settings == settings)
+
+
 def test_the_largest_micro_batch_that_fits_keeps_the_global_batch() -> None:
     stage = sft(rows=64, length=1024)
     (first, *_) = fit.changes(stage, H100, 1, shapes.of_stage(stage, (stage,), Path()))
