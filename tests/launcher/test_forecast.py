@@ -508,6 +508,16 @@ def test_the_plan_of_a_shipped_recipe_says_hours_and_dollars_and_explains_them(
     assert one["hours"] == facts["forecast"]["hours"] and one["tokens"] == 131_072_000
 
 
+def test_where_every_offer_is_too_dear_no_price_is_called_unknown_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    assert cli.run(["plan", "kd-l4", "--set", "budget.usd_per_hour=0.01"]) == Exit.BUDGET
+    said = capsys.readouterr().out
+    assert "cost: not known, for no offer can be taken\n" in said
+    assert "h, at a price that is not known, if nothing is preempted" in said
+
+
 def test_the_worked_example_of_the_documentation_is_what_the_command_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
