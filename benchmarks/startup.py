@@ -184,7 +184,7 @@ def live_runs(home: Path) -> Iterator[None]:
     from launcher.home import DriverLock
 
     argv = [sys.executable, "-m", "launcher.rehearsal", "--stubs", "--while-open",
-            "--project", "p", "--bucket", "bkt"]  # fmt: skip
+            "--project", "proj", "--bucket", "bkt"]  # fmt: skip
     with subprocess.Popen(
         argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as server:
@@ -236,7 +236,7 @@ def make_live(home: Path, run_name: str) -> None:
     job, name = f"{run_name}-j0", f"{run_name}-j0-a1"
     at = {"job": 0, "attempt": 1}
     offer = {"place": "us-central1", "capacity": "spot", "usd_per_hour": 0.5}
-    resource = "projects/p/locations/us-central1/customJobs/1"
+    resource = "projects/proj/locations/us-central1/customJobs/1"
     ref = {
         "backend": "vertex", "kind": "custom_job", "name": name, "place": "us-central1",
         "run": run_id, "billable": True, "data": {"resource": resource},

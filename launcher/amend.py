@@ -54,7 +54,8 @@ def leave(env: Env, difference: Difference, recipe: Mapping[str, Any]) -> None:
     if run.driver is not None and run.driver.alive is None:
         raise held_elsewhere(vars(run.driver), run.name)
     blocks = {name: recipe[name] for name in difference.blocks()}
-    changes.leave(home.folder(env.home, run.id), env.clock.now(), env.owner, blocks)
+    place, taken = home.folder(env.home, run.id), _fold(env, run).taken
+    changes.leave(place, env.clock.now(), env.owner, blocks, taken)
 
 
 def _differ(

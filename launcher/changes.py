@@ -19,11 +19,12 @@ IN_PLACE = ("budget", "retry", "notify")
 _FOLDER = "changes"
 
 
-def leave(place: Path, now: float, by: str, blocks: Mapping[str, Any]) -> int:
-    """Leave a change for the driver of the run whose folder is `place`; returns its number.
-    Errors: `Unwritable`."""
+def leave(place: Path, now: float, by: str, blocks: Mapping[str, Any], taken: int = 0) -> int:
+    """Leave a change for the driver of the run whose folder is `place`; returns its number, which
+    is beyond `taken`, the last that its journal has: that may be of another home, from which the
+    run was taken over. Errors: `Unwritable`."""
     text = json.dumps({"v": 1, "time": now, "by": by, "set": dict(blocks)}) + "\n"
-    number = last(place) + 1
+    number = max(last(place), taken) + 1
     while not Folder(place).create_once(_name(number), text):
         number += 1
     return number

@@ -369,7 +369,12 @@ class Claim:
         return money.budget_left(self.run, self.recipe.budget, self.clock.now(), usd_per_hour)
 
     def over_budget(self) -> str:
-        """Why the run ends at its budget, with the figures of this moment."""
+        """Why the run ends at its budget, with the figures of this moment. A budget that was raised
+        while the job was leaving cannot call it back: then why it was asked to leave."""
+        asked, fold = self.marker() or {}, self.fold
+        if asked.get("by") == "budget" and fold.changed >= (fold.stopping or math.inf):
+            why = str(asked.get("reason") or "the budget was spent").partition("; raise it")[0]
+            return f"{why}; its budget was changed after that: launch resume {self.run.name}"
         at = [(job, attempt) for job in self.run.jobs for attempt in job.attempts][-1:]
         rate = at[0][1].usd_per_hour if at else None
         step = self._step(at[0][0]) if at else None

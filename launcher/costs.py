@@ -95,11 +95,11 @@ def since(text: str, now: float) -> float:
         return now - float(text[:-1]) * _SECONDS[text[-1]]
     try:
         when = datetime.fromisoformat(text)
-    except ValueError as error:
+        return (when if when.tzinfo is not None else when.astimezone()).timestamp()
+    except (ValueError, OverflowError) as error:  # the second: of a year that no clock has
         raise UsageError(
             f"--since {text}: no time that is known", "write 7d, 12h, 2w, or 2026-11-01"
         ) from error
-    return (when if when.tzinfo is not None else when.astimezone()).timestamp()
 
 
 def _spans(

@@ -13,6 +13,8 @@ from launcher.run import Attempt, Driver, JobState, Run, StageState
 Record = dict[str, Any]
 #: An attempt that waits for its machines.
 NOT_STARTED = (Phase.PLANNED, Phase.QUEUED, Phase.PROVISIONING)
+#: The largest figure of an attempt: UTC seconds of a year with four digits.
+_MOST = 1e11
 #: What comes of reading a record that is whole JSON and yet not what its kind holds.
 _INCOMPLETE = (KeyError, TypeError, ValueError, StopIteration, IndexError, AttributeError)
 
@@ -310,6 +312,10 @@ _MONEY = (Held.NONE, Held.GONE, Held.DELETING, Held.CREATING, Held.LIVE, Held.LE
 
 
 def _attempts(raw: list[dict[str, Any]]) -> list[Attempt]:
+    for attempt in raw:  # sums and calendars are made of these
+        for name in ("started", "began", "ended", "usd_per_hour"):
+            if (figure := attempt.get(name)) is not None and not 0 <= figure <= _MOST:
+                raise ValueError(f"{name} of an attempt is {figure}")
     return [
         Attempt(
             **{

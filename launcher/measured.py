@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,17 +37,20 @@ def like(stage: Stage, models: Shapes, launch_home: Path) -> Optional[Measured]:
         place = home.folder(launch_home, run_id)
         if not (place / "summary.json").exists():
             continue
-        for facts, recipe in _recorded(launch_home, run_id, stage.stage):
+        for facts, recipe, journal in _recorded(launch_home, run_id, stage.stage):
             for other in recipe.stages:
-                if _same(stage, models, other, recipe):
+                if _same(stage, models, other, recipe) and not _changed(journal):
                     rows = _speeds(place, str(facts["root"]), other.id if recipe.pipeline else "")
                     if len(rows) >= _STEPS:
                         return Measured(statistics.median(rows[1:]), str(facts["name"]))
     return None
 
 
-def _recorded(launch_home: Path, run_id: str, word: str) -> Iterator[tuple[dict[str, Any], Recipe]]:
-    """The identity and the recipe of a run, where this version can read them and `word` occurs."""
+def _recorded(
+    launch_home: Path, run_id: str, word: str
+) -> Iterator[tuple[dict[str, Any], Recipe, Path]]:
+    """The identity, the recipe and the journal of a run, where this version can read them and
+    `word` occurs."""
     facts = home.identity(launch_home, run_id)
     if facts is None:
         return
@@ -61,8 +65,20 @@ def _recorded(launch_home: Path, run_id: str, word: str) -> Iterator[tuple[dict[
             continue
         recipe = _recipe(text) if f'"{word}"' in text else None
         if recipe is not None:
-            yield facts, recipe
+            yield facts, recipe, folder
             return
+
+
+def _changed(journal: Path) -> bool:
+    """Whether a run was resumed with another recipe: then its steps are of both."""
+    for file in journal.glob("*.json"):
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("kind") == "resumed" and record.get("overrides"):
+            return True
+    return False
 
 
 @functools.lru_cache(maxsize=_RUNS)  # `offers` asks about the same runs for every accelerator
@@ -88,7 +104,8 @@ def _work(stage: Stage) -> tuple[Any, ...]:
     asked, model, train, kd = stage.hardware, stage.model, stage.train, stage.kd
     return (
         stage.stage, str(hardware.parse(asked.accelerator)), asked.nodes, asked.backend == "local",
-        stage.data.sequence_length, stage.data.packing,
+        # Rows that are not packed are as long as the texts are.
+        stage.data.sequence_length, stage.data.packing or stage.data.train,
         model and (model.precision, model.attention, model.gradient_checkpointing, model.adapter,
                    model.freeze),
         kd and (kd.mode, kd.top_k),
@@ -106,4 +123,4 @@ def _speeds(place: Path, root: str, stage: str) -> list[float]:
     folder = place / "copy" if is_remote(root) else home.local_root(root)
     lines = records.metrics(folder / stage)
     found = (line.get("examples_per_sec") for line in lines if line["kind"] == "step")
-    return [float(rows) for rows in found if isinstance(rows, (int, float)) and rows > 0]
+    return [float(rows) for rows in found if isinstance(rows, (int, float)) and 0 < rows < math.inf]

@@ -129,7 +129,8 @@ def events(fold: Fold, budget: Budget, now: float) -> Iterator[Event]:
     if limit is not None:
         left = console.duration(limit.left)
         text = f"{run.name}: {limit} are used; {left} more at this pace"
-        yield Event(f"almost-{fold.resumed}", ("budget",), text)
+        # Of a budget that was changed in place it is told again.
+        yield Event(f"almost-{fold.resumed}-{budget.usd}-{budget.hours}", ("budget",), text)
 
 
 def message(run: Run, event: str, text: str, now: float) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def _job_lines(job: JobPlan, several: bool) -> Iterator[str]:
 def _cost_line(plan: RunPlan) -> str:
     if plan.usd_total == 0:
         return "cost: nothing"
+    if not all(job.offers for job in plan.jobs):
+        return "cost: not known, for no offer can be taken"
     rate = "price unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
     total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
     hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
@@ -151,7 +153,8 @@ def _expected(plan: RunPlan) -> Iterator[str]:
     if forecast.unknown:
         yield f"expected: not known: {'; '.join(forecast.unknown)}"
     elif forecast.hours is not None:
-        free = all(offer.usd_per_hour == 0 for job in plan.jobs for offer in job.offers)
+        offers = [offer for job in plan.jobs for offer in job.offers]
+        free = bool(offers) and all(offer.usd_per_hour == 0 for offer in offers)
         price = "" if free else ", at a price that is not known"
         if forecast.usd is not None and not free:
             price = f", {dollars_text(forecast.usd)}"

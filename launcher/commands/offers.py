@@ -22,7 +22,8 @@ def offers(
 ) -> int:
     """Print the best `limit` offers of each job. Errors: `UsageError` where there is none."""
     path = shipped.find(recipe)
-    found = rank(api.validate(path, overrides).recipe, api.env(), any_accelerator)
+    asked = api.validate(path, overrides).recipe
+    found = rank(asked, api.env(), any_accelerator)
     shown = [
         row
         for _, rows in groupby(found.ranked, key=lambda one: one.job)
@@ -44,6 +45,10 @@ def offers(
     left = len(found.ranked) - len(shown)
     if left:
         console.notice(f"{left} more; --limit N shows more of them")
+    cap = asked.budget.usd_per_hour
+    dear = sum(cap is not None and (row.offer.usd_per_hour or 0.0) > cap for row in shown)
+    if dear:
+        console.notice(f"{dear} of these cost more than budget.usd_per_hour ({cap:g}) allows")
     for reason in found.left_out:
         console.notice(f"left out: {reason}")
     if any(row.assumed for row in shown):

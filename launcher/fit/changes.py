@@ -18,6 +18,9 @@ from trainer.config import Adapter
 #: Where a backend's machines are listed; others have no table to choose from.
 CLOUDS = {"vertex": "gcp"}
 _RANK = 16
+_ADAPTER = f"model.adapter.rank={_RANK}"
+#: Experts are one tensor, which no adapter fits, and the trainer refuses to pass over them unasked.
+_ATTENTION = "model.adapter.targets=[q_proj, k_proj, v_proj, o_proj]"
 _EMBEDDINGS = "model.embed_tokens.*"
 
 
@@ -49,11 +52,16 @@ def changes(
     if now is None or now.fits is not False:
         return ()
 
+    fused = "model" in shapes and shapes["model"].experts > 0
+
     def made(tried: _Try) -> Optional[Change]:
         found = memory(tried.stage, tried.accelerator, nodes, shapes)
         if found is None or not found.fits:
             return None
-        return Change(tried.what, tuple(prefix + s for s in tried.settings), found)
+        settings = [*tried.settings]
+        if fused and _ADAPTER in settings:
+            settings.insert(settings.index(_ADAPTER) + 1, _ATTENTION)
+        return Change(tried.what, tuple(prefix + s for s in settings), found)
 
     alone: dict[str, Change] = {}  # by the key that it sets first
     for tried in _singles(stage, accelerator):
@@ -156,7 +164,7 @@ def _adapter(at: _Try) -> Optional[_Try]:
     if model.init == "random":
         return None
     stage = replace(at.stage, model=replace(model, adapter=Adapter(rank=_RANK), freeze=()))
-    made = _added(at, f"an adapter of rank {_RANK}", f"model.adapter.rank={_RANK}", stage)
+    made = _added(at, f"an adapter of rank {_RANK}", _ADAPTER, stage)
     if model.freeze:  # its patterns may name nothing there
         made = made._replace(settings=(*made.settings, "model.freeze=[]"))
     return made

@@ -82,6 +82,7 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
     eager = model.attention == "eager" or shape.attention == "eager"
     automatic = isinstance(train.micro_batch, str)
     rank, targets = _adapter(model, shape)
+    workers = accelerator.count * nodes
     return Step(
         shape=shape,
         rows=1 if isinstance(train.micro_batch, str) else train.micro_batch,
@@ -93,9 +94,9 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
         learns=_learns(model, shape),
         rank=rank,
         targets=targets,
-        # `auto` may end with the whole batch in one piece, or with single rows that add up.
-        accumulate=2 if automatic and (train.global_batch or 1) > 1 else train.accumulate,
-        workers=accelerator.count * nodes,
+        # `auto` may end with single rows that add up; what a teacher says of all is kept anyway.
+        accumulate=max(1, (train.global_batch or 1) // workers) if automatic else train.accumulate,
+        workers=workers,
         heads=1 + (kd is not None and not online) + keeps,
         dense=online or keeps,
         teacher=shapes.get("teacher") if online else None,

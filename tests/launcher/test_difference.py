@@ -366,6 +366,34 @@ def test_a_job_that_reaches_its_old_deadline_goes_on_under_a_raised_budget(tmp_p
     assert (run.phase, len(run.jobs[0].attempts)) == (Phase.FAILED, 1)
 
 
+def test_a_budget_that_is_raised_while_the_job_leaves_is_not_the_one_that_ended_it(
+    tmp_path: Path,
+) -> None:
+    it = scene(tmp_path, recipe(budget=Budget(hours=1.0)), jobs=[{"looks": None, "stubborn": 1}])
+
+    class LastMoment(ManualClock):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            if (it.root / "control" / "stop.json").exists() and not changes.last(it.place):
+                raised(it, hours=20)()
+
+    run = it.drive(LastMoment())
+    assert run.exit_code == 5 and "changed" in it.kinds()
+    assert run.why.startswith("stopped at budget.hours: 1.00 of 1.00 h")
+    assert run.why.endswith(f"changed after that: launch resume {run.name}")
+    it.resume()
+    assert Fold(it.records()).recipe["budget"]["hours"] == 20
+
+
+def test_a_run_that_was_taken_over_hears_changes_of_its_new_home(live: Live) -> None:
+    """Its journal tells of three changes, whose files are in the folder of the home before."""
+    it = live.scene
+    live.record("changed", number=3, refused="it was no recipe")
+    amend.leave(it.env, live.against("budget.hours=9"), {"budget": {"hours": 9.0}})
+    waiting = changes.waiting(it.place, Fold(it.records()).taken)
+    assert waiting == (4, {"budget": {"hours": 9.0}})
+
+
 def test_changes_of_other_blocks_and_damaged_ones_change_nothing(tmp_path: Path) -> None:
     it = scene(tmp_path)
     before = Fold(it.records()).recipe

@@ -7,9 +7,11 @@ import datetime
 import json
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Optional
 
@@ -292,6 +294,33 @@ def test_a_service_that_is_silent_is_left_after_its_seconds(
         assert time.monotonic() - begun < asking.SECONDS + 5
     (row,) = [row for row in rows if row.name == "serviceusage"]
     assert row.result == "warn" and "not looked at" in row.detail
+    assert {row.result for row in rows if row.name in ("bucket", "secrets", "image")} == {"pass"}
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"null", b'"x"', b'{"permissions": null}', b'{"state": 5}']
+)
+def test_a_service_whose_answers_are_strange_is_one_row(cloud: Cloud, body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        rows = cloud.look(CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDRESOURCEMANAGER=address)
+        server.shutdown()
+    own = [row for row in rows if row.name in ("project", "permissions", "cloudresourcemanager")]
+    assert own and all(row.result in ("warn", "fail") for row in own)
     assert {row.result for row in rows if row.name in ("bucket", "secrets", "image")} == {"pass"}
 
 

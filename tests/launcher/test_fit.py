@@ -135,6 +135,17 @@ def test_micro_batch_auto_counts_as_one_row_and_says_so() -> None:
     )
 
 
+def test_micro_batch_auto_keeps_what_the_teacher_says_of_all_its_rows() -> None:
+    cut = sft(rows=1)
+    assert cut.train is not None
+    online = replace(cut, stage="kd", kd=Distill(teacher=EIGHT_B))
+    eight = replace(online, train=replace(cut.train, accumulate=8))
+    auto = replace(online, train=Train(steps=1, micro_batch="auto", global_batch=64))
+    eight_workers = hardware.parse("H100:8")
+    assert of(auto, eight_workers).bytes == of(eight, eight_workers).bytes
+    assert of(auto).bytes > of(auto, eight_workers).bytes
+
+
 def test_several_workers_add_what_they_exchange_through() -> None:
     assert of(sft(), hardware.parse("H100:8")).bytes - of(sft()).bytes == pytest.approx(0.5e9)
 
@@ -196,6 +207,17 @@ def test_each_change_is_one_setting_that_gives_the_memory_it_says() -> None:
         found = fit.memory(changed, accelerator, 1, shapes.of_stage(changed, (changed,), RECIPES))
         assert found == change.memory
         assert found.fits
+
+
+def test_an_adapter_beside_experts_names_the_layers_that_it_can_adapt() -> None:
+    """The trainer refuses `targets: auto` there (trainer/adapters.py)."""
+    stage = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True)
+    found = fit.changes(stage, H100, 1, shapes.of_stage(stage, (stage,), Path()))
+    settings = next(c.settings for c in found if "model.adapter.rank=16" in c.settings)
+    assert "model.adapter.targets=[q_proj, k_proj, v_proj, o_proj]" in settings
+    layers = Adapter(rank=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    named = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True, adapter=layers)
+    assert of(named).bytes == next(c.memory.bytes for c in found if c.settings == settings)
 
 
 def test_the_largest_micro_batch_that_fits_keeps_the_global_batch() -> None:

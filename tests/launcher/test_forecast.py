@@ -376,6 +376,25 @@ def test_a_run_of_the_same_work_is_believed_more_than_arithmetic(tmp_path: Path)
     assert of(larger, offer(1.0), home=tmp_path).source != f"in {name}"
 
 
+def test_a_run_whose_rows_were_others_is_not_believed(tmp_path: Path) -> None:
+    """Rows that are not packed are as long as the texts; a resume may have changed the batch."""
+    data = Data(train=(Source(path="short.jsonl"),), sequence_length=128, packing=False)
+    one = stage(model=Model(name="meta-llama/Llama-3.2-1B"), data=data)
+    name = recorded(tmp_path, Recipe("r", (one,)), [9.0] * 5)
+    models = shapes.of_stage(one, (one,), Path())
+    found = measured.like(one, models, tmp_path)
+    assert found is not None and found.run == name
+    longer = replace(one, data=replace(data, train=(Source(path="long.jsonl"),)))
+    assert measured.like(longer, models, tmp_path) is None
+    (journal,) = (tmp_path / "runs").glob(f"*{name[-6:]}/journal")
+    resumed = {"kind": "resumed", "overrides": [], "recipe": to_dict(Recipe("r", (one,)))}
+    (journal / "00000009.json").write_text(json.dumps(resumed))
+    assert measured.like(one, models, tmp_path) is not None
+    resumed["overrides"] = ["train.micro_batch=64"]
+    (journal / "00000009.json").write_text(json.dumps(resumed))
+    assert measured.like(one, models, tmp_path) is None
+
+
 def test_a_run_with_too_few_steps_or_a_damaged_record_does_not_count(tmp_path: Path) -> None:
     one = stage(model=Model(name="meta-llama/Llama-3.2-1B"))
     recipe = Recipe("r", (one,))
@@ -487,6 +506,16 @@ def test_the_plan_of_a_shipped_recipe_says_hours_and_dollars_and_explains_them(
     facts = json.loads(json.dumps(plan.to_json()))
     (one,) = facts["jobs"][0]["forecasts"]
     assert one["hours"] == facts["forecast"]["hours"] and one["tokens"] == 131_072_000
+
+
+def test_where_every_offer_is_too_dear_no_price_is_called_unknown_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    assert cli.run(["plan", "kd-l4", "--set", "budget.usd_per_hour=0.01"]) == Exit.BUDGET
+    said = capsys.readouterr().out
+    assert "cost: not known, for no offer can be taken\n" in said
+    assert "h, at a price that is not known, if nothing is preempted" in said
 
 
 def test_the_worked_example_of_the_documentation_is_what_the_command_prints(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher import cli, engine, notify, view
+from launcher import changes, cli, engine, notify, view
 from launcher.backends.base import Env, Phase
 from launcher.claim import claimed
 from launcher.clock import ManualClock
@@ -121,6 +121,21 @@ def test_preempted_then_almost_spent_then_stopped_by_the_budget(tmp_path: Path, 
     assert "budget.usd: 1.6" in almost["text"] and "of 2.00 USD are used" in almost["text"]
     (again,) = [said["text"] for said in hook.got if said["event"] == "preempted"]
     assert "attempt 2 goes on from the beginning" in again
+
+
+def test_of_a_budget_that_was_raised_it_is_told_once_more(tmp_path: Path, hook: Hook) -> None:
+    it = told(tmp_path, hook, budget=Budget(hours=1.0), script={"jobs": [{"looks": None}]})
+
+    class Raising(ManualClock):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            if "notified" in it.kinds() and not changes.last(it.place):
+                changes.leave(it.place, 0.0, "me", {"budget": {"hours": 2.0}})
+
+    env = Env(it.env.home, it.env.environ, Raising(), "me", sys.executable)
+    assert engine.drive(it.run_id, env, load).exit_code == Exit.BUDGET
+    almost = sorted(said["text"] for said in hook.got if said["exit_code"] is None)
+    assert ["0.80 of 1.00 h" in almost[0], "1.60 of 2.00 h" in almost[1]] == [True, True]
 
 
 @pytest.mark.parametrize(

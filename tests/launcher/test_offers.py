@@ -121,6 +121,8 @@ def test_the_command_prints_a_table_and_a_document(
     head, *rows = said.out.splitlines()[1:]
     assert head.split()[-4:] == ["USD/H", "USD", "IN", "ALL"] and len(rows) == 3
     assert all("yes" in row for row in rows) and "more; --limit" in said.err
+    dear = sum(float(row.split()[-2]) > 3 for row in rows)
+    assert dear and f"{dear} of these cost more than budget.usd_per_hour (3) allows" in said.err
     assert cli.run(["offers", "kd-l4", "--any", "-n", "3", "--json"]) == Exit.OK
     document = json.loads(capsys.readouterr().out)
     assert len(document["offers"]) == 3 and document["offers"][0]["fits"] is True

@@ -148,11 +148,17 @@ def _told(outcomes: dict[str, Any]) -> Iterator[Check]:
             yield from outcome
         elif isinstance(outcome, _AWAY):
             yield Check(name, "warn", f"not looked at: {outcome}", "try again in a while")
+        elif isinstance(outcome, _STRANGE):
+            yield Check(name, "warn", f"its answer is not one that is known ({outcome})",
+                        "look at who answers: the proxy (HTTPS_PROXY), and "
+                        "CLOUDSDK_API_ENDPOINT_OVERRIDES_...")  # fmt: skip
         else:
             yield _failed(name, outcome, "")
 
 
 _AWAY = (Transient, abreast.Late)
+#: What comes of reading JSON that is not what the service is known to answer: a proxy's, say.
+_STRANGE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def _failed(name: str, problem: Exception, fix: str) -> Check:
