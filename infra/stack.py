@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import threading
 import warnings
@@ -24,16 +23,16 @@ from pulumi import automation
 from pulumi.automation import errors as refusals
 from semver import VersionInfo
 
-from infra import passphrase
+from infra import passphrase, state_files
 from infra.changes import Change, Collector, Step, exists_already, name_of, one_line
 from infra.engine_cli import Cli
 from infra.errors import EngineError, Failed, Locked, Passphrase, Stopped
 from infra.interrupts import Interrupts
+from infra.state_files import PROJECT, Holder
 
 # It warns of the end of its stream when the engine was killed, which we tell ourselves.
 warnings.filterwarnings("ignore", message="Error in event stream", category=UserWarning)
 
-PROJECT = "launch"
 _LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")
 _CODE = re.compile(r"^\s*code: -(\d+)")
 #: Seconds that the readers of a process that has ended wait for the rest of its words: a plugin
@@ -57,11 +56,12 @@ def name(project: str, bucket: str) -> str:
 class Status:
     """What the state says. `outputs`: what a program exported when one last ran to its end;
     `resources`: their names in the program; `pending`: operations whose outcome an interruption
-    hid."""
+    hid, or, while an update is `running`, those that it has in hand."""
 
     outputs: Mapping[str, Any]
     resources: tuple[str, ...]
     pending: tuple[str, ...]
+    running: Optional[Holder] = None
 
 
 class Stack:
@@ -84,11 +84,10 @@ class Stack:
         self._say, self._tell = say, tell
         self.interrupts = Interrupts(say)
         self._selected: Optional[automation.Stack] = None
-        local = home / "state"
-        self.state = environ.get("PULUMI_BACKEND_URL") or state or f"file://{local}"
-        self._local = self.state.startswith("file:")
+        self.state = state_files.url(home, environ, state)
+        self._local = state_files.is_local(self.state)
         self._folder = home / "work" / stack
-        for folder in (local, self._folder):
+        for folder in (home / "state", self._folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._variables = {
             "PULUMI_BACKEND_URL": self.state,
@@ -203,11 +202,12 @@ class Stack:
         opened = self._opened(create=False)
         if opened is None:
             return None
+        running = state_files.running(self.state, self.name)  # before what it writes is read
         with self._explained("status"):
             deployment = self._exported()
             outputs = self._json("stack", "output", "--json")
         names = tuple(name_of(urn) for urn in _resources(deployment))
-        return Status(outputs, names, _pending(deployment))
+        return Status(outputs, names, _pending(deployment), running)
 
     def _last_update(self) -> Optional[Mapping[str, Any]]:
         if self._opened(create=False) is None:
@@ -322,8 +322,7 @@ class Stack:
         if found is None:
             return Locked(f"the state of {self.name} is locked: {one_line(stderr)}", False)
         user, host, pid, since = found.groups()
-        here = host == socket.gethostname()
-        dead = here and not _lives(int(pid))
+        dead = Holder(user, host, int(pid), since).dead
         # A host of the same name may share a bucket with this one: there, only what we started.
         ours = self._local or self._command.last_pid() == int(pid)
         died = ", which has died" if dead else ""
@@ -416,22 +415,14 @@ def _resources(deployment: Mapping[str, Any]) -> list[str]:
 
 
 def _pending(deployment: Mapping[str, Any]) -> tuple[str, ...]:
-    """`creating NAME`, ... of the operations whose outcome is not known."""
+    """`creating NAME`, ... of the operations whose outcome is not known, each once: several
+    interruptions may have hidden that of the same one."""
     found = deployment.get("pending_operations") or ()
-    return tuple(
+    told = (
         f"{operation.get('type', 'changing')} {name_of(operation.get('resource', {})['urn'])}"
         for operation in found
     )
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return tuple(dict.fromkeys(told))
 
 
 __all__ = ["PROJECT", "EngineError", "Stack", "Status", "Stopped", "name"]
