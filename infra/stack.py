@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
@@ -202,7 +204,8 @@ class Stack:
         opened = self._opened(create=False)
         if opened is None:
             return None
-        running = state_files.running(self.state, self.name)  # before what it writes is read
+        # Before what it writes is read. Of a state in a bucket only our own updates are known.
+        running = state_files.running(self.state, self.name) or self._command.running()
         with self._explained("status"):
             deployment = self._exported()
             outputs = self._json("stack", "output", "--json")
@@ -362,10 +365,12 @@ class _Command(automation.PulumiCommand):
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         if args[:1] in (["up"], ["destroy"], ["refresh"]):
-            self._note.write_text(json.dumps({"pid": process.pid}))
+            self._noted(process.pid, ended=False)
         readers = [_Reader(process.stdout, on_output), _Reader(process.stderr, on_error)]
         with self._interrupts.watching(process):
             process.wait()
+        if self.last_pid() == process.pid:
+            self._noted(process.pid, ended=True)
         for reader in readers:
             reader.join(_LAST_WORDS)
         stdout, stderr = (reader.text() for reader in readers)
@@ -376,9 +381,24 @@ class _Command(automation.PulumiCommand):
 
     def last_pid(self) -> Optional[int]:
         """The process that last worked on this state from here."""
+        note = self._last()
+        return None if note is None else note[0].pid
+
+    def running(self) -> Optional[Holder]:
+        """The update from here that has not ended."""
+        note = self._last()
+        return None if note is None or note[1] or note[0].dead else note[0]
+
+    def _noted(self, pid: int, ended: bool) -> None:
+        since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._note.write_text(json.dumps({"pid": pid, "since": since, "ended": ended}))
+
+    def _last(self) -> Optional[tuple[Holder, bool]]:
         try:
-            return int(json.loads(self._note.read_text())["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
+            note = json.loads(self._note.read_text())
+            since, ended = str(note.get("since", "")), bool(note.get("ended", True))
+            return Holder("", socket.gethostname(), int(note["pid"]), since), ended
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 

@@ -29,8 +29,8 @@ def rows(recipe: Recipe, launch_home: Path) -> Iterator[Check]:
             continue
         detail, _, _ = text.partition(";")
         # As `launch up`: a forecast is a warning, weights that exceed the device are the end.
-        result = "warn" if forecast.hopeless(found) is None else "fail"
-        yield Check(name, result, detail, _fix(found))
+        hopeless = forecast.hopeless(found) is not None
+        yield Check(name, "fail" if hopeless else "warn", detail, _fix(found))
 
 
 def _fix(found: forecast.Forecast) -> str:
