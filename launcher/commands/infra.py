@@ -158,11 +158,12 @@ def status(
         return Exit.OK
     ours = (sharing.OUTPUT, sharing.BEFORE)
     outputs = {key: value for key, value in found.outputs.items() if key not in ours}
+    before = [one.name for one in seen.staying() if one.name in seen.before]
     alone = {name: seen.alone(name) for name in sorted(seen.records)}
     if as_json:
         facts |= {"resources": len(found.resources), "outputs": outputs, "recipes": alone,
                   "unknown": seen.unknown(), "pending": list(found.pending),
-                  "running": _running(found), "there_before": sorted(seen.before),
+                  "running": _running(found), "there_before": before,
                   "updated": last}  # fmt: skip
         facts |= {"drift": [change.to_json() for change in differs]} if refresh else {}
         console.document({**_where(stack), **facts})
@@ -172,8 +173,8 @@ def status(
         console.say(f"last: {last['kind']} {last['result']}, {last['endTime'] or 'not ended'}")
     _say_outputs(outputs)
     _say_recipes(alone)
-    if seen.before:
-        console.say(f"there before: {', '.join(sorted(seen.before))}; a destroy leaves that")
+    if before:
+        console.say(f"there before: {', '.join(before)}; a destroy leaves that")
     for one in seen.unknown():
         console.say(f"no recipe declares {one}")
     _say_open(found, given, console.say)
