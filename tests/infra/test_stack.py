@@ -313,11 +313,12 @@ def test_of_a_shared_state_an_update_from_here_is_known_to_run_until_it_ends(
     def look(step: Step) -> None:
         if not seen:
             status = opened(**shared).status()
-            seen.append(status and status.running)
+            assert status is not None and status.running is not None
+            seen.append((status.running.host, status.running.dead))
 
     _stack(cli, home, shared, [].append, look).up(DECLARED)
 
-    assert seen[0].host == socket.gethostname() and not seen[0].dead
+    assert seen == [(socket.gethostname(), False)]
     ended = opened(**shared).status()
     assert ended is not None and ended.running is None
 
