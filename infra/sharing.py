@@ -4,6 +4,9 @@ The declarations lie in the stack's outputs, and are written there before anythi
 an interrupted update leaves behind is known to be of that recipe. An update for one recipe declares
 what that one says, and holds what the others declare as the state has it. (An update of a part of
 the stack by targets would do neither: it skips what the parts depend on.)
+
+Beside them lie the names of what was there before and was adopted: another stack, or a person, may
+need it, so it stays in the cloud when it is destroyed, or no longer declared.
 """
 
 from __future__ import annotations
@@ -14,10 +17,28 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from infra.errors import Unreadable
-from infra.google import Declared, Foundations, outputs, registered, resources
+from infra.google import (
+    ACCOUNT_ROLE,
+    BUCKET,
+    PROJECT_ROLE,
+    REPOSITORY_ROLE,
+    SECRET_ROLE,
+    SERVICE,
+    Declared,
+    Foundations,
+    outputs,
+    registered,
+    resources,
+)
 
 #: The output that has the declarations, {recipe: text}, and the version of those texts.
 OUTPUT, VERSION = "recipes", 1
+#: The output that has the names of the resources that were adopted.
+BEFORE = "there_before"
+#: Grants on what other stacks may have too; the bucket is this stack's alone.
+_SHARED_ROLES = (PROJECT_ROLE, ACCOUNT_ROLE, SECRET_ROLE, REPOSITORY_ROLE)
+#: What has a rule of its own for staying: `retain_bucket`, and an API is never switched off.
+_OWN_RULE = (BUCKET, SERVICE)
 
 #: Recipe -> what it declares; behind the first, what it declared before, for as long as something
 #: of that may be there. Never empty.
@@ -40,10 +61,32 @@ class Update:
 
 @dataclass(frozen=True)
 class Declarations:
-    """What the recipes of a stack declare, and the names of the resources that its state has."""
+    """What the recipes of a stack declare, the names of the resources that its state has, and of
+    those that were adopted."""
 
     records: Records
     there: frozenset[str]
+    before: frozenset[str] = frozenset()
+
+    def adopting(self, names: Collection[str]) -> Declarations:
+        """These, with `names` among what was there before."""
+        return replace(self, before=self.before.union(names))
+
+    def stays(self, one: Declared) -> bool:
+        """Whether `one` stays in the cloud because it was there before, or may have been: the
+        service takes a grant that is there without a word, so one between what was there before
+        counts as that."""
+        if one.type_token in _OWN_RULE:
+            return False
+        between = [name for name in one.after if not name.startswith("service-")]
+        granted = one.type_token in _SHARED_ROLES and bool(between)
+        return one.name in self.before or (granted and self.before.issuperset(between))
+
+    def staying(self, *more: Foundations) -> list[Declared]:
+        """What the recipes and `more` declare and `stays`, each once."""
+        of = [*more, *(f for records in self.records.values() for f in records)]
+        found = {one.name: one for f in of for one in resources(f) if self.stays(one)}
+        return list(found.values())
 
     def applying(self, f: Foundations, adopt: Collection[str] = ()) -> Update:
         """What makes `f` so and changes nothing that only others declare. What `f` no longer
@@ -117,14 +160,18 @@ class Declarations:
     ) -> Update:
         kept = list(self._held(held, {one.name for one in declared}))
         exports = {**_merged(said), OUTPUT: written(noted)}
-        return Update((*declared, *kept), exports, adopt, tuple(one.name for one in kept))
+        if before := sorted(self.before.intersection(_names(noted))):
+            exports[BEFORE] = before
+        made = [replace(one, retain=True) if self.stays(one) else one for one in declared]
+        return Update((*made, *kept), exports, adopt, tuple(one.name for one in kept))
 
     def _held(self, records: Records, taken: set[str]) -> Iterator[Declared]:
         """What `records` declare and the state has, each once, without what is in `taken`."""
         seen = set(taken)
         for one in (one for of in records.values() for f in of for one in resources(f)):
             if one.name in self.there and one.name not in seen:
-                yield replace(one, after=tuple(name for name in one.after if name in seen))
+                after = tuple(name for name in one.after if name in seen)
+                yield replace(one, after=after, retain=one.retain or self.stays(one))
                 seen.add(one.name)
 
 
@@ -134,6 +181,14 @@ def read(stack_outputs: Mapping[str, Any]) -> dict[str, tuple[Foundations, ...]]
     if not isinstance(found, Mapping):
         raise _unreadable(f"{found!r} is no mapping")
     return {name: _of_text(name, text) for name, text in found.items()}
+
+
+def adopted(stack_outputs: Mapping[str, Any]) -> frozenset[str]:
+    """The names in a stack's outputs of what was there before. Errors: `Unreadable`."""
+    found = stack_outputs.get(BEFORE, [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise _unreadable(f"{BEFORE}: {found!r} is no list of names")
+    return frozenset(found)
 
 
 def written(records: Records) -> dict[str, str]:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,16 +25,16 @@ from pulumi import automation
 from pulumi.automation import errors as refusals
 from semver import VersionInfo
 
-from infra import passphrase
+from infra import passphrase, state_files
 from infra.changes import Change, Collector, Step, exists_already, name_of, one_line
 from infra.engine_cli import Cli
 from infra.errors import EngineError, Failed, Locked, Passphrase, Stopped
 from infra.interrupts import Interrupts
+from infra.state_files import PROJECT, Holder
 
 # It warns of the end of its stream when the engine was killed, which we tell ourselves.
 warnings.filterwarnings("ignore", message="Error in event stream", category=UserWarning)
 
-PROJECT = "launch"
 _LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")
 _CODE = re.compile(r"^\s*code: -(\d+)")
 #: Seconds that the readers of a process that has ended wait for the rest of its words: a plugin
@@ -57,11 +58,12 @@ def name(project: str, bucket: str) -> str:
 class Status:
     """What the state says. `outputs`: what a program exported when one last ran to its end;
     `resources`: their names in the program; `pending`: operations whose outcome an interruption
-    hid."""
+    hid, or, while an update is `running`, those that it has in hand."""
 
     outputs: Mapping[str, Any]
     resources: tuple[str, ...]
     pending: tuple[str, ...]
+    running: Optional[Holder] = None
 
 
 class Stack:
@@ -84,11 +86,10 @@ class Stack:
         self._say, self._tell = say, tell
         self.interrupts = Interrupts(say)
         self._selected: Optional[automation.Stack] = None
-        local = home / "state"
-        self.state = environ.get("PULUMI_BACKEND_URL") or state or f"file://{local}"
-        self._local = self.state.startswith("file:")
+        self.state = state_files.url(home, environ, state)
+        self._local = state_files.is_local(self.state)
         self._folder = home / "work" / stack
-        for folder in (local, self._folder):
+        for folder in (home / "state", self._folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._variables = {
             "PULUMI_BACKEND_URL": self.state,
@@ -203,11 +204,13 @@ class Stack:
         opened = self._opened(create=False)
         if opened is None:
             return None
+        # Before what it writes is read. Of a state in a bucket only our own updates are known.
+        running = state_files.running(self.state, self.name) or self._command.running()
         with self._explained("status"):
             deployment = self._exported()
             outputs = self._json("stack", "output", "--json")
         names = tuple(name_of(urn) for urn in _resources(deployment))
-        return Status(outputs, names, _pending(deployment))
+        return Status(outputs, names, _pending(deployment), running)
 
     def _last_update(self) -> Optional[Mapping[str, Any]]:
         if self._opened(create=False) is None:
@@ -322,8 +325,7 @@ class Stack:
         if found is None:
             return Locked(f"the state of {self.name} is locked: {one_line(stderr)}", False)
         user, host, pid, since = found.groups()
-        here = host == socket.gethostname()
-        dead = here and not _lives(int(pid))
+        dead = Holder(user, host, int(pid), since).dead
         # A host of the same name may share a bucket with this one: there, only what we started.
         ours = self._local or self._command.last_pid() == int(pid)
         died = ", which has died" if dead else ""
@@ -363,10 +365,12 @@ class _Command(automation.PulumiCommand):
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         if args[:1] in (["up"], ["destroy"], ["refresh"]):
-            self._note.write_text(json.dumps({"pid": process.pid}))
+            self._noted(process.pid, ended=False)
         readers = [_Reader(process.stdout, on_output), _Reader(process.stderr, on_error)]
         with self._interrupts.watching(process):
             process.wait()
+        if self.last_pid() == process.pid:
+            self._noted(process.pid, ended=True)
         for reader in readers:
             reader.join(_LAST_WORDS)
         stdout, stderr = (reader.text() for reader in readers)
@@ -377,9 +381,24 @@ class _Command(automation.PulumiCommand):
 
     def last_pid(self) -> Optional[int]:
         """The process that last worked on this state from here."""
+        note = self._last()
+        return None if note is None else note[0].pid
+
+    def running(self) -> Optional[Holder]:
+        """The update from here that has not ended."""
+        note = self._last()
+        return None if note is None or note[1] or note[0].dead else note[0]
+
+    def _noted(self, pid: int, ended: bool) -> None:
+        since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._note.write_text(json.dumps({"pid": pid, "since": since, "ended": ended}))
+
+    def _last(self) -> Optional[tuple[Holder, bool]]:
         try:
-            return int(json.loads(self._note.read_text())["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
+            note = json.loads(self._note.read_text())
+            since, ended = str(note.get("since", "")), bool(note.get("ended", True))
+            return Holder("", socket.gethostname(), int(note["pid"]), since), ended
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 
@@ -416,22 +435,14 @@ def _resources(deployment: Mapping[str, Any]) -> list[str]:
 
 
 def _pending(deployment: Mapping[str, Any]) -> tuple[str, ...]:
-    """`creating NAME`, ... of the operations whose outcome is not known."""
+    """`creating NAME`, ... of the operations whose outcome is not known, each once: several
+    interruptions may have hidden that of the same one."""
     found = deployment.get("pending_operations") or ()
-    return tuple(
+    told = (
         f"{operation.get('type', 'changing')} {name_of(operation.get('resource', {})['urn'])}"
         for operation in found
     )
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return tuple(dict.fromkeys(told))
 
 
 __all__ = ["PROJECT", "EngineError", "Stack", "Status", "Stopped", "name"]

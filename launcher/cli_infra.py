@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from launcher.arguments import JsonOption, RecipeArgument, YesOption
+from launcher.arguments import JsonOption, RecipeArgument, SetOption, YesOption
 
 app = typer.Typer(
     help="Make and keep what outlives runs: bucket, service account, roles, secrets, registry.",
@@ -27,16 +27,22 @@ def _infra(context: typer.Context) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, yes: YesOption = False, as_json: JsonOption = False) -> int:
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> int:
     """Say what `infra up` would create, change or delete for RECIPE."""
     from launcher.commands import infra
 
-    return infra.plan(recipe, yes=yes, as_json=as_json)
+    return infra.plan(recipe, overrides or (), yes=yes, as_json=as_json)
 
 
 @app.command()
 def up(
     recipe: RecipeArgument,
+    overrides: SetOption = None,
     yes: YesOption = False,
     unlock: _UnlockOption = False,
     as_json: JsonOption = False,
@@ -47,12 +53,13 @@ def up(
     """
     from launcher.commands import infra
 
-    return infra.up(recipe, yes=yes, unlock=unlock, as_json=as_json)
+    return infra.up(recipe, overrides or (), yes=yes, unlock=unlock, as_json=as_json)
 
 
 @app.command()
 def destroy(
     recipe: RecipeArgument,
+    overrides: SetOption = None,
     forget: Annotated[
         Optional[str],
         typer.Option("--forget", metavar="NAME", help="Another recipe of that bucket instead."),
@@ -68,12 +75,15 @@ def destroy(
     """
     from launcher.commands import infra
 
-    return infra.destroy(recipe, forget=forget, yes=yes, unlock=unlock, as_json=as_json)
+    return infra.destroy(
+        recipe, overrides or (), forget=forget, yes=yes, unlock=unlock, as_json=as_json
+    )
 
 
 @app.command()
 def status(
     recipe: RecipeArgument,
+    overrides: SetOption = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Ask the cloud what differs from the state.")
     ] = False,
@@ -83,12 +93,13 @@ def status(
     """Show what was made for RECIPE, the last update, and what an interruption left open."""
     from launcher.commands import infra
 
-    return infra.status(recipe, refresh=refresh, yes=yes, as_json=as_json)
+    return infra.status(recipe, overrides or (), refresh=refresh, yes=yes, as_json=as_json)
 
 
 @app.command()
 def export(
     recipe: RecipeArgument,
+    overrides: SetOption = None,
     to: Annotated[
         Optional[str], typer.Option("--to", metavar="FOLDER", help="Default: ./infra-RECIPE")
     ] = None,
@@ -97,13 +108,14 @@ def export(
     """Write the foundations of RECIPE as a Pulumi project of your own."""
     from launcher.commands import infra
 
-    return infra.export(recipe, to=to, as_json=as_json)
+    return infra.export(recipe, overrides or (), to=to, as_json=as_json)
 
 
 @app.command("set-secret")
 def set_secret(
     recipe: RecipeArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A secret that RECIPE names.")],
+    overrides: SetOption = None,
     from_env: Annotated[
         Optional[str], typer.Option("--from-env", metavar="VARIABLE", help="Take its value.")
     ] = None,
@@ -115,4 +127,6 @@ def set_secret(
     """Give a secret of RECIPE its value, from standard input unless an option says otherwise."""
     from launcher.commands import infra
 
-    return infra.set_secret(recipe, name, from_env=from_env, from_file=from_file, as_json=as_json)
+    return infra.set_secret(
+        recipe, name, overrides or (), from_env=from_env, from_file=from_file, as_json=as_json
+    )

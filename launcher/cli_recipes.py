@@ -105,9 +105,11 @@ def doctor(
         Optional[str],
         typer.Argument(metavar="RECIPE", help="Check for it too.", autocompletion=recipe_names),
     ] = None,
+    overrides: SetOption = None,
+    on: OnOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Check this machine, and a recipe; each problem comes with its fix."""
     from launcher.commands import recipes
 
-    return recipes.doctor(recipe, as_json=as_json)
+    return recipes.doctor(recipe, overrides or (), on, as_json=as_json)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -58,15 +59,21 @@ _EXTRA_OF = {"local": "train", "vertex": "google"}
 _WHEELS, _SECONDS = 8.0, 12.0
 
 
-def examine(env: Env, recipe: Optional[Path] = None) -> Iterator[Check]:
-    """Rows about Python, $LAUNCH_HOME, disk, extras, tools, then the recipe (when given), what it
-    will write, its secrets and wheels, and the backends it uses (without a recipe: `local`)."""
+def examine(
+    env: Env,
+    recipe: Optional[Path] = None,
+    overrides: Sequence[str] = (),
+    on: Optional[str] = None,
+) -> Iterator[Check]:
+    """Rows about Python, $LAUNCH_HOME, disk, extras, tools, then the recipe (when given, with its
+    `--set` and `--on`), what it will write, its memory, secrets and wheels, and the backends it
+    uses (without a recipe: `local`)."""
     from launcher import abreast, doctor_tools
 
     yield _python()
     yield _home(env.home)
     yield _disk(env.home)
-    loaded, rows = _recipe(recipe) if recipe else (None, [])
+    loaded, rows = _recipe(recipe, overrides, on) if recipe else (None, [])
     used = {s.hardware.backend for s in loaded.recipe.stages} if loaded else {"local"}
     needed = {_EXTRA_OF[name] for name in used if name in _EXTRA_OF}
     for extra, packages in _EXTRAS.items():
@@ -135,16 +142,20 @@ def _extra(extra: str, packages: Sequence[tuple[str, str]], needed: bool) -> Che
     return Check(f"extra {extra}", "fail" if needed else "skip", detail, fix)
 
 
-def _recipe(path: Path) -> tuple[Optional[Loaded], list[Check]]:
+def _recipe(
+    path: Path, overrides: Sequence[str], on: Optional[str]
+) -> tuple[Optional[Loaded], list[Check]]:
     """The recipe, unless it is invalid, and a row about its validity."""
     from launcher import api
 
     try:
-        loaded = api.validate(path)
+        loaded = api.validate(path, overrides, on)
     except LaunchError as problem:
         lines = str(problem).splitlines()
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        fix = f"`launch validate {path}` lists all of them" if more else problem.hint
+        again = " ".join([str(path), *(f"--set {shlex.quote(text)}" for text in overrides),
+                          *([f"--on {on}"] if on is not None else [])])  # fmt: skip
+        fix = f"`launch validate {again}` lists all of them" if more else problem.hint
         return None, [Check("recipe", "fail", lines[0] + more, fix)]
     stages = loaded.recipe.stages
     names = ", ".join(stage.id for stage in stages)
@@ -156,8 +167,9 @@ def _recipe(path: Path) -> tuple[Optional[Loaded], list[Check]]:
 
 def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
     """What the recipe brings along, wherever it runs."""
-    from launcher import doctor_disk
+    from launcher import doctor_disk, doctor_memory
 
+    yield from doctor_memory.rows(loaded.recipe, env.home)
     yield from doctor_disk.rows(loaded.recipe, loaded.path.absolute().parent, env)
     for name, source in loaded.recipe.secrets.items():
         variable = source.removeprefix("env://")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,12 @@ def kept(stage: Stage) -> int:
     return min(train.keep + 2, saves)
 
 
+def enough_gb(need: float) -> int:
+    """The boot disk, in GB, that holds `need` bytes and the image, with the share left free below
+    which `rows` warns; in whole tens."""
+    return 10 * math.ceil((need / _NEAR / _GB + IMAGE_GB) / 10)
+
+
 def _job(name: str, stages: Sequence[Stage], recipe: Recipe, base: Path, env: Env) -> Check:
     hardware = stages[0].hardware
     room, where, fix = _room(recipe, stages[0], env)
@@ -65,6 +72,8 @@ def _job(name: str, stages: Sequence[Stage], recipe: Recipe, base: Path, env: En
         at_least = f"; at least {_size(total)} for the rest" if total else ""
         return Check(name, "skip", f"how large a checkpoint of {', '.join(unknown)} is, is not "
                      f"known: the model is not here, nor in the table{at_least}")  # fmt: skip
+    if hardware.backend == "vertex":
+        fix = f"set hardware.vertex.disk_gb to {enough_gb(total)} or more, or train.keep lower"
     detail = f"{_size(total)} ({', '.join(parts)}) of {_size(room)} {where}"
     if total > room:
         return Check(name, "fail", f"{detail}: too little", fix)
@@ -76,9 +85,8 @@ def _room(recipe: Recipe, stage: Stage, env: Env) -> tuple[Optional[float], str,
     hardware = stage.hardware
     if hardware.backend == "vertex":
         size = (hardware.vertex and hardware.vertex.disk_gb) or VERTEX_GB
-        fix = "set hardware.vertex.disk_gb higher, or train.keep lower"
         where = f"on a boot disk of {size} GB, less {IMAGE_GB} for the image"
-        return (size - IMAGE_GB) * _GB, where, fix
+        return (size - IMAGE_GB) * _GB, where, ""
     if hardware.backend != "local":
         return None, "", ""
     place = env.home

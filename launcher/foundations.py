@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from infra.google import Expiry, Foundations, Repository
 from launcher import home
@@ -18,6 +18,9 @@ from launcher.backends.vertex.request import DEFAULT_PLACES, label
 from launcher.errors import UsageError
 from launcher.spec import Infra, Recipe, Stage, Vertex
 from trainer.config import to_dict
+
+if TYPE_CHECKING:
+    from launcher.recipe import Loaded
 
 _BUCKET = re.compile(r"gs://([^/]+)")
 _SECRET = re.compile(r"secret-manager://([^/]+)/([^/]+)")
@@ -81,6 +84,26 @@ def of_recipe(recipe: Recipe, environ: Mapping[str, str]) -> Foundations:
         ),
         labels={"managed-by": "launch", "launch-owner": label(home.owner(environ))},
     )
+
+
+def refuse_placeholders(loaded: Loaded, f: Foundations) -> None:
+    """Errors: `UsageError` where the project or the bucket has a name that only stands in for a
+    variable which is not set: it is an example, and may be somebody's."""
+    named = {f"project {f.project}": f.project, f"gs://{f.bucket}": f.bucket}
+    found = {
+        variable: what
+        for variable, value in loaded.defaults.items()
+        for what, name in named.items()
+        if name and (value == name or name in _BUCKET.findall(value))
+    }
+    if found:
+        names, what = ", ".join(found), " and ".join(dict.fromkeys(found.values()))
+        raise UsageError(
+            f"{names} not set: the recipe says {what} in its place, and nothing is made under a "
+            "name that only stands in for one",
+            f"set {names} in the environment, or give --set hardware.vertex.project=... and "
+            "--set artifacts=gs://...",
+        )
 
 
 def _project(recipe: Recipe, stages: list[Stage], environ: Mapping[str, str]) -> str:

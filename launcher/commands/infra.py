@@ -12,40 +12,56 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from infra import engine_cli, errors, google, sharing
+from infra import by_hand, engine_cli, errors, google, sharing, state_files
+from infra.changes import kind_of
 from launcher import api, console, foundations, shipped
 from launcher.commands import infra_stack as engine
+from launcher.commands.recipes import called
 from launcher.errors import Exit, UsageError
 
 if TYPE_CHECKING:
     from infra.changes import Change
-    from infra.google import Foundations
+    from infra.google import Declared, Foundations
     from infra.sharing import Declarations
-    from infra.stack import Stack
+    from infra.stack import Stack, Status
+    from infra.state_files import Holder
     from launcher.recipe import Loaded
 
 _SIGNS = {"create": "+", "update": "~", "replace": "±", "delete": "-", "leave": "-", "adopt": "+"}
 
 
-def plan(recipe: str, *, yes: bool, as_json: bool) -> int:
-    """Preview; creates an empty state on first use, and nothing in the cloud."""
-    f, stack = engine.opened(recipe, yes=yes)
-    with engine.signals(f"launch infra up {recipe}"):
+def plan(recipe: str, overrides: Sequence[str] = (), *, yes: bool, as_json: bool) -> int:
+    """Preview; creates an empty state on first use, and nothing in the cloud. Without the engine,
+    and before it is fetched: what the recipe declares."""
+    given = called(recipe, overrides, None)
+    loaded, f = engine.declared(recipe, overrides)
+    cli = engine.present()
+    if cli is None:
+        if not as_json:
+            _say_declared(f)
+        cli = engine.fetched(given, yes=yes, why="; it finds out what of this is there already")
+    stack = engine.driven(loaded, f, cli)
+    with engine.signals(f"launch infra up {given}"):
         found, seen = engine.look(stack, f)
         shown = _Shown(f, seen, stack.preview(seen.applying(f)))
-    pending = found.pending if found is not None else ()
     if as_json:
-        facts = {**shown.to_json(), "pending": list(pending), "missing": list(f.missing)}
+        facts = {**shown.to_json(), "pending": list(found.pending) if found is not None else [],
+                 "running": _running(found), "missing": list(f.missing),
+                 "notes": loaded.notes()}  # fmt: skip
         console.document({**_where(stack), **facts})
         return Exit.OK
-    shown.say(console.say, pending)
+    shown.say(console.say)
+    _say_open(found, given, console.say)
     return Exit.OK
 
 
-def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
+def up(
+    recipe: str, overrides: Sequence[str] = (), *, yes: bool, unlock: bool, as_json: bool
+) -> int:
     """Recover, preview, ask, update; adopt what the cloud has already."""
-    f, stack = engine.opened(recipe, yes=yes)
-    with engine.signals(f"launch infra up {recipe}"):
+    given = called(recipe, overrides, None)
+    f, stack = engine.opened(recipe, overrides, yes=yes, making=True)
+    with engine.signals(f"launch infra up {given}"):
         engine.settle(stack, yes=yes, unlock=unlock)
         _, seen = engine.look(stack, f)
         shown = _Shown(f, seen, stack.preview(seen.applying(f)))
@@ -55,7 +71,7 @@ def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
         agreed = True
         if not shown.differing:
             engine.note(f, seen, stack, yes=yes, unlock=unlock)
-        elif agreed := _agreed(recipe, yes):
+        elif agreed := _agreed(given, yes):
             adopted = engine.make(f, seen, stack, yes=yes, unlock=unlock)
     if as_json:
         facts = {**shown.to_json(), "done": agreed, "adopted": adopted,
@@ -65,16 +81,22 @@ def up(recipe: str, *, yes: bool, unlock: bool, as_json: bool) -> int:
     if not agreed:
         console.notice("nothing was changed")
         return Exit.OK
+    _say_staying(shown.staying)
     _say_outputs(google.outputs(f))
     return Exit.OK
 
 
-def destroy(recipe: str, *, forget: Optional[str], yes: bool, unlock: bool, as_json: bool) -> int:
+def destroy(
+    recipe: str, overrides: Sequence[str] = (), *, forget: Optional[str], yes: bool, unlock: bool,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Preview, have the bucket's name typed, delete what only this recipe (or `forget`, of the same
     bucket) declares; of the last recipe, all. Errors: `MayRemain` when it did not end."""
-    f, stack = engine.opened(recipe, yes=yes)
+    f, stack = engine.opened(recipe, overrides, yes=yes)
     name = forget or f.name
-    again = f"launch infra destroy {recipe}" + (f" --forget {forget}" if forget else "")
+    again = f"launch infra destroy {called(recipe, overrides, None)}" + (
+        f" --forget {forget}" if forget else ""
+    )
     changes: Sequence[Change] = ()
     with engine.signals(again):
         engine.settle(stack, yes=yes, unlock=unlock)
@@ -96,7 +118,8 @@ def destroy(recipe: str, *, forget: Optional[str], yes: bool, unlock: bool, as_j
             engine.unmake(name, seen, stack, yes=yes, unlock=unlock)
     left = [change.name for change in shown.differing if change.change == "leave"]
     if as_json:
-        facts = {**shown.to_json(), "done": done, "left": left, "others": others}
+        facts = {**shown.to_json(), "done": done, "left": left, "others": others,
+                 "there_before": [one.name for one in shown.staying]}  # fmt: skip
         console.document({**_where(stack), **facts})
     elif known and not done:
         console.notice("nothing was deleted")
@@ -105,13 +128,22 @@ def destroy(recipe: str, *, forget: Optional[str], yes: bool, unlock: bool, as_j
         console.say(f"{stack.name}: nothing was made{of}")
     else:
         _say_left(f, name, others, left)
+        _say_staying(shown.staying)
     return Exit.OK
 
 
-def status(recipe: str, *, refresh: bool, yes: bool, as_json: bool) -> int:
-    """What the state says, and with `refresh` what the cloud says of it."""
-    f, stack = engine.opened(recipe, yes=yes)
-    with engine.signals(f"launch infra up {recipe}"):
+def status(
+    recipe: str, overrides: Sequence[str] = (), *, refresh: bool, yes: bool, as_json: bool
+) -> int:
+    """What the state says, and with `refresh` what the cloud says of it; without the engine, what
+    is known without it."""
+    given = called(recipe, overrides, None)
+    loaded, f = engine.declared(recipe, overrides)
+    cli = engine.present()
+    if cli is None and not yes:
+        return _status_unread(loaded, f, given, as_json)
+    stack = engine.driven(loaded, f, cli or engine.fetched(given, yes=yes))
+    with engine.signals(f"launch infra up {given}"):
         found = stack.status()
         seen = engine.declarations(found)
         last = stack.last_update()
@@ -122,13 +154,16 @@ def status(recipe: str, *, refresh: bool, yes: bool, as_json: bool) -> int:
         if as_json:
             console.document({**_where(stack), **facts})
         else:
-            console.say(f"{stack.name}: nothing was made; launch infra up {recipe}")
+            console.say(f"{stack.name}: nothing was made; launch infra up {given}")
         return Exit.OK
-    outputs = {key: value for key, value in found.outputs.items() if key != sharing.OUTPUT}
+    ours = (sharing.OUTPUT, sharing.BEFORE)
+    outputs = {key: value for key, value in found.outputs.items() if key not in ours}
+    before = [one.name for one in seen.staying() if one.name in seen.before]
     alone = {name: seen.alone(name) for name in sorted(seen.records)}
     if as_json:
         facts |= {"resources": len(found.resources), "outputs": outputs, "recipes": alone,
                   "unknown": seen.unknown(), "pending": list(found.pending),
+                  "running": _running(found), "there_before": before,
                   "updated": last}  # fmt: skip
         facts |= {"drift": [change.to_json() for change in differs]} if refresh else {}
         console.document({**_where(stack), **facts})
@@ -138,30 +173,34 @@ def status(recipe: str, *, refresh: bool, yes: bool, as_json: bool) -> int:
         console.say(f"last: {last['kind']} {last['result']}, {last['endTime'] or 'not ended'}")
     _say_outputs(outputs)
     _say_recipes(alone)
+    if before:
+        console.say(f"there before: {', '.join(before)}; a destroy leaves that")
     for one in seen.unknown():
         console.say(f"no recipe declares {one}")
-    for operation in found.pending:
-        console.say(f"unknown: {operation} was interrupted; launch infra up {recipe} finds out")
+    _say_open(found, given, console.say)
     if refresh:
         _say_drift(differs)
     return Exit.OK
 
 
-def export(recipe: str, *, to: Optional[str], as_json: bool) -> int:
+def export(recipe: str, overrides: Sequence[str] = (), *, to: Optional[str], as_json: bool) -> int:
     """Write a project that declares the same, without launch; beside the stack where others share
     that, for an update of it by this project would delete what is theirs."""
     from infra.export import write
 
-    loaded, f = engine.declared(recipe)
+    loaded, f = engine.declared(recipe, overrides)
     folder = Path(to or f"infra-{loaded.recipe.name}")
     stack = engine.stack_name(f)
-    with engine.signals(f"launch infra export {recipe}"):
+    with engine.signals(f"launch infra export {called(recipe, overrides, None)}"):
         others = _sharing(loaded, f)
     own = engine.stack_name(f, own=f.name) if others else stack
     try:
         written = write(f, folder, project=engine.library("infra.stack").PROJECT, stack=own)
-    except FileExistsError as error:
-        raise UsageError(str(error), "--to names another folder") from error
+    except OSError as error:
+        what = str(error)
+        if error.strerror:
+            what = f"{error.filename or folder}: cannot be written: {error.strerror}"
+        raise UsageError(what, "--to names another folder") from error
     if others:
         console.notice(
             f"{stack} also has what {', '.join(others)} declared: that is not in this project, "
@@ -177,13 +216,17 @@ def export(recipe: str, *, to: Optional[str], as_json: bool) -> int:
 
 
 def set_secret(
-    recipe: str, name: str, *, from_env: Optional[str], from_file: Optional[str], as_json: bool
-) -> int:
+    recipe: str, name: str, overrides: Sequence[str] = (), *, from_env: Optional[str],
+    from_file: Optional[str], as_json: bool,
+) -> int:  # fmt: skip
     """One new version of a secret; its value is never on a command line."""
     from launcher import secrets
 
     env = api.env()
-    f = foundations.of_recipe(api.validate(shipped.find(recipe)).recipe, env.environ)
+    loaded = api.validate(shipped.find(recipe), overrides)
+    for note in loaded.notes():
+        console.notice(f"note: {note}")
+    f = foundations.of_recipe(loaded.recipe, env.environ)
     if name not in f.secrets:
         known = ", ".join(f.secrets) or "none"
         raise UsageError(
@@ -223,6 +266,9 @@ class _Shown:
         self._changes = [one for one in ordered if one.change != "same" or one.name in own]
         self._more = len(ordered) - len(self._changes)
         self.differing = [one for one in self._changes if one.change != "same"]
+        left = {one.name for one in self.differing if one.change == "leave"}
+        #: What goes from the state and stays in the cloud, for it was there before.
+        self.staying = [one for one in seen.staying(f) if one.name in left]
         altered = {one.name for one in self.differing if one.change in ("update", "replace")}
         self._otherwise = {
             name: others for name, others in seen.otherwise(f).items() if name in altered
@@ -235,12 +281,14 @@ class _Shown:
         ]
         return {"changes": changes}
 
-    def say(self, say: Callable[[str], None], pending: Collection[str] = ()) -> None:
+    def say(self, say: Callable[[str], None]) -> None:
         """Everything that would change, then how much would not, then what has to be there."""
+        before = {one.name for one in self.staying}
         rows = [
-            (f"{_SIGNS.get(one.change, '?')} {one.change}", one.kind, one.name, self._why(one))
+            (f"{_SIGNS.get(one.change, '?')} {one.change}", one.kind,
+             f"{one.name} (was there before)" if one.name in before else one.name, self._why(one))
             for one in self.differing
-        ]
+        ]  # fmt: skip
         headers = ("CHANGE", "KIND", "NAME", "BECAUSE OF")
         shown = len(headers) if any(row[-1] for row in rows) else len(headers) - 1
         for line in console.columns(headers[:shown], [row[:shown] for row in rows]) if rows else ():
@@ -253,8 +301,6 @@ class _Shown:
         if self._more:
             others = ", ".join(self._seen.others(self._f.name))
             say(f"{self._more} more stay as they are, for {others}")
-        for operation in pending:
-            say(f"unknown: {operation} was interrupted; `launch infra up` finds out")
         for line in () if self._going else self._f.missing:
             say(f"not made here: {line}")
 
@@ -262,6 +308,71 @@ class _Shown:
         others = self._otherwise.get(one.name)
         because = ", ".join(one.because)
         return f"{because}; otherwise in {', '.join(others)}" if others else because
+
+
+def _say_declared(f: Foundations) -> None:
+    """What is known before the engine looks."""
+    rows = [(kind_of(one.type_token), one.name) for one in google.resources(f)]
+    for line in console.columns(("KIND", "NAME"), rows):
+        console.say(line)
+    console.say(f"{len(rows)} declared; which of them are there is not known yet")
+    for line in f.missing:
+        console.say(f"not made here: {line}")
+
+
+def _status_unread(loaded: Loaded, f: Foundations, given: str, as_json: bool) -> int:
+    """The status that takes no engine: it is not worth a download to look."""
+    name, state = engine.stack_name(f), engine.state_of(loaded)
+    made, holder = state_files.made(state, name), state_files.running(state, name)
+    missing = f"pulumi {engine_cli.wanted()} is not on this machine"
+    if as_json:
+        running = None if holder is None else vars(holder)
+        console.document(
+            {
+                "stack": name,
+                "state": state,
+                "made": made,
+                "running": running,
+                "missing": list(f.missing),
+                "unread": missing if made is not False else None,
+            }
+        )
+        return Exit.OK
+    if made is False:
+        console.say(f"{name}: nothing was made here yet; state: {state}; launch infra up {given}")
+        return Exit.OK
+    what = "there is a state" if made else "whether anything was made is not known"
+    console.say(f"{name}: {what}; state: {state}")
+    if holder is not None:
+        console.say(_update_runs(holder))
+    console.notice(f"what it holds is not known: {missing}; put one on PATH, or add --yes to have "
+                   "it fetched (some 100 MB, once)")  # fmt: skip
+    return Exit.OK
+
+
+def _say_open(found: Optional[Status], given: str, say: Callable[[str], None]) -> None:
+    """What is going on, or what an interruption left open."""
+    if found is None:
+        return
+    if found.running is not None:
+        say(_update_runs(found.running))
+        return
+    for operation in found.pending:
+        say(f"unknown: {operation} was interrupted; launch infra up {given} finds out")
+
+
+def _update_runs(holder: Holder) -> str:
+    return f"an update runs since {holder.since} (process {holder.pid} on {holder.host})"
+
+
+def _running(found: Optional[Status]) -> Optional[dict[str, Any]]:
+    return None if found is None or found.running is None else vars(found.running)
+
+
+def _say_staying(staying: Sequence[Declared]) -> None:
+    for one in staying:
+        command = by_hand.deletion(one)
+        console.notice(f"left {one.name}: it was there before; `{command}` deletes it")
 
 
 def _agreed(recipe: str, yes: bool) -> bool:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from infra import changes as words
-from infra import engine_cli, errors, google, sharing
+from infra import engine_cli, errors, google, sharing, state_files
 from launcher import api, console, foundations, shipped
+from launcher.commands.recipes import called
 from launcher.errors import Denied, Exit, HeldElsewhere, LaunchError, UsageError
 
 if TYPE_CHECKING:
@@ -43,9 +44,12 @@ class MayRemain(LaunchError):
     code = Exit.LEAKED
 
 
-def declared(recipe: str) -> tuple[Loaded, Foundations]:
-    """The recipe and its foundations, checked. Errors: `UsageError` with every problem."""
-    loaded = api.validate(shipped.find(recipe))
+def declared(recipe: str, overrides: Sequence[str] = ()) -> tuple[Loaded, Foundations]:
+    """The recipe and its foundations, checked; what it takes for granted is said. Errors:
+    `UsageError` with every problem."""
+    loaded = api.validate(shipped.find(recipe), overrides)
+    for note in loaded.notes():
+        console.notice(f"note: {note}")
     f = foundations.of_recipe(loaded.recipe, api.env().environ)
     library("infra.stack")
     if wrong := google.problems(f):
@@ -53,14 +57,37 @@ def declared(recipe: str) -> tuple[Loaded, Foundations]:
     return loaded, f
 
 
-def opened(recipe: str, *, yes: bool) -> tuple[Foundations, Stack]:
-    """The foundations and their stack, with a command line to drive it, fetched if need be."""
-    loaded, f = declared(recipe)
-    here = api.env()
-    home = here.home / "infra"
-    with signals(f"launch infra plan {recipe}"):
-        cli = engine_cli.find(home, here.environ) or _installed(home, here.environ, yes)
+def opened(
+    recipe: str, overrides: Sequence[str] = (), *, yes: bool, making: bool = False
+) -> tuple[Foundations, Stack]:
+    """The foundations and their stack, with a command line to drive it, fetched if need be. Errors:
+    `UsageError`; when `making`, also for names that stand in for variables that are not set."""
+    loaded, f = declared(recipe, overrides)
+    if making:
+        foundations.refuse_placeholders(loaded, f)
+    cli = present() or fetched(called(recipe, overrides, None), yes=yes)
     return f, driven(loaded, f, cli)
+
+
+def present() -> Optional[engine_cli.Cli]:
+    """The command line, where this machine has it."""
+    here = api.env()
+    return engine_cli.find(here.home / "infra", here.environ)
+
+
+def fetched(given: str, *, yes: bool, why: str = "") -> engine_cli.Cli:
+    """The command line, fetched now; never without a word. `given`: the recipe with its options;
+    `why` it is needed, for who does not agree."""
+    here = api.env()
+    with signals(f"launch infra plan {given}"):
+        return _installed(here.home / "infra", here.environ, yes, why)
+
+
+def state_of(loaded: Loaded) -> str:
+    """Where the state of a recipe's stack lies."""
+    here, settings = api.env(), loaded.recipe.infra
+    chosen = settings.state if settings is not None else None
+    return state_files.url(here.home / "infra", here.environ, chosen)
 
 
 def driven(loaded: Loaded, f: Foundations, cli: engine_cli.Cli) -> Stack:
@@ -98,7 +125,10 @@ def declarations(found: Optional[Status]) -> Declarations:
     """What a state says of its recipes; of none, nothing."""
     if found is None:
         return sharing.Declarations({}, frozenset())
-    return sharing.Declarations(sharing.read(found.outputs), frozenset(found.resources))
+    there = frozenset(found.resources)
+    # What was noted and not adopted in the end is not there; should it be, it is found once more.
+    before = sharing.adopted(found.outputs) & there
+    return sharing.Declarations(sharing.read(found.outputs), there, before)
 
 
 def look(stack: Stack, f: Foundations) -> tuple[Optional[Status], Declarations]:
@@ -135,6 +165,9 @@ def make(f: Foundations, seen: Declarations, stack: Stack, *, yes: bool, unlock:
             if not found or not _may_adopt(found, yes):
                 raise
             adopted += found
+            # Written down before it is done, beside what this update has made so far.
+            seen = declarations(stack.status()).adopting(adopted)
+            _run(stack, seen.noting(f), yes=yes, unlock=unlock)
     if adopted:  # as they are so far; now as the recipe has them
         _run(stack, seen.applying(f), yes=yes, unlock=unlock)
     made = declarations(stack.status())
@@ -230,16 +263,20 @@ def _unchanged(stack: Stack, seen: Declarations) -> None:
         )
 
 
-def _installed(home: Path, environ: Mapping[str, str], yes: bool) -> engine_cli.Cli:
-    """Install the command line; never without a word."""
+def _installed(home: Path, environ: Mapping[str, str], yes: bool, why: str) -> engine_cli.Cli:
     version = engine_cli.wanted()
     console.notice(
         f"pulumi {version} is not on this machine (size: some 100 MB or more; later it fetches its "
         "provider for Google Cloud, which is larger)"
     )
     refusal = f"pulumi {version} would be fetched from {engine_cli.SITE}"
+    if not yes and not console.can_ask():
+        raise UsageError(
+            f"{refusal}{why}",
+            "add --yes to have it fetched, once, or put a pulumi of your own on PATH",
+        )
     if not yes and not console.confirm(f"Fetch it into {home}?", refusal):
-        raise UsageError(refusal, "or put a pulumi of your own on PATH")
+        raise UsageError(f"{refusal}{why}", "or put a pulumi of your own on PATH")
     return engine_cli.install(home, environ, console.notice)
 
 
@@ -247,10 +284,12 @@ def _may_adopt(found: Sequence[str], yes: bool) -> bool:
     listed = ", ".join(found)
     console.notice(f"there already: {listed}")
     if yes:
-        console.notice("adopting: from now on `launch infra` keeps and deletes it with the rest")
+        console.notice(
+            "adopting: from now on it is as the recipe says, and a destroy leaves it where it is"
+        )
         return True
     refusal = f"{listed}: would be adopted, and there is no terminal to ask on"
-    return console.confirm("Adopt it, to be kept and deleted with the rest?", refusal)
+    return console.confirm("Adopt it, to be as the recipe says? A destroy will leave it.", refusal)
 
 
 def _progress(step: Step) -> None:

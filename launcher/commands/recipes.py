@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from launcher import api, console, shipped
-from launcher.errors import Exit, LaunchError
+from launcher.errors import Exit, LaunchError, UsageError
 
 if TYPE_CHECKING:
     from launcher.difference import Difference
@@ -98,10 +98,19 @@ def schema() -> int:
     return Exit.OK
 
 
-def doctor(recipe: Optional[str], *, as_json: bool) -> int:
+def doctor(
+    recipe: Optional[str],
+    overrides: Sequence[str] = (),
+    on: Optional[str] = None,
+    *,
+    as_json: bool,
+) -> int:
     from launcher.doctor import examine
 
-    rows = list(examine(api.env(), shipped.find(recipe) if recipe else None))
+    if recipe is None and (overrides or on is not None):
+        raise UsageError("--set and --on change a recipe, and none is given",
+                         "launch doctor RECIPE --set KEY=VALUE")  # fmt: skip
+    rows = list(examine(api.env(), shipped.find(recipe) if recipe else None, overrides, on))
     failing = {row.name for row in rows if row.result == "fail"}
     if as_json:
         console.document(

@@ -115,6 +115,39 @@ def test_a_destroy_lets_go_what_nobody_else_declares_and_then_forgets() -> None:
     assert _declared(forgetting) == _declared(leaving)
 
 
+def test_what_was_there_before_stays_with_the_grants_between_such() -> None:
+    ann = replace(FULL, operators=("user:ann@example.com",), viewers=())
+    account = "serviceAccount:trainer@proj-123.iam.gserviceaccount.com"
+    seen = Declarations({}, frozenset()).adopting(["account-trainer", "secret-hf-token", "bucket"])
+
+    update = seen.applying(replace(ann, retain_bucket=False))
+
+    assert {one.name for one in update.declared if one.retain} == {
+        "account-trainer", "secret-hf-token",
+        f"project-logging.logWriter-{account}",
+        f"secret-hf-token-secretmanager.secretAccessor-{account}",
+        "secret-hf-token-secretmanager.secretVersionAdder-user:ann@example.com",
+        "account-trainer-iam.serviceAccountUser-user:ann@example.com",
+    }  # fmt: skip
+    assert sharing.adopted(update.exports) == seen.before
+
+
+def test_what_was_there_before_is_remembered_until_nobody_names_it() -> None:
+    seen = _all(TUNA, BASS).adopting(["account-tuna", "secret-hf-token"])
+
+    assert {one.name for one in seen.applying(BASS).declared if one.retain} >= {
+        "account-tuna", "secret-hf-token",
+    }  # fmt: skip
+    assert sharing.adopted(seen.leaving("tuna").exports) == {"account-tuna", "secret-hf-token"}
+    assert sharing.adopted(seen.forgetting("tuna").exports) == {"secret-hf-token"}
+    assert sharing.adopted(_all(TUNA).applying(TUNA).exports) == frozenset()
+
+
+def test_names_of_what_was_there_before_that_are_damaged_are_told() -> None:
+    with pytest.raises(Unreadable, match="there_before: 'bucket' is no list of names"):
+        sharing.adopted({sharing.BEFORE: "bucket"})
+
+
 def test_resources_that_others_declare_otherwise_are_named() -> None:
     kept_less = replace(TUNA, expiries=(Expiry(7, prefix="tmp/"),))
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 pytest.importorskip("pulumi_gcp", reason="needs the extra `infra`")
 
 from infra import engine_cli, google, passphrase
-from infra.changes import Change
+from infra.changes import Change, Step
 from infra.errors import EngineError, Locked, Passphrase
 from infra.google import Foundations
 from infra.stack import Stack, name
@@ -80,12 +80,13 @@ def _stack(
     home: Path,
     environ: dict[str, str],
     say: Callable[[str], None],
+    tell: Callable[[Step], None] = lambda step: None,
 ) -> Stack:
     given = {"PATH": f"{cli.bin}:{os.environ['PATH']}", **environ}
     found = engine_cli.find(home, given)
     assert found is not None
     assert found.path == cli.bin / "pulumi"
-    return Stack(name(DEMO.project, BUCKET), found, home, given, say=say)
+    return Stack(name(DEMO.project, BUCKET), found, home, given, say=say, tell=tell)
 
 
 def _words(changes: tuple[Change, ...]) -> dict[str, str]:
@@ -301,6 +302,25 @@ def test_in_a_shared_state_only_the_lock_of_what_we_started_is_stale(
         stack.up(DECLARED)
 
     assert not locked.value.stale
+
+
+def test_of_a_shared_state_an_update_from_here_is_known_to_run_until_it_ends(
+    opened: Open, cli: StandIn, home: Path
+) -> None:
+    shared = {"PULUMI_BACKEND_URL": "gs://team/state", "PULUMI_CONFIG_PASSPHRASE": "of-the-team"}
+    seen: list[Any] = []
+
+    def look(step: Step) -> None:
+        if not seen:
+            status = opened(**shared).status()
+            assert status is not None and status.running is not None
+            seen.append((status.running.host, status.running.dead))
+
+    _stack(cli, home, shared, [].append, look).up(DECLARED)
+
+    assert seen == [(socket.gethostname(), False)]
+    ended = opened(**shared).status()
+    assert ended is not None and ended.running is None
 
 
 _project = st.from_regex(r"([a-z][a-z.]{0,8}:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", fullmatch=True)

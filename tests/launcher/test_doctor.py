@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
+import shlex
 import socket
 import sys
 import threading
@@ -22,7 +24,17 @@ pytest.importorskip("google.cloud.logging_v2", reason="needs the extra `rehearse
 pytest.importorskip("google.cloud.secretmanager_v1", reason="needs the extra `rehearse`")
 pytest.importorskip("google.cloud.storage", reason="needs the extra `google`")
 
-from launcher import abreast, cli, doctor, doctor_disk, doctor_tools, google, recipe, shapes
+from launcher import (
+    abreast,
+    cli,
+    doctor,
+    doctor_disk,
+    doctor_memory,
+    doctor_tools,
+    google,
+    recipe,
+    shapes,
+)
 from launcher.backends.base import Check, Env
 from launcher.backends.vertex import VertexBackend, asking, checks, checks_project
 from launcher.clock import ManualClock
@@ -433,12 +445,61 @@ def test_the_disk_holds_the_checkpoints_to_come(tmp_path: Path) -> None:
     (row,) = doctor_disk.rows(loaded.recipe, tmp_path, env)
     assert row.result in ("warn", "fail") and f"4 x {one / 1e9:.1f} GB" in row.detail
     assert "of 80.0 GB on a boot disk of 100 GB" in row.detail
+    (enough,) = re.findall(r"set hardware.vertex.disk_gb to (\d+) or more", row.fix)
+    loaded, _ = stages_of(f"hardware.vertex.disk_gb={enough}")
+    (row,) = doctor_disk.rows(loaded.recipe, tmp_path, env)
+    assert row.result == "pass", row
+    loaded, _ = stages_of(f"hardware.vertex.disk_gb={int(enough) - 10}")
+    (row,) = doctor_disk.rows(loaded.recipe, tmp_path, env)
+    assert row.result == "warn", row
     loaded, _ = stages_of("hardware.vertex.disk_gb=300")
     (row,) = doctor_disk.rows(loaded.recipe, tmp_path, env)
     assert row.result == "pass"
     loaded, _ = stages_of("model.name=nobody/knows")
     (row,) = doctor_disk.rows(loaded.recipe, tmp_path, env)
     assert row.result == "skip" and "not known" in row.detail
+
+
+def test_the_memory_of_a_stage_fits_or_comes_with_what_makes_it_fit(tmp_path: Path) -> None:
+    def row(*overrides: str) -> Check:
+        (found,) = doctor_memory.rows(stages_of(*overrides)[0].recipe, tmp_path)
+        return found
+
+    over = row()
+    assert (over.result, over.name) == ("warn", "memory")  # `up` would try it
+    assert over.detail.endswith("of 22.0 GiB: does not fit")
+    change = over.fix.partition(" makes it")[0]
+    overrides = [word for word in shlex.split(change) if word != "--set"]
+    assert overrides and "free" in row(*overrides).detail
+    assert row(*overrides).result == "pass"
+    huge = row("kd.teacher=meta-llama/Llama-3.1-70B")
+    assert huge.result == "fail" and huge.fix  # `up` refuses it
+    assert row("model.name=nobody/knows").result == "skip"
+    local = recipe.load(KD_L4.with_name("quickstart.yaml"), environ={}).recipe
+    rows = list(doctor_memory.rows(local, tmp_path))
+    assert [one.name for one in rows][:2] == ["memory of tokenizer", "memory of teacher"]
+    assert {one.result for one in rows} == {"skip"}
+
+
+def test_the_doctor_takes_overrides_and_another_backend_as_a_plan_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    for name in ("PROJECT", "BUCKET", "SERVICE_ACCOUNT", "IMAGE"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["doctor", "kd-l4", "--on", "local", "--set", "artifacts=runs", "--json"]
+    words += ["--set", "secrets={}"]
+    cli.run(words)
+    rows = json.loads(capsys.readouterr().out)["checks"]
+    told = " ".join(one["detail"] for one in rows if one["name"] == "recipe")
+    assert "PROJECT" not in told
+    assert "BUCKET is not set" in told  # data still names it
+    assert not [one for one in rows if one["name"].startswith("vertex")]
+    capsys.readouterr()
+    assert cli.run(["doctor", "kd-l4", "--set", "train.lr=much"]) in (2, 3)
+    assert "--set train.lr: " in capsys.readouterr().out
+    assert cli.run(["doctor", "--set", "train.lr=1"]) == 2
+    assert "none is given" in capsys.readouterr().err
 
 
 def test_tools_are_needed_by_the_recipes_that_use_them(tmp_path: Path) -> None:

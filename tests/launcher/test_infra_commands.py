@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -397,6 +398,117 @@ def test_without_a_command_line_it_says_what_it_would_fetch(
     assert code == 2
     assert "is not on this machine" in err
     assert "add --yes" in err
+
+
+def test_a_plan_without_the_engine_says_what_is_declared_before_anything_is_fetched(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+    code, out, err = launch("plan", "tuna.yaml")
+
+    assert code == 2
+    assert "storage.Bucket" in out and "account-trainer" in out
+    assert "which of them are there is not known yet" in out
+    assert "it finds out what of this is there already" in err
+    assert "add --yes to have it fetched, once, or put a pulumi of your own on PATH" in err
+
+
+def test_a_status_without_the_engine_says_what_is_known_without_it(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, made: StandIn, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+    code, out, err = launch("status", "tuna.yaml")
+
+    state = f"file://{tmp_path / 'home' / 'infra' / 'state'}"
+    assert code == 0
+    assert out == f"proj-1.tuna-models: there is a state; state: {state}\n"
+    assert "what it holds is not known: pulumi" in err
+    _hold(tmp_path, made, os.getpid())
+    assert (
+        f"an update runs since 2026-11-21T10:00:00Z (process {os.getpid()}"
+        in (launch("status", "tuna.yaml")[1])
+    )
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path / "empty"))
+    code, out, err = launch("status", "tuna.yaml")
+    assert (code, err) == (0, "")
+    assert "proj-1.tuna-models: nothing was made here yet; " in out
+    monkeypatch.setenv("PULUMI_BACKEND_URL", "gs://team/state")
+    told = json.loads(launch("status", "tuna.yaml", "--json")[1])
+    assert (told["made"], told["state"]) == (None, "gs://team/state")
+
+
+def test_a_status_during_an_update_says_that_it_runs(
+    launch: Launch, made: StandIn, tmp_path: Path
+) -> None:
+    (file,) = (tmp_path / "home" / "infra" / "state").rglob("stacks/*/*.json")
+    state = json.loads(file.read_text())
+    (bucket,) = (r for r in state["checkpoint"]["latest"]["resources"]
+                 if r["urn"].endswith("::bucket"))  # fmt: skip
+    operation = {"resource": bucket, "type": "creating"}
+    state["checkpoint"]["latest"]["pending_operations"] = [operation] * 3
+    file.write_text(json.dumps(state))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    _hold(tmp_path, made, dead.pid)
+    for command in ("status", "plan"):
+        out = launch(command, "tuna.yaml")[1]
+        assert out.count("unknown: creating bucket was interrupted; launch infra up tuna") == 1
+
+    _hold(tmp_path, made, os.getpid())
+
+    for command in ("status", "plan"):
+        out = launch(command, "tuna.yaml")[1]
+        assert "an update runs since 2026-11-21T10:00:00Z " in out
+        assert f"(process {os.getpid()} on {socket.gethostname()})" in out
+        assert "interrupted" not in out
+    assert json.loads(launch("status", "tuna.yaml", "--json")[1])["running"]["pid"] == os.getpid()
+
+
+def _hold(tmp_path: Path, engine: StandIn, pid: int) -> None:
+    state = tmp_path / "home" / "infra" / "state"
+    engine.hold(state, "proj-1.tuna-models", socket.gethostname(), pid)
+
+
+def test_names_that_stand_in_for_variables_are_told_and_nothing_is_made_of_them(
+    launch: Launch, engine: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PROJECT", "BUCKET"):
+        monkeypatch.delenv(name, raising=False)
+    text = RECIPE.replace("proj-1,", "'${PROJECT:-my-project}',")
+    (tmp_path / "tuna.yaml").write_text(text.replace("gs://tuna", "gs://${BUCKET:-tuna}"))
+    code, _, err = launch("plan", "tuna.yaml")
+    assert code == 0
+    assert "note: PROJECT is not set; the recipe says 'my-project' in its place" in err
+    (tmp_path / "tuna.yaml").write_text(text.replace("tuna-models", "${BUCKET:-my-bucket}"))
+
+    code, _, err = launch("up", "tuna.yaml", "--yes")
+
+    assert code == 2
+    assert (
+        "error: PROJECT, BUCKET not set: the recipe says project my-project and gs://my-bu" in err
+    )
+    assert "set PROJECT, BUCKET in the environment, or give --set" in err
+    assert engine.cloud == {}
+    given = ("--set", "hardware.vertex.project=proj-1", "--set", "artifacts=gs://own/{run}")
+    code, out, err = launch("up", "tuna.yaml", "--yes", *given)
+    assert code == 0
+    assert "bucket: gs://own" in out
+    assert launch("status", "tuna.yaml", *given)[1].startswith("proj-1.own: ")
+    monkeypatch.setenv("PROJECT", "proj-1")
+    monkeypatch.setenv("BUCKET", "tuna-models")
+    assert "not set" not in launch("plan", "tuna.yaml")[2]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    for folder in ("/proc/x", "file/below", "file"):
+        code, _, err = launch("export", "tuna.yaml", "--to", folder)
+        assert code == 2
+        assert f"error: {folder}: cannot be written: " in err
+        assert err.splitlines()[-1].strip() == "--to names another folder"
 
 
 def test_export_writes_a_project_for_the_same_stack(launch: Launch, tmp_path: Path) -> None:

@@ -286,3 +286,53 @@ def test_what_no_recipe_declares_is_never_deleted_along_the_way(
         assert code == 2
         assert "has what no recipe declares: somebodys" in err
     assert "no recipe declares somebodys" in launch("status", "tuna.yaml")[1]
+
+
+def test_what_another_stack_made_stays_when_this_one_that_adopted_it_is_destroyed(
+    launch: Launch, engine: StandIn
+) -> None:
+    """Two recipes of one project with a bucket each, and one service account and secret."""
+    for name in ("tuna", "bass"):
+        text = RECIPE.format(name=name, secret=f"{name}-token", infra="{}")
+        text = text.replace(f"{name}-runs@", "trainer@").replace("our-models", f"{name}-models")
+        Path(f"{name}.yaml").write_text(text)
+    launch("up", "tuna.yaml", "--yes")
+    before = engine.cloud
+    _, _, err = launch("up", "bass.yaml", "--yes")
+    assert "a destroy leaves it where it is" in err
+    assert "adopted account-trainer" in err
+    assert "there before: account-trainer, secret-hf-token" in launch("status", "bass.yaml")[1]
+
+    without = Path("bass.yaml").read_text().replace("  HF_TOKEN: secret-manager", "  #")
+    Path("bass.yaml").write_text(without)
+    assert _changes(launch, "up", "bass.yaml")["secret-hf-token"] == "leave"
+    code, _, err = launch("destroy", "bass.yaml", "--yes")
+
+    assert code == 0
+    lines = [" ".join(line.split()) for line in err.splitlines()]
+    assert "- leave serviceaccount.Account account-trainer (was there before)" in lines
+    member = "serviceAccount:trainer@proj-1.iam.gserviceaccount.com"
+    grant = f"project-logging.logWriter-{member}"
+    assert f"- leave projects.IAMMember {grant} (was there before)" in lines
+    assert (
+        "left account-trainer: it was there before; `gcloud iam service-accounts delete "
+        "trainer@proj-1.iam.gserviceaccount.com --project=proj-1` deletes it" in lines
+    )
+    assert {key: one for key, one in engine.cloud.items() if key in before} == before
+    assert _cloud(engine) == {"tuna-models", "bass-models", "trainer", "hf-token", "tuna-token"}
+    assert _changes(launch, "up", "tuna.yaml") == {}
+
+
+def test_what_a_killed_update_had_begun_to_adopt_is_adopted_by_the_next_one(
+    launch: Launch, tuna: StandIn
+) -> None:
+    cloud = {**tuna.cloud, "gcp:serviceaccount/account:Account/proj-1/bass-runs": {}}
+    tuna.cloud = cloud
+    tuna.faults(die_after="account-bass-runs")
+    assert launch("up", "bass.yaml", "--yes")[0] != 0
+    tuna.faults()
+
+    launch("up", "bass.yaml", "--yes")
+
+    assert _changes(launch, "destroy", "bass.yaml")["account-bass-runs"] == "leave"
+    assert "bass-runs" in _cloud(tuna)

@@ -244,7 +244,8 @@ class Engine(resource_pb2_grpc.ResourceMonitorServicer, engine_pb2_grpc.EngineSe
 
     def _problem(self, op: str, entry: dict[str, Any]) -> Optional[str]:
         there = entry["id"] in _cloud(self.folder)
-        if op == "create" and there:
+        # A grant that is there is taken without a word: the policy has the member already.
+        if op == "create" and there and "IamMember" not in entry["type"].replace("IAM", "Iam"):
             return (
                 f"1 error occurred:\n\t* Error creating {entry['type']}: googleapi: Error 409: "
                 "Requested entity already exists, alreadyExists\n\n"
