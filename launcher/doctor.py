@@ -156,7 +156,7 @@ def _recipe(path: Path) -> tuple[Optional[Loaded], list[Check]]:
 
 def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
     """What the recipe brings along, wherever it runs."""
-    from launcher import doctor_disk
+    from launcher import api, doctor_disk
 
     yield from doctor_disk.rows(loaded.recipe, loaded.path.absolute().parent, env)
     for name, source in loaded.recipe.secrets.items():
@@ -164,6 +164,9 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
         if variable != source and not env.environ.get(variable):
             detail = f"{name} is taken from the variable {variable}, which is not set"
             yield Check("secret", "fail", detail, f"export {variable}=...")
+    for note in api.untold(loaded):
+        fix = "set the variable, or install the program, where `launch up` is called"
+        yield Check("notify", "warn", note.removeprefix("notify: "), fix)
     if any(s.hardware.environment and s.hardware.environment.wheels for s in loaded.recipe.stages):
         yield _wheels(loaded)
 
