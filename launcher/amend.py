@@ -87,12 +87,10 @@ def _judged(
     ends = money.too_little(run, budget, env.clock.now(), timeout)
     for change in found:
         if change.path == "budget.usd_per_hour" and (cheapest := _dear(env, run, existing, budget)):
-            why = f"the cheapest offer is {cheapest:.2f} USD an hour"
-            if not works:
-                yield replace(change, effect="stop", why=why)
-                continue
-            why += ": the next attempt would find no place; the one that runs goes on"
-            yield replace(change, why=why)
+            why = f"the cheapest offer costs {cheapest:.2f} USD an hour"
+            if works:
+                why += ", so the next attempt would find no place; the one that runs goes on"
+            yield replace(change, effect=change.effect if works else "stop", why=why)
         elif change.path in ends:
             yield replace(change, effect="stop", why=ends[change.path])
         else:

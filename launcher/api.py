@@ -60,17 +60,17 @@ def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = No
     made = forecast.added(made, loaded.recipe, here.home)
     missing = missing_client(made.root)
     needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
-    return replace(made, notes=(*made.notes, *loaded.notes(), *untold(loaded), *needed))
+    return replace(made, notes=(*made.notes, *loaded.notes(), *untold(loaded, here), *needed))
 
 
-def untold(loaded: Loaded) -> list[str]:
-    """Entries of the recipe's `notify` that cannot tell anybody from this machine, where the driver
+def untold(loaded: Loaded, here: Env) -> list[str]:
+    """Entries of the recipe's `notify` that can tell nobody from this machine, where the driver
     will run, each with why."""
     if not loaded.recipe.notify:
         return []
     from launcher import notify
 
-    told = ((notify.label(to), notify.unready(to, env())) for to in loaded.recipe.notify)
+    told = ((notify.label(to), notify.unready(to, here)) for to in loaded.recipe.notify)
     return [f"notify: {to} would tell nobody: {why}" for to, why in told if why]
 
 

@@ -164,7 +164,7 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
         if variable != source and not env.environ.get(variable):
             detail = f"{name} is taken from the variable {variable}, which is not set"
             yield Check("secret", "fail", detail, f"export {variable}=...")
-    for note in api.untold(loaded):
+    for note in api.untold(loaded, env):
         fix = "set the variable, or install the program, where `launch up` is called"
         yield Check("notify", "warn", note.removeprefix("notify: "), fix)
     if any(s.hardware.environment and s.hardware.environment.wheels for s in loaded.recipe.stages):

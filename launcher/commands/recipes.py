@@ -46,7 +46,7 @@ def plan(
 def validate(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
     path = shipped.find(recipe)
     loaded = api.validate(path, overrides, on)
-    notes = [*loaded.notes(), *api.untold(loaded)]
+    notes = [*loaded.notes(), *api.untold(loaded, api.env())]
     if as_json:
         console.document(
             {"path": str(path), "fingerprint": loaded.fingerprint, "recipe": loaded.canonical,
