@@ -214,7 +214,7 @@ def run_lines(run: Run, now: float) -> list[str]:
                 job.name, str(attempt.number), *([_beginning(run, job, attempt)] if again else ()),
                 attempt.place or "-", ENDED if attempt.unconfirmed else attempt.phase.value,
                 attempt.held.value, "-" if attempt.exit_code is None else str(attempt.exit_code),
-                _why(attempt),
+                reason(attempt),
             )
             for job, attempt in attempts
         ]  # fmt: skip
@@ -241,7 +241,8 @@ def _beginning(run: Run, job: JobState, attempt: Attempt) -> str:
     return step + (times if attempt.restarts else "")
 
 
-def _why(attempt: Attempt) -> str:
+def reason(attempt: Attempt) -> str:
+    """Why an attempt is over, in words."""
     if attempt.cause == "deadline":
         return f"ended by the deadline that its budget had set ({attempt.why})"
     return attempt.why or "-"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher import api, bundle, cli, console, doctor, money, start
+from launcher import api, bundle, cli, console, doctor, money, report, start
 from launcher.backends.base import Held, Phase
 from launcher.changes import last
 from launcher.errors import Exit, UsageError
@@ -170,6 +170,7 @@ def test_a_deadline_is_no_preemption(tmp_path: Path, hook: Hook) -> None:
     assert Fold(records[: end + 1]).run.phase is Phase.STOPPING
     lines = "\n".join(console.run_lines(run, it.env.clock.now()))
     assert "ended by the deadline that its budget had set" in lines and "preempted" not in lines
+    assert "ended by the deadline that its budget had set" in report.write(run).read_text()
 
 
 def test_it_still_counts_as_one_where_nobody_has_raised_the_budget(tmp_path: Path) -> None:
