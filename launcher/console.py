@@ -156,7 +156,7 @@ def runs(found: Sequence[Run], now: float) -> list[str]:
     rows = []
     for run in found:
         last = run.progress
-        eta = records.number(last.get("eta_seconds")) if run.ended is None else None
+        eta = records.number(last.get("eta_seconds")) if _goes_on(run) else None
         rows.append(
             (
                 run.name,
@@ -178,6 +178,10 @@ def phase(run: Run) -> str:
     newest = [attempt for job in run.jobs for attempt in job.attempts][-1:]
     ended = run.ended is None and any(attempt.unconfirmed for attempt in newest)
     return ENDED if ended else run.phase.value
+
+
+def _goes_on(run: Run) -> bool:
+    return run.ended is None and phase(run) != ENDED
 
 
 def stage_phase(run: Run, stage: StageState) -> str:
@@ -202,7 +206,7 @@ def run_lines(run: Run, now: float) -> list[str]:
     lines += ["  " + " · ".join(facts), ""]
     lines += ["  " + line for line in stages(run)]
     last = run.progress
-    if last and run.ended is None:
+    if last and _goes_on(run):
         lines += ["", "  " + progress(last)]
     if to_come := outlook(run):
         lines += ["", "  " + to_come]
