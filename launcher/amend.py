@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import changes, home, records, view
+from launcher import backends, changes, home, money, records, view
 from launcher.artifacts import here, open_artifacts
 from launcher.backends.base import Env, Intent, Phase
 from launcher.bundle import Bundle
 from launcher.claim import recipe_of
-from launcher.difference import Difference, compare
+from launcher.difference import Change, Difference, compare
 from launcher.errors import LaunchError
 from launcher.fold import Fold
 from launcher.journal import Journal, held_elsewhere
-from launcher.plan import make
+from launcher.plan import affordable, jobs, make
 from launcher.recipe import Loaded
 from launcher.run import Run
-from launcher.spec import Recipe
+from launcher.spec import Budget, Recipe
 from launcher.start import commit_of, fingerprint, projects
 
 
@@ -65,6 +65,8 @@ def _differ(
     found, unchanged = compare(
         fold, loaded.canonical, loaded.recipe, existing, bundle.sha256, _fresh(run)
     )
+    if run.ended is None and any(change.path.startswith("budget.") for change in found):
+        found = tuple(_judged(env, run, existing, loaded.recipe.budget, found))
     if not requests:
         return Difference(run, found, unchanged)
     own = Bundle(Path(fold.bundle["path"]), fold.bundle["sha256"], fold.bundle["bytes"])
@@ -74,6 +76,43 @@ def _differ(
         _requests(loaded.recipe, env, bundle, run, commit_of(loaded.path)),
         [*_sent(fold)],
     )  # fmt: skip
+
+
+def _judged(
+    env: Env, run: Run, existing: Recipe, budget: Budget, found: tuple[Change, ...]
+) -> Iterator[Change]:
+    """The changes, those of the budget by what this live run has spent and by its offers."""
+    begun = [(job, attempt) for job in run.jobs for attempt in job.attempts][-1:]
+    works = bool(begun) and begun[0][1].ended is None
+    timeout = works and backends.load(begun[0][0].backend).can.timeout
+    ends = money.too_little(run, budget, env.clock.now(), timeout)
+    for change in found:
+        if change.path == "budget.usd_per_hour" and (cheapest := _dear(env, run, existing, budget)):
+            why = f"the cheapest offer costs {cheapest:.2f} USD an hour"
+            if works:
+                why += ", so the next attempt would find no place; the one that runs goes on"
+            yield replace(change, effect=change.effect if works else "stop", why=why)
+        elif change.path in ends:
+            yield replace(change, effect="stop", why=ends[change.path])
+        else:
+            yield change
+
+
+def _dear(env: Env, run: Run, existing: Recipe, budget: Budget) -> Optional[float]:
+    """USD an hour of the cheapest offer of the first job that is not done, where the budget allows
+    none of them; None: it allows one, or there is none, or nobody can tell."""
+    undone = (j for j in run.jobs if not j.attempts or j.attempts[-1].phase is not Phase.SUCCEEDED)
+    job = next(undone, None)
+    if job is None:
+        return None
+    asked = jobs(existing)[job.index][0].hardware
+    try:
+        offers = list(backends.load(job.backend).offers(asked, env))
+    except LaunchError:
+        return None
+    if not offers or affordable(offers, budget):
+        return None
+    return min(offer.usd_per_hour or 0.0 for offer in offers)
 
 
 def _fold(env: Env, run: Run) -> Fold:

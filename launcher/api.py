@@ -60,7 +60,18 @@ def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = No
     made = forecast.added(made, loaded.recipe, here.home)
     missing = missing_client(made.root)
     needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
-    return replace(made, notes=(*made.notes, *loaded.notes(), *needed))
+    return replace(made, notes=(*made.notes, *loaded.notes(), *untold(loaded, here), *needed))
+
+
+def untold(loaded: Loaded, here: Env) -> list[str]:
+    """Entries of the recipe's `notify` that can tell nobody from this machine, where the driver
+    will run, each with why."""
+    if not loaded.recipe.notify:
+        return []
+    from launcher import notify
+
+    told = ((notify.label(to), notify.unready(to, here)) for to in loaded.recipe.notify)
+    return [f"notify: {to} would tell nobody: {why}" for to, why in told if why]
 
 
 def difference(
@@ -91,7 +102,8 @@ def up(
     """Start a run, in a driver process of its own, and return it. A live run of the same recipe,
     trainer and owner is returned instead (with a driver, if it had lost its own), unless `new`; so
     is one that differs only in what a live run takes up in place (`difference`), and it does so.
-    Errors: those of the plan too, before anything is created: no place, a backend that only plans.
+    Errors: `UsageError` where such a change would end it at once; those of the plan too, before
+    anything is created: no place, a backend that only plans.
     """
     from launcher import amend, bundle, driver, forecast, start, wheels
     from launcher.plan import make, refuse
@@ -101,6 +113,8 @@ def up(
     with home.up_lock(here.home):
         loaded = wheels.resolved(loaded)
         found = None if new else amend.find(here, loaded, packed, requests=False)
+        if found is not None and found.stops:
+            raise found.refusal()
         if found is not None and found.in_place and found.blocks():
             amend.leave(here, found, loaded.canonical)
         if found is not None and (found.same or found.in_place):
@@ -201,7 +215,8 @@ def stop(run: Which, reason: str = "") -> Run:
 
 def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     """Go on with a run: one without a driver gets a driver; one that was stopped, paused or has
-    failed is opened again, with `overrides` (`a.b=c`). Errors: `UsageError` when it is complete."""
+    failed is opened again, with `overrides` (`a.b=c`); one that nobody drives, and whose job has
+    ended, is first brought to its end. Errors: `UsageError` when it is complete."""
     from launcher import driver, start
     from launcher.claim import refuse_processes
     from launcher.fold import Fold
@@ -212,11 +227,15 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     if seen.ended is None:
         if seen.driver is not None and seen.driver.alive is None:
             raise held_elsewhere(vars(seen.driver), seen.name)
-        if given:
+        if given and _left_alone(seen):
+            resume_plan(seen, given)  # what it refuses leaves the run as it is
+            seen = wait(stop(seen, "to be resumed"))
+        elif not given:
+            return attach(seen.id)
+        if seen.ended is None:
             text = f"{seen.name} is not over: its recipe cannot change now"
             hint = f"`launch stop {seen.name}`, then resume it with --set"
             raise UsageError(text, f"{hint}; `launch up RECIPE` changes a budget without a stop")
-        return attach(seen.id)
     if seen.exit_code == Exit.OK and seen.phase.value == "succeeded":
         raise UsageError(f"{seen.name} is complete", "`launch up RECIPE --new` starts another run")
     refuse_processes(seen, facts)
@@ -244,17 +263,24 @@ def resume_plan(run: Which, overrides: Iterable[str] = ()) -> Optional[RunPlan]:
     """What `resume` would create and cost, of the jobs that are not done. None when it creates
     nothing by itself: the run is not over and only needs a driver, or it is complete. Errors: those
     of `resume`."""
-    from launcher import start
+    from launcher import start, view
     from launcher.fold import Fold
     from launcher.journal import Journal
 
     here, facts = env(), _find(run)
     seen = status(facts["id"])
-    if seen.ended is None or seen.phase.value == "succeeded":
+    given = tuple(overrides)
+    if seen.ended is None and not (given and _left_alone(seen)):
+        return None
+    if seen.phase.value == "succeeded":
         return None
     place = home.folder(here.home, seen.id)
     journal = Journal(place, _artifacts(seen), here.clock)
-    return start.what_resuming_creates(Fold(journal.read()), place, tuple(overrides), here)
+    fold = Fold(journal.read())
+    if seen.ended is None:
+        fold.run.folder = seen.folder
+        view.note_end(fold.run, here.clock.now())
+    return start.what_resuming_creates(fold, place, given, here)
 
 
 def teardown(run: Which) -> Run:
@@ -359,6 +385,13 @@ def _find(run: Which) -> dict[str, Any]:
     return home.find(env().home, run.id if isinstance(run, Run) else run)
 
 
+def _left_alone(run: Run) -> bool:
+    """Whether a run that is not over has neither a driver nor a job that still works."""
+    attempts = [attempt for job in run.jobs for attempt in job.attempts]
+    driven = run.driver is not None and run.driver.alive is not False
+    return not driven and bool(attempts) and attempts[-1].ended is not None
+
+
 def _artifacts(run: Run) -> Artifacts:
     from launcher.artifacts import open_artifacts
 
@@ -392,6 +425,6 @@ def _clear_without_journal(run: Run, here: Env) -> None:
 
 __all__ = [
     "Held", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs", "logs",
-    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "up",
-    "validate", "wait",
+    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "untold",
+    "up", "validate", "wait",
 ]  # fmt: skip

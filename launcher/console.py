@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Optional
 from launcher import records
 from launcher.artifacts import here
 from launcher.errors import LaunchError, UsageError
+from launcher.money import burn
 from launcher.run import JSON_VERSION
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ _CODES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "dim": "2", 
 _PHASE = {
     "succeeded": "green", "running": "blue", "starting": "blue", "provisioning": "blue",
     "failed": "red", "lost": "red", "preempted": "yellow", "cancelled": "yellow",
-    "stopping": "yellow", "pass": "green", "warn": "yellow", "fail": "red", "skip": "dim",
+    "stopping": "yellow", "ended": "yellow", "pass": "green", "warn": "yellow", "fail": "red",
+    "skip": "dim",
 }  # fmt: skip
 _STEERING = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b(?:[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
+#: What is shown of a job that has ended by its own word, while nobody drove its run.
+ENDED = "ended"
 #: The columns of a comparison that come first, and in this order.
 _FIRST = ("model", "parameters", "step", "training_seconds", "val_loss", "val_ppl", "val_tokens")
 
@@ -152,11 +156,11 @@ def runs(found: Sequence[Run], now: float) -> list[str]:
     rows = []
     for run in found:
         last = run.progress
-        eta = records.number(last.get("eta_seconds")) if run.ended is None else None
+        eta = records.number(last.get("eta_seconds")) if _goes_on(run) else None
         rows.append(
             (
                 run.name,
-                run.phase.value,
+                phase(run),
                 str(last.get("stage") or _current(run)),
                 steps(last),
                 figure(last.get("train_loss")),
@@ -169,22 +173,40 @@ def runs(found: Sequence[Run], now: float) -> list[str]:
     return columns(headers, rows, right=(3, 4, 5, 6, 7))
 
 
+def phase(run: Run) -> str:
+    """The phase of a run, `ENDED` where its job has ended and nobody drives it."""
+    newest = [attempt for job in run.jobs for attempt in job.attempts][-1:]
+    ended = run.ended is None and any(attempt.unconfirmed for attempt in newest)
+    return ENDED if ended else run.phase.value
+
+
+def _goes_on(run: Run) -> bool:
+    return run.ended is None and phase(run) != ENDED
+
+
+def stage_phase(run: Run, stage: StageState) -> str:
+    """The phase of a stage; `ENDED` of the one that was under way when the job ended."""
+    goes = stage.phase.value != "planned" and not stage.phase.over
+    return ENDED if goes and phase(run) == ENDED else stage.phase.value
+
+
 def run_lines(run: Run, now: float) -> list[str]:
     """`launch status RUN`: the run, its stages, its jobs and what it holds."""
-    phase = paint(run.phase.value, style(run.phase.value))
-    lines = [
-        f"{paint(plain(run.name), 'bold')}  {phase}" + (f"  {plain(run.why)}" if run.why else "")
-    ]
+    word = phase(run)
+    why = plain(run.why) if run.why else ""
+    if word == ENDED:
+        why = "by its own word; a driver is still to confirm it"
+    lines = [f"{paint(plain(run.name), 'bold')}  {paint(word, style(word))}  {why}".rstrip()]
     facts = [f"ran {duration(run.lasted(now))}", f"spent {spent(run)}"]
-    if run.usd_per_hour:
-        facts.append(f"{usd(run.usd_per_hour)} per hour")
+    if rate := burn(run):
+        facts.append(f"{usd(rate)} per hour")
     facts.append(f"holds {run.held.value}" if run.live else "holds nothing")
     if run.exit_code is not None:
         facts.append(f"exit code {run.exit_code}")
     lines += ["  " + " · ".join(facts), ""]
     lines += ["  " + line for line in stages(run)]
     last = run.progress
-    if last and run.ended is None:
+    if last and _goes_on(run):
         lines += ["", "  " + progress(last)]
     if to_come := outlook(run):
         lines += ["", "  " + to_come]
@@ -194,8 +216,9 @@ def run_lines(run: Run, now: float) -> list[str]:
         rows = [
             (
                 job.name, str(attempt.number), *([_beginning(run, job, attempt)] if again else ()),
-                attempt.place or "-", attempt.phase.value, attempt.held.value,
-                "-" if attempt.exit_code is None else str(attempt.exit_code), attempt.why or "-",
+                attempt.place or "-", ENDED if attempt.unconfirmed else attempt.phase.value,
+                attempt.held.value, "-" if attempt.exit_code is None else str(attempt.exit_code),
+                reason(attempt),
             )
             for job, attempt in attempts
         ]  # fmt: skip
@@ -222,6 +245,13 @@ def _beginning(run: Run, job: JobState, attempt: Attempt) -> str:
     return step + (times if attempt.restarts else "")
 
 
+def reason(attempt: Attempt) -> str:
+    """Why an attempt is over, in words."""
+    if attempt.cause == "deadline":
+        return f"ended by the deadline that its budget had set ({attempt.why})"
+    return attempt.why or "-"
+
+
 def _driver(who: Driver) -> str:
     if who.alive is False:
         return f"none; process {who.pid} on {who.host} has died"
@@ -240,7 +270,7 @@ def stages(run: Run) -> list[str]:
             (
                 stage.id,
                 stage.stage,
-                stage.phase.value,
+                stage_phase(run, stage),
                 steps(last),
                 figure(last.get("train_loss")),
                 figure(records.evaluation(folder).get("val_loss")),
@@ -254,7 +284,7 @@ def stages(run: Run) -> list[str]:
 def progress_line(run: Run) -> str:
     """`status --watch` where nothing can be drawn again: a run in one line."""
     now = "" if run.ended is not None or not run.progress else f"  {progress(run.progress)}"
-    return plain(f"{run.name}: {run.phase.value}{now}")
+    return plain(f"{run.name}: {phase(run)}{now}")
 
 
 def progress(last: dict[str, Any]) -> str:

@@ -15,12 +15,13 @@ from typing import Any, Literal, Optional
 
 from launcher.backends.base import Intent, Phase
 from launcher.changes import IN_PLACE
+from launcher.errors import UsageError
 from launcher.fold import Fold
 from launcher.plan import fill, jobs
 from launcher.run import Run
 from launcher.spec import Recipe
 
-Effect = Literal["none", "now", "next attempt", "resume", "new run"]
+Effect = Literal["none", "now", "next attempt", "stop", "resume", "new run"]
 
 
 _LATER = "from the last checkpoint on"
@@ -86,12 +87,13 @@ RULES: dict[str, tuple[Effect, str]] = {
 }
 #: What holds for a key that has no row, of a block that this table does not know.
 _UNKNOWN: tuple[Effect, str] = ("resume", _LATER)
-_MARKS = {"none": "~", "now": "~", "next attempt": "~", "resume": "!", "new run": "x"}
+_MARKS = {"none": "~", "now": "~", "next attempt": "~", "stop": "!", "resume": "!", "new run": "x"}
 #: What a reader is told that a change takes.
 WORDS: dict[Effect, str] = {
     "none": "changes nothing",
     "now": "in place, now",
     "next attempt": "in place, from the next attempt on",
+    "stop": "this stops the run",
     "resume": "at a resume",
     "new run": "needs a new run",
 }
@@ -117,8 +119,11 @@ class Change:
     why: str
 
     def line(self) -> str:
+        told = [WORDS[self.effect], self.why]
+        if self.effect == "stop":
+            told.reverse()
         values = f"{_shown(self.before)} -> {_shown(self.after)}"
-        return f"{_MARKS[self.effect]} {self.path}: {values}  {WORDS[self.effect]}: {self.why}"
+        return f"{_MARKS[self.effect]} {self.path}: {values}  {': '.join(told)}"
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,18 @@ class Difference:
         """Whether the run is live and can take up all that differs without a stop."""
         effects = {change.effect for change in self.changes}
         return self.run.ended is None and effects <= {"none", "now", "next attempt"}
+
+    @property
+    def stops(self) -> tuple[Change, ...]:
+        """Changes that the driver could take up in place, and which would end the run at once."""
+        found = tuple(change for change in self.changes if change.effect == "stop")
+        effects = {change.effect for change in self.changes}
+        return found if effects <= {"none", "now", "next attempt", "stop"} else ()
+
+    def refusal(self) -> UsageError:
+        """What `up` answers to a change that would end the live run (`stops`)."""
+        name, told = self.run.name, "; ".join(f"{c.path}: {c.why}" for c in self.stops)
+        return UsageError(f"this would stop {name}, which goes on: {told}", self._keep())
 
     def blocks(self) -> list[str]:
         """The blocks at the top of the recipe in which something changes in place."""
@@ -176,13 +193,16 @@ class Difference:
 
     def overrides(self) -> list[str]:
         """The `KEY=VALUE` of a resume that makes the changes which one can make."""
-        wanted = [c for c in self.changes if c.effect not in ("none", "new run")]
+        wanted = [c for c in self.changes if c.effect not in ("none", "stop", "new run")]
         return [f"{c.path}={_literal(_yaml(c.after))}" for c in wanted]
 
     def _advice(self, recipe: str) -> Iterator[str]:
         effects = {change.effect for change in self.changes}
         if self.in_place and self.blocks():
             yield f"`launch up {recipe}` makes these changes; the run goes on"
+        elif self.stops:
+            yield f"`launch up {recipe}` refuses that:"
+            yield from (f"  {line}" for line in self._keep().splitlines())
         elif self.same and self.changes:
             yield f"`launch up {recipe}` attaches to it as it is: it was changed since"
         elif "new run" in effects:
@@ -191,6 +211,14 @@ class Difference:
             given = " ".join(f"--set {shlex.quote(text)}" for text in self.overrides())
             first = "" if self.run.ended is not None else f"`launch stop {self.run.name}`, then "
             yield f"{first}`launch resume {self.run.name} {given}`"
+
+    def _keep(self) -> str:
+        """How to keep a run that a change would end, and how to end it."""
+        name, keys = self.run.name, " and ".join(change.path for change in self.stops)
+        return (
+            f"to keep it: `launch attach {name}` follows it as it is; or raise {keys} in the "
+            f"recipe\nto stop it: `launch stop {name}`"
+        )
 
 
 def compare(
@@ -327,8 +355,10 @@ def _plain(value: Any) -> Any:
 
 def _request_lines(ours: Requests, theirs: Requests) -> Iterator[str]:
     """Where the request that starts a job differs, apart from the job's own specification: that
-    follows from the keys."""
-    for job in dict.fromkeys([*ours, *theirs]):
+    follows from the keys. Nothing is compared with a job that has no place: none is sent for it."""
+    for job in dict.fromkeys([*ours, *theirs] if ours and theirs else []):
+        if any(job in found and not found[job] for found in (ours, theirs)):
+            continue
         last = [found[job][-1] if found.get(job) else None for found in (ours, theirs)]
         old, new = ({} if i is None else {"place": i.place, **i.request} for i in last)
         request = next((intent.name for intent in last if intent is not None), "")

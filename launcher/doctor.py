@@ -167,7 +167,7 @@ def _recipe(
 
 def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
     """What the recipe brings along, wherever it runs."""
-    from launcher import doctor_disk, doctor_memory
+    from launcher import api, doctor_disk, doctor_memory
 
     yield from doctor_memory.rows(loaded.recipe, env.home)
     yield from doctor_disk.rows(loaded.recipe, loaded.path.absolute().parent, env)
@@ -176,6 +176,9 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
         if variable != source and not env.environ.get(variable):
             detail = f"{name} is taken from the variable {variable}, which is not set"
             yield Check("secret", "fail", detail, f"export {variable}=...")
+    for note in api.untold(loaded, env):
+        fix = "set the variable, or install the program, where `launch up` is called"
+        yield Check("notify", "warn", note.removeprefix("notify: "), fix)
     if any(s.hardware.environment and s.hardware.environment.wheels for s in loaded.recipe.stages):
         yield _wheels(loaded)
 

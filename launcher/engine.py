@@ -169,17 +169,16 @@ class Engine:
             return Outcome(Phase.FAILED, last.why, Exit.JOB)
         if marker is not None and marker.get("by") == "budget":
             return Outcome(Phase.CANCELLED, self.claim.over_budget(), Exit.BUDGET)
-        paused = last.why if last is not None and last.phase is Phase.CANCELLED else ""
+        ended = last is not None and last.phase is Phase.CANCELLED and last.cause != retry.DEADLINE
+        paused = last.why if last is not None and ended else ""
         if marker is not None:
             reason = marker.get("reason")
             why = f"{paused or 'stopped'}: {reason}" if reason else paused or "stopped"
             return Outcome(Phase.CANCELLED, why, Exit.OK)
-        if last is not None and last.phase is Phase.CANCELLED:
-            return Outcome(Phase.CANCELLED, last.why, Exit.OK)
-        return None
+        return Outcome(Phase.CANCELLED, paused, Exit.OK) if ended else None
 
     def _spent(self, last: Optional[Attempt]) -> Optional[Outcome]:
-        """The end of a run whose budget is spent. (A job's own deadline ends it as preempted.)"""
+        """The end of a run whose budget is spent, or too little of it left for an attempt."""
         newest = [attempt for job in self.claim.run.jobs for attempt in job.attempts][-1:]
         left = self.claim.budget_left(newest[0].usd_per_hour if newest else None)
         least = worth(left, last, self.clock.now()) if last else LEAST if newest else 0.0
@@ -356,6 +355,8 @@ class Engine:
             phase, cause = Phase.FAILED, retry.INFRASTRUCTURE
         if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
             why = self.claim.boots_word(job, attempt, seen.exit_code) or why
+        if retry.reached_deadline(phase, why):
+            phase, cause = Phase.CANCELLED, retry.DEADLINE
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
             held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref

@@ -238,6 +238,8 @@ class Fold:
         run.phase, run.why, run.usd_per_hour = newest.phase, newest.why, newest.usd_per_hour
         if self.stopping is not None:
             run.phase = Phase.STOPPING
+        elif newest.cause == "deadline":
+            run.phase = Phase.STOPPING  # unless its budget was raised since: then it goes on
         elif newest.phase.over and newest.phase is not Phase.PREEMPTED:
             run.phase = Phase.STARTING  # between two attempts, or two jobs
 
@@ -275,7 +277,9 @@ def _note_begin(attempt: Attempt, seen: float) -> None:
     is over, nobody knows, and then all its time counts."""
     if not attempt.phase.over:
         attempt.began = None if attempt.phase in NOT_STARTED else seen
-    elif attempt.cause == "capacity" or attempt.phase is Phase.CANCELLED:
+    elif attempt.cause == "capacity" or (
+        attempt.phase is Phase.CANCELLED and attempt.cause != "deadline"
+    ):
         attempt.began = attempt.ended
 
 

@@ -83,6 +83,25 @@ def kept(left: float, attempt: Attempt, now: float) -> float:
     return reserve(left + duration(attempt, now))
 
 
+def too_little(run: Run, budget: Caps, now: float, timeout: bool) -> dict[str, str]:
+    """The limits of `budget` that would end a live run at once -> why. `timeout`: its service ends
+    jobs by itself, so that it is asked to save before that."""
+    newest = next(reversed([*_attempts(run)]), None)
+    found = {}
+    for limit in limits(run, budget, now, newest.usd_per_hour if newest else None):
+        if newest is None or newest.ended is not None:
+            least = worth(limit.left, newest, now)
+        else:
+            least = max(LEAST, kept(limit.left, newest, now) if timeout else 0.0)
+        if limit.left > least:
+            continue
+        used = f"{limit.used:.2f} {'spent' if limit.key == 'budget.usd' else 'hours worked'}"
+        found[limit.key] = f"{limit.of:g} leaves {_words(max(0.0, limit.left))} after the {used}"
+        if limit.used - limit.of >= 0.005:
+            found[limit.key] = f"{limit.of:g} is less than the {used}"
+    return found
+
+
 def budget_text(budget: Budget) -> str:
     parts = [f"budget.hours: {budget.hours:g}" if budget.hours is not None else "",
              f"budget.usd: {budget.usd:g}" if budget.usd is not None else ""]  # fmt: skip

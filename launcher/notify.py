@@ -12,6 +12,7 @@ import base64
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -118,6 +119,9 @@ def events(fold: Fold, budget: Budget, now: float) -> Iterator[Event]:
             if attempt.phase is Phase.PREEMPTED:
                 name = f"preempted-{job.index}-{attempt.number}"
                 yield Event(name, ("preempted",), _of_preempted(run, attempt, following))
+            elif attempt.cause == retry.DEADLINE:
+                name = f"deadline-{job.index}-{attempt.number}"
+                yield Event(name, ("budget",), _of_deadline(run, attempt, following))
     if run.ended is not None:
         name = f"end-{fold.resumed}-{run.exit_code}"
         yield Event(name, _names(run), _of_end(run))
@@ -146,6 +150,20 @@ def message(run: Run, event: str, text: str, now: float) -> dict[str, Any]:
 def label(to: Notify) -> str:
     """How messages call it: the reference to an address, never the address."""
     return f"command {to.command[0]}" if to.command else f"webhook {to.webhook}"
+
+
+def unready(to: Notify, env: Env) -> str:
+    """Why a driver on this machine could not tell anybody, as far as that can be seen without
+    asking anyone; empty: nothing is missing."""
+    if to.command:
+        found = shutil.which(to.command[0], path=env.environ.get("PATH"))
+        return "" if found else f"there is no program {to.command[0]} here"
+    if str(to.webhook).startswith("env://"):
+        try:
+            _address(str(to.webhook), env)
+        except _Undelivered as problem:
+            return str(problem)
+    return ""
 
 
 def deliver(to: Notify, told: Mapping[str, Any], env: Env, patience: float = PATIENCE) -> str:
@@ -306,8 +324,14 @@ def _of_end(run: Run) -> str:
 
 
 def _of_preempted(run: Run, attempt: Attempt, following: Attempt) -> str:
-    step = f"step {following.from_step}" if following.from_step else "the beginning"
-    return (
-        f"{run.name}: preempted in {attempt.place} ({attempt.why}); attempt {following.number} "
-        f"goes on from {step} in {following.place}"
-    )
+    return f"{run.name}: preempted in {attempt.place} ({attempt.why}); {_goes_on(following)}"
+
+
+def _of_deadline(run: Run, attempt: Attempt, following: Attempt) -> str:
+    what = f"attempt {attempt.number} was ended by the deadline that its budget had set"
+    return f"{run.name}: {what}; {_goes_on(following)}"
+
+
+def _goes_on(attempt: Attempt) -> str:
+    step = f"step {attempt.from_step}" if attempt.from_step else "the beginning"
+    return f"attempt {attempt.number} goes on from {step} in {attempt.place}"

@@ -24,7 +24,8 @@ def lines(plan: RunPlan) -> list[str]:
     for job in plan.jobs:
         found += _job_lines(job, count > 1)
     found.append(f"artifacts: {plan.root}")
-    found.append(_cost_line(plan))
+    if all(job.offers for job in plan.jobs):  # what has no place has no price
+        found.append(_cost_line(plan))
     found += _expected(plan)
     found += [f"note: {note}" for note in (*plan.notes, *_price_notes(plan))]
     if plan.refusal is not None:

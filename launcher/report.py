@@ -177,7 +177,7 @@ def _attempts(run: Run) -> str:
             if attempt.ended is not None and attempt.started is not None
             else "-",
             "-" if attempt.exit_code is None else str(attempt.exit_code),
-            attempt.why or "-",
+            console.reason(attempt),
         ]
         for job in run.jobs
         for attempt in job.attempts

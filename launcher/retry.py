@@ -22,9 +22,11 @@ _DEADLINE = ("deadline", "the time limit was reached")
 #: How often one request is sent before its attempt counts as failed.
 REQUESTS = 8
 
-# Why an attempt is over; each but the last three has its count in `retry:`.
+# Why an attempt is over; each but the last three has its count in `retry:`, and `deadline` that of
+# `preempted`: it was cut off in the middle too, but nobody has taken its machine.
 CAPACITY = "capacity"
 PREEMPTED = "preempted"
+DEADLINE = "deadline"
 INFRASTRUCTURE = "infrastructure"
 JOB = "job"
 ACCESS = "access"
@@ -71,6 +73,7 @@ def give_up(
     changed, UTC seconds: one that was sent before with a deadline, and reached it, is not counted.
     """
     last = attempts[-1]
+    cause = counted_as(last)
     if at_deadline(last, changed):
         return None
     if last.exit_code in HOPELESS:
@@ -79,22 +82,31 @@ def give_up(
     if last.cause in (ACCESS, REQUEST):
         return Outcome(Phase.FAILED, last.why, _EXIT[last.cause])
     allowed = {CAPACITY: retry.capacity, PREEMPTED: retry.preempted,
-               INFRASTRUCTURE: retry.infrastructure}.get(last.cause, retry.job)  # fmt: skip
-    times = sum(
-        attempt.cause == last.cause and not at_deadline(attempt, changed) for attempt in attempts
-    )
+               INFRASTRUCTURE: retry.infrastructure}.get(cause, retry.job)  # fmt: skip
+    times = sum(counted_as(a) == cause and not at_deadline(a, changed) for a in attempts)
     if times <= allowed:
         return None
-    counted = f" ({times} times; retry.{last.cause}: {allowed})" if times > 1 else ""
+    counted = f" ({times} times; retry.{cause}: {allowed})" if times > 1 else ""
     phase = Phase.LOST if last.phase is Phase.LOST else Phase.FAILED
-    return Outcome(phase, f"{last.why}{counted}", _EXIT.get(last.cause, Exit.JOB))
+    return Outcome(phase, f"{last.why}{counted}", _EXIT.get(cause, Exit.JOB))
+
+
+def counted_as(attempt: Attempt) -> str:
+    """The cause by whose count and place an attempt is judged."""
+    return PREEMPTED if attempt.cause == DEADLINE else attempt.cause
+
+
+def reached_deadline(phase: Phase, why: str) -> bool:
+    """Whether a limit of time ended what a backend has seen as preempted, by the word of boot or of
+    the service: a job has one when its run has a budget."""
+    return phase is Phase.PREEMPTED and why.startswith(_DEADLINE)
 
 
 def at_deadline(attempt: Attempt, changed: float) -> bool:
-    """Whether a limit of time that was set before `changed` ended the attempt, by the word of boot
-    or of the service."""
+    """Whether a limit of time that was set before `changed` ended the attempt."""
     before = attempt.started is not None and attempt.started <= changed
-    return before and attempt.phase is Phase.PREEMPTED and attempt.why.startswith(_DEADLINE)
+    told = attempt.cause == DEADLINE or reached_deadline(attempt.phase, attempt.why)
+    return before and told  # the second is how a journal of an earlier version has it
 
 
 def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> tuple[Offer, float]:
@@ -109,7 +121,8 @@ def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> 
     starving = starved(attempts)
     failed = Counter((attempt.place, attempt.capacity) for attempt in starving)
     before = attempts[len(attempts) - len(starving) - 1] if len(attempts) > len(starving) else None
-    left = before if before is not None and before.phase is Phase.PREEMPTED else None
+    cut = before is not None and (before.phase is Phase.PREEMPTED or before.cause == DEADLINE)
+    left = before if cut else None
     capacities = [*dict.fromkeys(offer.capacity for offer in offers)]
 
     def turn(offer: Offer) -> tuple[int, int, bool, bool]:
@@ -123,7 +136,8 @@ def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> 
     offer = min(offers, key=turn)
     wait = _rest(offer, attempts, now)
     if attempts and attempts[-1].cause != CAPACITY:
-        wait = max(wait, backoff(sum(a.cause == attempts[-1].cause for a in attempts)))
+        cause = counted_as(attempts[-1])
+        wait = max(wait, backoff(sum(counted_as(a) == cause for a in attempts)))
     return offer, wait
 
 

@@ -57,6 +57,11 @@ class Attempt:
         """Resources not confirmed absent."""
         return [ref for ref in self.refs if ref.name not in self.gone]
 
+    @property
+    def unconfirmed(self) -> bool:
+        """Ended by its boot's own word while nobody drove: no driver has looked since."""
+        return self.ended is not None and not self.phase.over
+
 
 @dataclass
 class JobState:

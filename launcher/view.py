@@ -97,7 +97,7 @@ def look(env: Env, facts: dict[str, Any], believe: bool = False) -> Run:
     if run.ended is None:
         now = env.clock.now()
         if run.driver is None or run.driver.alive is False:
-            _note_end(run, now)
+            note_end(run, now)
         run.spent_usd, run.unpriced = spent(run, now), unpriced(run, now)
         run.money = money.outlook(run, now)
     run.warnings += _warnings(env, run, place, written[-1]["time"])
@@ -136,7 +136,7 @@ def note_restarts(run: Run) -> None:
             attempt.restarts = max(own, default=0)
 
 
-def _note_end(run: Run, now: float) -> None:
+def note_end(run: Run, now: float) -> None:
     """Of a job that ended while nobody drove: when, by what its boot has left. Whoever drives next
     says what it means; until then it is not billed, and a warning tells why it ended."""
     job = next((job for job in reversed(run.jobs) if job.attempts), None)

@@ -32,6 +32,8 @@ def up(
     path = shipped.find(recipe)
     planned = api.plan(path, overrides, on)
     differs = None if new else api.difference(path, overrides, on)
+    if differs is not None and differs.stops:
+        raise differs.refusal()
     if differs is not None and differs.in_place and differs.blocks():
         return _change(differs, planned, recipe, overrides, on, detach, yes, as_json)
     refuse(planned)

@@ -54,7 +54,7 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: floa
     head = Text.assemble(
         (console.plain(run.name), "bold"),
         "  ",
-        (run.phase.value, console.style(run.phase.value)),
+        (console.phase(run), console.style(console.phase(run))),
         ("" if late else f"  {lasted}", "dim"),
         (f"  spent {console.spent(run)}", "dim"),
     )
@@ -76,7 +76,8 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: floa
 
 
 def _cells(run: Run, stage: StageState) -> list[Text]:
-    phase = Text(stage.phase.value, style=console.style(stage.phase.value))
+    word = console.stage_phase(run, stage)
+    phase = Text(word, style=console.style(word))
     if not _training(run, stage):
         return [Text(stage.id), phase, Text(""), Text("")]
     last = run.progress

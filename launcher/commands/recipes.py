@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -29,6 +30,8 @@ def plan(
 ) -> int:
     planned = api.plan(shipped.find(recipe), overrides, on)
     differs = _difference(recipe, overrides, on, against)
+    if differs is not None and differs.in_place and differs.blocks():
+        planned = replace(planned, refusal=None)  # of a run that starts now: `up` starts none
     if as_json:
         compared = NOTHING if differs is None else differs.to_json()
         console.document({**planned.to_json(), **compared})
@@ -43,7 +46,7 @@ def plan(
 def validate(recipe: str, overrides: Sequence[str], on: Optional[str], *, as_json: bool) -> int:
     path = shipped.find(recipe)
     loaded = api.validate(path, overrides, on)
-    notes = loaded.notes()
+    notes = [*loaded.notes(), *api.untold(loaded, api.env())]
     if as_json:
         console.document(
             {"path": str(path), "fingerprint": loaded.fingerprint, "recipe": loaded.canonical,
