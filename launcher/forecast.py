@@ -214,8 +214,13 @@ def size_text(size: float) -> str:
 def hours_text(hours: Range) -> str:
     """`12.4 h`, `208 to 312 h`, `3.1 min`."""
     unit, word = (3600.0, "s") if hours[1] < 1 / 60 else (60.0, "min") if hours[1] < 1 else (1, "h")
-    low, high = (_three(value * unit) for value in hours)
+    low, high = (three(value * unit) for value in hours)
     return f"{low} {word}" if low == high else f"{low} to {high} {word}"
+
+
+def three(value: float) -> str:
+    """A number with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _with_memory(
@@ -229,9 +234,7 @@ def _with_memory(
         why = fit.unknown(stage, accelerator, models)
         missing = (f"memory: {why}",) if why else ()
         absent = shapes.absent(stage, models, Path.cwd())
-        return replace(
-            made, unknown=(*made.unknown, *missing), absent=absent, explain=tuple(lines)
-        )
+        return replace(made, unknown=(*made.unknown, *missing), absent=absent, explain=tuple(lines))
     shown = [part for part in found.parts if part.bytes >= 2**20]
     lines += [f"memory: {size_text(part.bytes)} {part.name}: {part.how}" for part in shown]
     if small := len(found.parts) - len(shown):
@@ -248,7 +251,8 @@ def _with_memory(
         for change in changes[:_NAMED]:
             taken = size_text(change.memory.bytes)
             effect = change.effect or "the training stays the same"
-            lines += [f"it would fit with {change.what}: {taken} ({effect})", f"  {settings(change)}"]
+            lines.append(f"it would fit with {change.what}: {taken}")
+            lines += [f"  {effect}", f"  {settings(change)}"]
     return replace(made, memory=found, changes=changes, explain=tuple(lines))
 
 
@@ -406,10 +410,6 @@ def _round(step: float) -> int:
     """Two digits of a step: more would say more than is known."""
     unit = int("1" + "0" * max(0, len(str(int(step))) - 2))
     return int(step / unit) * unit
-
-
-def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _quoted(setting: str) -> str:

@@ -14,7 +14,6 @@ from launcher.forecast import (
     dollars,
     gib,
     hours_text,
-    priced,
     settings,
     unpriced,
 )
@@ -40,7 +39,8 @@ def lines(plan: RunPlan) -> list[str]:
     found.append(f"artifacts: {plan.root}")
     found.append(_cost_line(plan))
     found += _expected(plan)
-    found += [f"note: {note}" for note in (*plan.notes, *_price_notes(plan))]
+    for note in (*plan.notes, *_price_notes(plan)):
+        found += _broken(f"note: {note}")
     if plan.refusal is not None:
         found.append(f"cannot start: {plan.refusal.message}")
     return found
@@ -81,11 +81,11 @@ def memory_texts(forecast: Forecast) -> list[str]:
     if not forecast.changes:
         return [f"{text}: does not fit"]
     change = forecast.changes[0]
-    fits = [f"  fits with: {settings(change)}: {gib(change.memory.bytes)} GiB"]
-    if change.effect:
-        more = "" if len(forecast.changes) == 1 else "; --explain has other ways"
-        fits.append(f"    {change.effect}{more}")
-    return [f"{text}: does not fit", *fits]
+    told = [change.effect] if change.effect else []
+    told += ["--explain has other ways"] if len(forecast.changes) > 1 else []
+    found = [f"{text}: does not fit"]
+    found.append(f"  fits with: {settings(change)}: {gib(change.memory.bytes)} GiB")
+    return [*found, f"    {'; '.join(told)}"] if told else found
 
 
 def time_text(forecast: Forecast) -> Optional[str]:
@@ -115,7 +115,8 @@ def price_text(offer: Offer) -> str:
     if offer.usd_per_hour == 0:
         return "free"
     if offer.usd_per_hour is None:
-        return "price unknown" + (f" ({offer.price_source})" if offer.price_source else "")
+        why = offer.price_source.partition(" for ")[0]  # the line names machine and place
+        return "price unknown" + (f" ({why})" if why else "")
     own = f" ({OWN_PRICE})" if offer.price_source == OWN_PRICE else ""
     return f"{offer.usd_per_hour:.2f} USD/h{own}"
 
@@ -161,22 +162,10 @@ def _cost_line(plan: RunPlan) -> str:
     rate = "price unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
     hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
     total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
-    offers = [offer for job in plan.jobs for offer in job.offers]
-    if missing := unpriced(offers):
-        known = _most_where_priced(plan)
-        total = "an unknown sum" if known is None else f"{known:.2f} USD {_where(missing)}"
+    missing = unpriced([offer for job in plan.jobs for offer in job.offers])
+    if missing and plan.usd_priced is not None:
+        total = f"{plan.usd_priced:.2f} USD {_where(missing)}"
     return f"cost: {rate}, at most {total} ({hours})"
-
-
-def _most_where_priced(plan: RunPlan) -> Optional[float]:
-    """The most that the run can cost as long as it stays where the price is known."""
-    rates = [offer.usd_per_hour or 0.0 for job in plan.jobs for offer in priced(job.offers)]
-    if not all(priced(job.offers) for job in plan.jobs):
-        return None
-    bounds = [] if plan.hours is None else [max(rates) * plan.hours]
-    if plan.usd_total is not None:
-        bounds.append(plan.usd_total)
-    return min(bounds, default=None)
 
 
 def _where(missing: Sequence[str]) -> str:

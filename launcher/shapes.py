@@ -237,8 +237,8 @@ def _why(key: str, reference: str, base: Path) -> tuple[str, str]:
     if folder is not None:
         return why, f"its folder has no {file} that can be read: put it there"
     if _HUB_NAME.fullmatch(reference):
-        return why, f"hf download {reference} {file}, or {key} of a local folder"
-    return why, f"copy its {file} into a local folder, and plan with {key} of that"
+        return why, f"fetch it: hf download {reference} {file}; or name a local folder: {key}"
+    return why, f"copy its {file} to this machine, and name that folder: {key}"
 
 
 def _trained(stage: Stage, stages: Sequence[Stage], base: Path) -> Optional[Shape]:

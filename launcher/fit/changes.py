@@ -43,9 +43,7 @@ class _Try(NamedTuple):
     settings: Mapping[str, str] = {}
     effect: tuple[str, ...] = ()
 
-    def with_(
-        self, stage: Stage, what: str, settings: Mapping[str, str], effect: str = ""
-    ) -> _Try:
+    def with_(self, stage: Stage, what: str, settings: Mapping[str, str], effect: str = "") -> _Try:
         """This and one more: a later setting of a key takes the place of an earlier one."""
         effects = (*self.effect, effect) if effect else self.effect
         merged = {**self.settings, **settings}
