@@ -30,6 +30,7 @@ Shapes = Mapping[str, "Shape"]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", "mixtral", "qwen3_moe")
 _ALWAYS_BIASED = {"qwen2": (True, False), "gpt_oss": (True, True)}
 _STAGE = re.compile(r"\$\{stage:([^}]*)\}(?:@best|@last)?")
+_WITHOUT = "forecast.examples_per_hour gives the time without it"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -211,14 +212,15 @@ def absent(stage: Stage, known: Shapes, base: Path) -> tuple[Absent, ...]:
         for label, reference in stage.evaluate.models.items():
             named[f"evaluate.{label}"] = (f"evaluate.models.{label}", reference)
     return tuple(
-        Absent(part, reference, *_why(key, reference, base))
+        Absent(part, reference, *_why(key, reference, base, stage.hardware.backend == "local"))
         for part, (key, reference) in named.items()
         if part not in known
     )
 
 
-def _why(key: str, reference: str, base: Path) -> tuple[str, str]:
-    """Why what `key` refers to has no shape, and what to do."""
+def _why(key: str, reference: str, base: Path, here: bool) -> tuple[str, str]:
+    """Why what `key` refers to has no shape, and what to do. `here`: jobs run on this machine, and
+    can read its folders."""
     if (made_by := _STAGE.fullmatch(reference)) is not None:
         return f"the shape of {reference} is not known", f"see stage {made_by[1]}"
     file = "tokenizer.json" if key == "model.tokenizer" else "config.json"
@@ -232,13 +234,14 @@ def _why(key: str, reference: str, base: Path) -> tuple[str, str]:
         why = f"the {what} of {reference} cannot be read from its {file}"
         if what == "shape" and family not in FAMILIES:
             why = f"{reference} is of the family {family}, which launch cannot count"
-        return why, "forecast.examples_per_hour gives the time without it"
+        return why, _WITHOUT
     why = f"the {what} of {reference} is not known on this machine"
     if folder is not None:
         return why, f"its folder has no {file} that can be read: put it there"
     if _HUB_NAME.fullmatch(reference):
-        return why, f"fetch it: hf download {reference} {file}; or name a local folder: {key}"
-    return why, f"copy its {file} to this machine, and name that folder: {key}"
+        folders = f"; or name a local folder: {key}" if here else ""
+        return why, f"fetch it: hf download {reference} {file}{folders}"
+    return why, _WITHOUT
 
 
 def _trained(stage: Stage, stages: Sequence[Stage], base: Path) -> Optional[Shape]:

@@ -16,7 +16,7 @@ _HEAD = ("", "BACKEND", "PLACE", "MACHINE", "DEVICES", "CAPACITY", "FITS", "TOKE
 #: Columns of numbers.
 _NUMBERS = ("TOKENS/S", "HOURS", "USD/H", "USD")
 #: Left out one after the other where the table would be wider than this: they follow from the rest.
-_WIDEST, _SPARE = 98, ("MACHINE", "CAPACITY")
+_WIDEST, _SPARE = 98, ("MACHINE", "CAPACITY", "TOKENS/S")
 
 
 def offers(
@@ -43,7 +43,8 @@ def offers(
         )
     for job, rows in groupby(shown, key=lambda one: one.job):
         _print(job, list(rows))
-    if not any(row.fits for row in found.ranked) and any(row.fits is False for row in shown):
+    by_job = [{row.fits for row in rows} for _, rows in groupby(shown, key=lambda one: one.job)]
+    if any(False in fits and True not in fits for fits in by_job):
         console.notice(_no_fit(path.stem, any_accelerator))
     left = len(found.ranked) - len(shown)
     if left:
@@ -54,7 +55,7 @@ def offers(
         console.notice("* is what the recipe asks for")
     if any(row.assumed for row in shown):
         console.notice(
-            "~ rests on an assumed speed, hours and dollars too: off by up to two times or more"
+            "~ rests on an assumed speed, so do hours and dollars: off by a factor of two, perhaps"
         )
     if any("?" in _cells(row) for row in shown):
         console.notice("? is not known; launch plan RECIPE says why")
@@ -83,13 +84,13 @@ def _table(rows: list[Ranked], kept: list[str]) -> list[str]:
     for row in rows:
         cells = dict(zip(_HEAD, _cells(row)))
         body.append([cells[name] for name in kept])
-    return console.columns(kept, body, [kept.index(name) for name in _NUMBERS])
+    return console.columns(kept, body, [kept.index(name) for name in _NUMBERS if name in kept])
 
 
 def _no_fit(recipe: str, any_accelerator: bool) -> str:
     if any_accelerator:
         return f"no accelerator of the table fits; launch plan {recipe} says what would help"
-    return "it fits nowhere here; --any compares other accelerators"
+    return "a job fits nowhere here; --any compares other accelerators"
 
 
 def _cells(row: Ranked) -> list[str]:
@@ -108,6 +109,6 @@ def _cells(row: Ranked) -> list[str]:
 
 
 def _range(hours: Range) -> str:
-    """Hours with three digits; of seconds as few as there are."""
+    """Hours with three digits, with one below 0.01."""
     low, high = (three(value) if value >= 0.01 else f"{value:.1g}" for value in hours)
     return low if low == high else f"{low} to {high}"

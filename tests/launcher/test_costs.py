@@ -107,6 +107,9 @@ def test_times_that_are_understood() -> None:
     assert costs.since("2026-11-03T12:00:00+00:00", NOW) == NOW
     with pytest.raises(UsageError, match="--since soon"):
         costs.since("soon", NOW)
+    for unclear in ("1m", "90s"):  # a month, or a minute?
+        with pytest.raises(UsageError, match=f"--since {unclear}: no time that is known"):
+            costs.since(unclear, NOW)
 
 
 def test_the_command_in_its_three_forms(
