@@ -146,11 +146,9 @@ def of_run(stages: Sequence[tuple[Forecast, Sequence[Offer]]], budget: Budget) -
     notes = tuple(_budget_notes(stages, budget))
     unknown = (f"the time of {', '.join(missing)} is not known",) if missing else ()
     all_offers = [offer for forecast, offers in stages if forecast.counts for offer in offers]
-    where = unpriced(all_offers)
-    known = [dollars(f.hours, priced(offers)) for f, offers in stages if f.counts] if where else []
-    return RunForecast(
-        hours, _sum([f.usd for f in counted]), unknown, notes, _sum(known) if known else None, where
-    )
+    known = _sum([dollars(f.hours, priced(offers)) for f, offers in stages if f.counts])
+    usd = _sum([f.usd for f in counted])
+    return RunForecast(hours, usd, unknown, notes, known, unpriced(all_offers))
 
 
 def dollars(hours: Optional[Range], offers: Sequence[Offer]) -> Optional[Range]:

@@ -26,6 +26,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 #: Of a sha256 in a name a reader gets twelve digits; --json has all.
 _SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _COLUMNS = 100
+_IF = "if nothing is preempted or retried"
 #: Places without a price that a line names.
 _PLACES = 3
 
@@ -193,17 +194,15 @@ def _expected(plan: RunPlan) -> Iterator[str]:
         yield f"expected: not known: {'; '.join(forecast.unknown)}"
     elif forecast.hours is not None:
         free = all(offer.usd_per_hour == 0 for job in plan.jobs for offer in job.offers)
-        price = "" if free else ", at a price that is not known"
+        price, end = "" if free else ", at a price that is not known", True
         if forecast.usd is not None and not free:
             price = f", {dollars_text(forecast.usd)}"
-        elif forecast.usd_priced is not None:
-            price = f", {dollars_text(forecast.usd_priced)} {_where(forecast.unpriced)}"
+        elif forecast.unpriced and forecast.usd_priced is not None:
+            price, end = f", {dollars_text(forecast.usd_priced)} {_where(forecast.unpriced)}", False
         text = f"expected: {hours_text(forecast.hours)}{price}"
-        if forecast.usd_priced is not None:
-            yield text
-            yield "  if nothing is preempted or retried"
-        else:
-            yield f"{text}, if nothing is preempted or retried"
+        yield f"{text}, {_IF}" if end else text
+        if not end:
+            yield f"  {_IF}"
     for note in forecast.notes:
         yield f"warning: {note}"
 
