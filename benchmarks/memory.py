@@ -106,7 +106,7 @@ def main() -> int:
         row = compare(case, count_on_cuda if on_cuda else count)
         rows.append({**row, "cpu_seconds": round(time.process_time() - began, 1)})
         print(
-            f"{case.name:32} {row['forecast'] / 1e9:6.2f} GB {row['counted'] / 1e9:6.2f} GB"
+            f"{case.name:32} {row['forecast'] / 2**30:5.2f} GiB {row['counted'] / 2**30:5.2f} GiB"
             f"  {row['error']:+6.1%} {row['moment']}",
             flush=True,
         )

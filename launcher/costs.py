@@ -18,8 +18,8 @@ from launcher.run import Attempt, JobState, Run
 By = Literal["run", "recipe", "backend", "accelerator", "month", "owner"]
 #: What `--by` takes; runs themselves are listed without it.
 GROUPS: tuple[str, ...] = ("recipe", "backend", "accelerator", "month", "owner")
-_SPAN = re.compile(r"[0-9]+(\.[0-9]+)?[smhdw]\Z")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_SPAN = re.compile(r"[0-9]+(\.[0-9]+)?[hdw]\Z")
+_SECONDS = {"h": 3600, "d": 86400, "w": 604800}
 
 
 @dataclass
@@ -89,8 +89,8 @@ def costs(runs: Iterable[Run], now: float, by: By = "run", since: Optional[float
 
 
 def since(text: str, now: float) -> float:
-    """`7d` (or s, m, h, w) before `now`, or an ISO date or time; without a zone it is local time.
-    UTC seconds. Errors: `UsageError`."""
+    """`7d` (or h, w) before `now`, or an ISO date or time; without a zone it is local time. UTC
+    seconds. Errors: `UsageError`; also for `m`, which some take for months and some for minutes."""
     if _SPAN.match(text):
         return now - float(text[:-1]) * _SECONDS[text[-1]]
     try:

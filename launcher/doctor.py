@@ -125,7 +125,7 @@ def _disk(home: Path) -> Check:
     while not place.exists() and place != place.parent:
         place = place.parent
     free = shutil.disk_usage(place).free
-    detail = f"{free / _GIB:.1f} GiB free on the disk of {home}"
+    detail = f"{free / 1e9:.1f} GB free on the disk of {home}"
     fix = "free space, or set LAUNCH_HOME to a larger disk: checkpoints are kept there"
     if free < _GIB // 4:
         return Check("disk", "fail", detail, fix)

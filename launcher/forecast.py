@@ -19,7 +19,7 @@ from launcher.amount import Amount, figure
 from launcher.backends.base import Offer
 from launcher.errors import Exit
 from launcher.fit import Change, Memory
-from launcher.shapes import Shapes
+from launcher.shapes import Absent, Shapes
 from launcher.spec import Budget, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ Range = tuple[float, float]
 _BRIEF = ("tokenizer", "evaluate", "merge", "export", "smoke")
 #: What comes on top of the hours of a forecast.
 NOT_COUNTED = (
-    "queues, preemption, retries, evaluation, checkpoints, loading and communication between "
-    "devices come on top"
+    "queues, preemption, retries, evaluation, checkpoints, loading, communication come on top"
 )
+#: Changes that `explain` names.
+_NAMED = 3
 NO_BUDGET = Budget()
 #: Parts of `fit.Memory` that are weights.
 _WEIGHTS = ("weights", "teacher", "start")
@@ -45,7 +46,8 @@ _STAGE = re.compile(r"\$\{stage:([^}]*)\}")
 class Forecast:
     """One stage. `hours`: least and most; `usd`: over its offers, None where a price is not known.
     `basis`: whether the speed is `given` by the recipe, `measured`, `published` or `assumed`;
-    `source`: by whom. `unknown`: why a figure is missing. `explain`: the arithmetic."""
+    `source`: by whom. `unknown`: why a figure is missing; `absent`: the models that it would take.
+    `explain`: the arithmetic."""
 
     stage: str
     kind: str
@@ -60,6 +62,7 @@ class Forecast:
     usd: Optional[Range] = None
     unknown: tuple[str, ...] = ()
     explain: tuple[str, ...] = ()
+    absent: tuple[Absent, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -81,12 +84,15 @@ class Forecast:
 
 @dataclass(frozen=True)
 class RunForecast:
-    """All stages together. None: one of them is not known, and `unknown` says which."""
+    """All stages together. None: one of them is not known, and `unknown` says which. `unpriced`:
+    places without a known price; `usd_priced`: the dollars over the other ones."""
 
     hours: Optional[Range]
     usd: Optional[Range]
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    usd_priced: Optional[Range] = None
+    unpriced: tuple[str, ...] = ()
 
 
 def added(plan: RunPlan, recipe: Recipe, launch_home: Path) -> RunPlan:
@@ -139,7 +145,10 @@ def of_run(stages: Sequence[tuple[Forecast, Sequence[Offer]]], budget: Budget) -
     hours = _sum([f.hours for f in counted])
     notes = tuple(_budget_notes(stages, budget))
     unknown = (f"the time of {', '.join(missing)} is not known",) if missing else ()
-    return RunForecast(hours, _sum([f.usd for f in counted]), unknown, notes)
+    all_offers = [offer for forecast, offers in stages if forecast.counts for offer in offers]
+    known = _sum([dollars(f.hours, priced(offers)) for f, offers in stages if f.counts])
+    usd = _sum([f.usd for f in counted])
+    return RunForecast(hours, usd, unknown, notes, known, unpriced(all_offers))
 
 
 def dollars(hours: Optional[Range], offers: Sequence[Offer]) -> Optional[Range]:
@@ -148,6 +157,18 @@ def dollars(hours: Optional[Range], offers: Sequence[Offer]) -> Optional[Range]:
     if hours is None or not rates or len(rates) < len(offers):
         return None
     return hours[0] * min(rates), hours[1] * max(rates)
+
+
+def priced(offers: Sequence[Offer]) -> list[Offer]:
+    return [offer for offer in offers if offer.usd_per_hour is not None]
+
+
+def unpriced(offers: Sequence[Offer]) -> tuple[str, ...]:
+    """Where a price is not known: places, with the capacity where another one there has a price."""
+    known = {offer.place for offer in priced(offers)}
+    missing = [offer for offer in offers if offer.usd_per_hour is None]
+    names = [f"{o.place} ({o.capacity})" if o.place in known else o.place for o in missing]
+    return tuple(dict.fromkeys(names))
 
 
 def hopeless(forecast: Forecast) -> Optional[tuple[str, str]]:
@@ -183,11 +204,21 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
+def size_text(size: float) -> str:
+    """`16.1 GiB`, `24 MiB`."""
+    return f"{gib(size)} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.0f} MiB"
+
+
 def hours_text(hours: Range) -> str:
     """`12.4 h`, `208 to 312 h`, `3.1 min`."""
     unit, word = (3600.0, "s") if hours[1] < 1 / 60 else (60.0, "min") if hours[1] < 1 else (1, "h")
-    low, high = (_three(value * unit) for value in hours)
+    low, high = (three(value * unit) for value in hours)
     return f"{low} {word}" if low == high else f"{low} to {high} {word}"
+
+
+def three(value: float) -> str:
+    """A number with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _with_memory(
@@ -200,10 +231,14 @@ def _with_memory(
     if found is None:
         why = fit.unknown(stage, accelerator, models)
         missing = (f"memory: {why}",) if why else ()
-        return replace(made, unknown=(*made.unknown, *missing), explain=tuple(lines))
-    lines += [f"memory: {gib(part.bytes)} GiB {part.name}: {part.how}" for part in found.parts]
+        absent = shapes.absent(stage, models, Path.cwd())
+        return replace(made, unknown=(*made.unknown, *missing), absent=absent, explain=tuple(lines))
+    shown = [part for part in found.parts if part.bytes >= 2**20]
+    lines += [f"memory: {size_text(part.bytes)} {part.name}: {part.how}" for part in shown]
+    if small := len(found.parts) - len(shown):
+        lines.append(f"memory: {small} more below 1 MiB each")
     during = f", during {found.moment}" if found.moment else ""
-    total = f"memory: {gib(found.bytes)} GiB in all{during}"
+    total = f"memory: {size_text(found.bytes)} in all{during}"
     if found.limit is not None:
         total += f", of {gib(found.limit)} GiB that a process can use"
     lines += [total, *(f"memory: {note}" for note in found.notes)]
@@ -211,11 +246,11 @@ def _with_memory(
     if found.fits is False:
         prefix = f"pipeline.{stage.id}." if recipe.pipeline else ""
         changes = fit.changes(stage, accelerator, nodes, models, prefix)
-        for change in changes:
-            words = settings(change)
-            lines.append(
-                f"it would fit with {change.what}: {gib(change.memory.bytes)} GiB; {words}"
-            )
+        for change in changes[:_NAMED]:
+            taken = size_text(change.memory.bytes)
+            effect = change.effect or "the training stays the same"
+            lines.append(f"it would fit with {change.what}: {taken}")
+            lines += [f"  {effect}", f"  {settings(change)}"]
     return replace(made, memory=found, changes=changes, explain=tuple(lines))
 
 
@@ -373,10 +408,6 @@ def _round(step: float) -> int:
     """Two digits of a step: more would say more than is known."""
     unit = int("1" + "0" * max(0, len(str(int(step))) - 2))
     return int(step / unit) * unit
-
-
-def _three(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _quoted(setting: str) -> str:

@@ -68,7 +68,8 @@ class Refusal:
 @dataclass(frozen=True)
 class RunPlan:
     """`usd_total`: the most that the run can cost within its budget, wherever it is placed; None:
-    unknown. `refusal`: what `up` answers instead of creating anything."""
+    unknown. `usd_priced`: the most while it stays where the price is known. `refusal`: what `up`
+    answers instead of creating anything."""
 
     recipe: str
     root: str
@@ -79,6 +80,7 @@ class RunPlan:
     notes: tuple[str, ...]
     refusal: Optional[Refusal] = None
     forecast: Optional[RunForecast] = None
+    usd_priced: Optional[float] = None
 
     def to_json(self) -> dict[str, Any]:
         facts = asdict(self)
@@ -260,6 +262,7 @@ def make(
     return RunPlan(
         recipe.name, root, tuple(planned), recipe.budget.hours, rate, total,
         tuple(dict.fromkeys(notes)), next(iter(refusals), None),
+        usd_priced=_total(_dearest(planned, priced=True), recipe.budget),
     )  # fmt: skip
 
 
@@ -279,11 +282,12 @@ def remainder(plan: RunPlan, budget: Budget, run: Run, now: float) -> RunPlan:
     usd = None if budget.usd is None else max(0.0, budget.usd - (paid or 0.0))
     rates = [job.usd_per_hour for job in left]
     rate = None if None in rates else max((r for r in rates if r is not None), default=0.0)
-    total = _total(_dearest(left), replace(budget, hours=hours, usd=usd))
+    rest = replace(budget, hours=hours, usd=usd)
+    total, where_priced = (_total(_dearest(left, priced=p), rest) for p in (False, True))
     notes = plan.notes + ((f"{paid:.2f} USD are spent already",) if paid else ())
     return replace(
         plan, root=run.root, jobs=tuple(left), hours=hours, usd_per_hour=rate, usd_total=total,
-        notes=notes,
+        notes=notes, usd_priced=where_priced,
     )  # fmt: skip
 
 
@@ -370,11 +374,14 @@ def of_run(folder: str, run_name: str) -> str:
     return f"{folder.rstrip('/')}/{run_name}"
 
 
-def _dearest(planned: Iterable[JobPlan]) -> Optional[float]:
-    """USD an hour of the dearest offer that a job may end up with; None: unknown, or no offer."""
+def _dearest(planned: Iterable[JobPlan], priced: bool = False) -> Optional[float]:
+    """USD an hour of the dearest offer that a job may end up with; None: unknown, or no offer.
+    `priced`: of those with a price, where every job has one."""
     rates: list[Optional[float]] = []
     for job in planned:
-        rates += [offer.usd_per_hour for offer in job.offers] or [job.usd_per_hour]
+        found = [offer.usd_per_hour for offer in job.offers]
+        known = [rate for rate in found if rate is not None]
+        rates += (known if priced and known else found) or [job.usd_per_hour]
     return None if None in rates else max((r for r in rates if r is not None), default=0.0)
 
 

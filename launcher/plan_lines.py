@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Optional
 
 from launcher.amount import figure
 from launcher.backends.base import Offer
-from launcher.forecast import NOT_COUNTED, Forecast, dollars, gib, hours_text, settings
+from launcher.forecast import (
+    NOT_COUNTED,
+    Forecast,
+    dollars,
+    gib,
+    hours_text,
+    settings,
+    unpriced,
+)
 from launcher.spec import OWN_PRICE
 
 if TYPE_CHECKING:
     from launcher.plan import JobPlan, RunPlan
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+#: Of a sha256 in a name a reader gets twelve digits; --json has all.
+_SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+_COLUMNS = 100
+_IF = "if nothing is preempted or retried"
+#: Places without a price that a line names.
+_PLACES = 3
 
 
 def lines(plan: RunPlan) -> list[str]:
@@ -27,7 +41,8 @@ def lines(plan: RunPlan) -> list[str]:
     if all(job.offers for job in plan.jobs):  # what has no place has no price
         found.append(_cost_line(plan))
     found += _expected(plan)
-    found += [f"note: {note}" for note in (*plan.notes, *_price_notes(plan))]
+    for note in (*plan.notes, *_price_notes(plan)):
+        found += _broken(f"note: {note}")
     if plan.refusal is not None:
         found.append(f"cannot start: {plan.refusal.message}")
     return found
@@ -53,19 +68,26 @@ def explanation(plan: RunPlan) -> list[str]:
     return found
 
 
-def memory_text(forecast: Forecast) -> Optional[str]:
-    """`16.1 of 22.5 GiB, 6.4 free`, or what is missing and the change that helps most simply."""
+def memory_texts(forecast: Forecast) -> list[str]:
+    """`16.1 of 22.5 GiB, 6.4 free`, or that it does not fit and the change that helps first, or
+    why it is not known and what to do; a line each. Empty: there is nothing to say."""
     memory = forecast.memory
-    if memory is None or memory.limit is None or memory.margin is None:
-        return None
+    if memory is None:
+        return [text for one in forecast.absent
+                for text in (f"not known: {one.why}", f"  {one.remedy}")]  # fmt: skip
+    if memory.limit is None or memory.margin is None:
+        return []
     text = f"{gib(memory.bytes)} of {gib(memory.limit)} GiB"
     if memory.fits:
-        return f"{text}, {gib(memory.margin)} free"
+        return [f"{text}, {gib(memory.margin)} free"]
     if not forecast.changes:
-        return f"{text}: does not fit"
+        return [f"{text}: does not fit"]
     change = forecast.changes[0]
-    words = settings(change)
-    return f"{text}: does not fit; {words} makes it {gib(change.memory.bytes)}"
+    told = [change.effect] if change.effect else []
+    told += ["--explain has other ways"] if len(forecast.changes) > 1 else []
+    found = [f"{text}: does not fit"]
+    found.append(f"  fits with: {settings(change)}: {gib(change.memory.bytes)} GiB")
+    return [*found, f"    {'; '.join(told)}"] if told else found
 
 
 def time_text(forecast: Forecast) -> Optional[str]:
@@ -74,7 +96,7 @@ def time_text(forecast: Forecast) -> Optional[str]:
         return None
     if forecast.hours is None:
         why = "; ".join(w for w in forecast.unknown if not w.startswith("memory: "))
-        return f"not known: {why.removeprefix('time: ')}"
+        return f"not known: {why.removeprefix('time: ').removeprefix('speed: ')}"
     parts = []
     if forecast.tokens is not None:
         parts.append(f"{figure(forecast.tokens)} tokens")
@@ -95,7 +117,8 @@ def price_text(offer: Offer) -> str:
     if offer.usd_per_hour == 0:
         return "free"
     if offer.usd_per_hour is None:
-        return "price unknown" + (f" ({offer.price_source})" if offer.price_source else "")
+        why = offer.price_source.partition(" for ")[0]  # the line names machine and place
+        return "price unknown" + (f" ({why})" if why else "")
     own = f" ({OWN_PRICE})" if offer.price_source == OWN_PRICE else ""
     return f"{offer.usd_per_hour:.2f} USD/h{own}"
 
@@ -111,10 +134,10 @@ def _job_lines(job: JobPlan, several: bool) -> Iterator[str]:
     yield f"  needs {job.accelerator}{nodes} ({job.backend})"
     for forecast in job.forecasts:
         of = f" of {forecast.stage}" if several else ""
-        if (memory := memory_text(forecast)) is not None:
-            yield f"  memory{of}: {memory}"
+        for text in memory_texts(forecast):
+            yield f"  {text}" if text.startswith(" ") else f"  memory{of}: {text}"
         if (time := time_text(forecast)) is not None:
-            yield f"  time{of}: {time}"
+            yield from _broken(f"  time{of}: {time}")
     counted = [forecast.hours for forecast in job.forecasts if forecast.counts]
     known = [hours for hours in counted if hours is not None]
     whole = bool(known) and len(known) == len(counted)
@@ -130,7 +153,7 @@ def _job_lines(job: JobPlan, several: bool) -> Iterator[str]:
     from launcher.plan import fill
 
     for intent in job.intents:
-        name = fill(intent.name, {"attempt": 1})
+        name = _SHA256.sub(r"\1", fill(intent.name, {"attempt": 1}))
         bills = " (bills)" if intent.billable and job.usd_per_hour != 0 else ""
         yield f"  creates {intent.kind} {name}{bills}"
 
@@ -141,9 +164,28 @@ def _cost_line(plan: RunPlan) -> str:
     if not all(job.offers for job in plan.jobs):
         return "cost: not known, for no offer can be taken"
     rate = "price unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
-    total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
     hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
+    total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
+    missing = unpriced([offer for job in plan.jobs for offer in job.offers])
+    if missing and plan.usd_priced is not None:
+        total = f"{plan.usd_priced:.2f} USD {_where(missing)}"
     return f"cost: {rate}, at most {total} ({hours})"
+
+
+def _where(missing: Sequence[str]) -> str:
+    more = len(missing) - _PLACES
+    named = ", ".join(missing[:_PLACES]) + (f" and {more} more" if more > 0 else "")
+    return f"where the price is known; not known in {named}"
+
+
+def _broken(line: str) -> Iterator[str]:
+    """A line that is too long, in two at a semicolon."""
+    head, separator, rest = line.rpartition("; ")
+    if len(line) <= _COLUMNS or not separator:
+        yield line
+        return
+    yield head
+    yield f"    {rest}"
 
 
 def _expected(plan: RunPlan) -> Iterator[str]:
@@ -156,10 +198,15 @@ def _expected(plan: RunPlan) -> Iterator[str]:
     elif forecast.hours is not None:
         offers = [offer for job in plan.jobs for offer in job.offers]
         free = bool(offers) and all(offer.usd_per_hour == 0 for offer in offers)
-        price = "" if free else ", at a price that is not known"
+        price, end = "" if free else ", at a price that is not known", True
         if forecast.usd is not None and not free:
             price = f", {dollars_text(forecast.usd)}"
-        yield f"expected: {hours_text(forecast.hours)}{price}, if nothing is preempted or retried"
+        elif forecast.unpriced and forecast.usd_priced is not None:
+            price, end = f", {dollars_text(forecast.usd_priced)} {_where(forecast.unpriced)}", False
+        text = f"expected: {hours_text(forecast.hours)}{price}"
+        yield f"{text}, {_IF}" if end else text
+        if not end:
+            yield f"  {_IF}"
     for note in forecast.notes:
         yield f"warning: {note}"
 

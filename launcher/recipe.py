@@ -45,7 +45,7 @@ class Loaded:
         """What a reader of the plan should know about it: a line per default that is in use."""
         text = json.dumps(self.canonical, ensure_ascii=False)
         return [
-            f"{name} is not set; the recipe says '{value}' in its place"
+            f"{name} is not set; the recipe says '{value}'"
             for name, value in self.defaults.items()
             if value in text
         ]

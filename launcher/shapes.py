@@ -30,6 +30,8 @@ Shapes = Mapping[str, "Shape"]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss", "mixtral", "qwen3_moe")
 _ALWAYS_BIASED = {"qwen2": (True, False), "gpt_oss": (True, True)}
 _STAGE = re.compile(r"\$\{stage:([^}]*)\}(?:@best|@last)?")
+_WITHOUT = "forecast.examples_per_hour gives the time without it"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ class Shape:
         return found
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A model whose shape is not known: `why`, and what to do about it."""
+
+    part: str
+    reference: str
+    why: str
+    remedy: str
+
+
 def of_model(model: Model, base: Path, vocabulary: Optional[int] = None) -> Optional[Shape]:
     """The shape of the model that a stage trains; None: not known. `base`: the folder that relative
     paths start from. `vocabulary`: the size of the tokenizer that `architecture` needs, where the
@@ -182,6 +194,54 @@ def of_stage(stage: Stage, stages: Sequence[Stage], base: Path) -> Shapes:
         for label, reference in stage.evaluate.models.items():
             found[f"evaluate.{label}"] = _named(reference, stages, base)
     return {part: shape for part, shape in found.items() if shape is not None}
+
+
+def absent(stage: Stage, known: Shapes, base: Path) -> tuple[Absent, ...]:
+    """The models of a stage that `known` (its `of_stage`) lacks."""
+    named: dict[str, tuple[str, str]] = {}  # part -> its key in a recipe, and what it refers to
+    if stage.model is not None:
+        if stage.model.architecture is not None:
+            named["model"] = ("model.tokenizer", str(stage.model.tokenizer))
+        else:
+            named["model"] = ("model.name", str(stage.model.name))
+    if stage.kd is not None and stage.kd.teacher is not None:
+        named["teacher"] = ("kd.teacher", stage.kd.teacher)
+    if stage.targets is not None:
+        named["teacher"] = ("targets.teacher", stage.targets.teacher)
+    if stage.evaluate is not None:
+        for label, reference in stage.evaluate.models.items():
+            named[f"evaluate.{label}"] = (f"evaluate.models.{label}", reference)
+    return tuple(
+        Absent(part, reference, *_why(key, reference, base, stage.hardware.backend == "local"))
+        for part, (key, reference) in named.items()
+        if part not in known
+    )
+
+
+def _why(key: str, reference: str, base: Path, here: bool) -> tuple[str, str]:
+    """Why what `key` refers to has no shape, and what to do. `here`: jobs run on this machine, and
+    can read its folders."""
+    if (made_by := _STAGE.fullmatch(reference)) is not None:
+        return f"the shape of {reference} is not known", f"see stage {made_by[1]}"
+    file = "tokenizer.json" if key == "model.tokenizer" else "config.json"
+    what = "vocabulary" if key == "model.tokenizer" else "shape"
+    folder = _folder(reference, base)
+    config = _read(folder / file) if folder is not None else None
+    if folder is None and (cached := _cached(reference, file)) is not None:
+        config = _read(cached)
+    if config is not None:
+        family = config.get("model_type")
+        why = f"the {what} of {reference} cannot be read from its {file}"
+        if what == "shape" and family not in FAMILIES:
+            why = f"{reference} is of the family {family}, which launch cannot count"
+        return why, _WITHOUT
+    why = f"the {what} of {reference} is not known on this machine"
+    if folder is not None:
+        return why, f"its folder has no {file} that can be read: put it there"
+    if _HUB_NAME.fullmatch(reference):
+        folders = f"; or name a local folder: {key}" if here else ""
+        return why, f"fetch it: hf download {reference} {file}{folders}"
+    return why, _WITHOUT
 
 
 def _trained(stage: Stage, stages: Sequence[Stage], base: Path) -> Optional[Shape]:
@@ -309,7 +369,7 @@ def _cached(reference: str, name: str) -> Optional[Path]:
         Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     )
     cache = os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
+    if not _HUB_NAME.fullmatch(reference):
         return None
     try:
         root = Path(cache).expanduser() / f"models--{reference.replace('/', '--')}"

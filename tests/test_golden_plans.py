@@ -55,6 +55,12 @@ def test_nothing_of_this_machine_is_left_in_a_golden_plan() -> None:
     assert not re.search(r"\b[0-9a-f]{64}\.tar\.gz", said)
 
 
+def test_no_line_of_a_golden_plan_is_wider_than_a_terminal() -> None:
+    for file in GOLDEN.glob("*.txt"):
+        for line in file.read_text().splitlines():
+            assert len(line) <= 100 or line.startswith("stderr: "), f"{file.name}: {line}"
+
+
 def planned(recipe: Path, option: str, folder: Path) -> str:
     """The whole output of `launch plan`, and its exit code, as on any machine."""
     home = folder / "home"
@@ -79,7 +85,7 @@ def planned(recipe: Path, option: str, folder: Path) -> str:
     digest = bundle.name.partition(".")[0]
     text = done.stdout
     names = {str(home): "<home>", str(folder): "<user>", sys.executable: "<python>",
-             str(ROOT): "<repository>", digest: "<bundle>"}  # fmt: skip
+             str(ROOT): "<repository>", digest: "<bundle>", digest[:12]: "<bundle>"}  # fmt: skip
     for found, name in names.items():
         text = text.replace(found, name)
     text = re.sub(r'("sha256": "<bundle>",\s+"bytes": )\d+', r'\1"<bytes>"', text)

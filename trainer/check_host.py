@@ -68,7 +68,7 @@ def _tokenizers(facts: Facts) -> Row:
 def _disk(facts: Facts) -> Row:
     if facts.disk_free is None:
         return Row("disk", "skip", f"the disk of {facts.disk_folder} tells nothing")
-    detail = f"{facts.disk_free / GIB:.1f} GiB free for {facts.disk_folder}"
+    detail = f"{facts.disk_free / 1e9:.1f} GB free for {facts.disk_folder}"
     fix = "free space, or give the machine a larger disk: checkpoints are written there"
     if facts.disk_free < GIB:
         return Row("disk", "fail", detail, fix)

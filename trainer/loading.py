@@ -17,6 +17,8 @@ from typing import Any, Literal, Optional, Union
 
 KeyPath = tuple[Union[str, int], ...]
 Problem = tuple[KeyPath, str]  # the path of a key, and what is wrong with it
+#: Keys of a block that are listed beside a guess.
+_FEW = 6
 
 
 def dotted(path: KeyPath) -> str:
@@ -44,6 +46,13 @@ def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     options = sorted(allowed)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(options)}"
+
+
+def unknown_key(name: str, allowed: typing.Collection[str]) -> str:
+    """What is said of a key that a block does not have; a small block's keys are all listed."""
+    near = nearest(name, allowed)
+    small = len(allowed) <= _FEW and near.startswith("did you mean")
+    return f"unknown key; {near}" + (f" allowed: {', '.join(sorted(allowed))}" if small else "")
 
 
 def to_dict(value: Any) -> Any:
@@ -124,7 +133,7 @@ def _build_dataclass(kind: Any, raw: Any, at: KeyPath, problems: list[Problem]) 
     unknown: set[str] = set()
     for key in raw:
         if key not in fields:
-            problems.append(((*at, key), f"unknown key; {nearest(str(key), fields)}"))
+            problems.append(((*at, key), unknown_key(str(key), fields)))
             unknown.update(difflib.get_close_matches(str(key), fields, n=1))
     values, wrong = {}, unknown - set(raw)
     for name in fields:

@@ -7,14 +7,16 @@ from itertools import groupby
 
 from launcher import api, console, shipped
 from launcher.errors import Exit, UsageError
-from launcher.forecast import NOT_COUNTED, hours_text
+from launcher.forecast import NOT_COUNTED, Range, three
 from launcher.offering import Ranked, rank
 from launcher.plan_lines import dollars_text
 
-_HEAD = ("", "BACKEND", "PLACE", "MACHINE", "ACCELERATOR", "CAPACITY", "FITS", "TOKENS/S", "HOURS",
-         "USD/H", "USD IN ALL")  # fmt: skip
+_HEAD = ("", "BACKEND", "PLACE", "MACHINE", "DEVICES", "CAPACITY", "FITS", "TOKENS/S", "HOURS",
+         "USD/H", "USD")  # fmt: skip
 #: Columns of numbers.
-_RIGHT = range(7, 11)
+_NUMBERS = ("TOKENS/S", "HOURS", "USD/H", "USD")
+#: Left out one after the other where the table would be wider than this: they follow from the rest.
+_WIDEST, _SPARE = 98, ("MACHINE", "CAPACITY", "TOKENS/S")
 
 
 def offers(
@@ -42,6 +44,9 @@ def offers(
         )
     for job, rows in groupby(shown, key=lambda one: one.job):
         _print(job, list(rows))
+    by_job = [{row.fits for row in rows} for _, rows in groupby(shown, key=lambda one: one.job)]
+    if any(False in fits and True not in fits for fits in by_job):
+        console.notice(_no_fit(path.stem, any_accelerator))
     left = len(found.ranked) - len(shown)
     if left:
         console.notice(f"{left} more; --limit N shows more of them")
@@ -51,8 +56,14 @@ def offers(
         console.notice(f"{dear} of these cost more than budget.usd_per_hour ({cap:g}) allows")
     for reason in found.left_out:
         console.notice(f"left out: {reason}")
+    if any(row.recipe for row in shown):
+        console.notice("* is what the recipe asks for")
     if any(row.assumed for row in shown):
-        console.notice("~ the speed is assumed (docs/forecast.md); dollars follow from it")
+        console.notice(
+            "~ rests on an assumed speed, so do hours and dollars: off by a factor of two, perhaps"
+        )
+    if any("?" in _cells(row) for row in shown):
+        console.notice("? is not known; launch plan RECIPE says why")
     if len({(row.offer.accelerator.partition(":")[2]) for row in shown}) > 1:
         console.notice("with other numbers of devices: as many rows in a step (train.accumulate)")
     console.notice(f"not counted: {NOT_COUNTED}")
@@ -61,9 +72,30 @@ def offers(
 
 def _print(job: int, rows: list[Ranked]) -> None:
     console.say(f"job {job}: {', '.join(rows[0].stages)}")
-    body = [_cells(row) for row in rows]
-    for line in console.columns(_HEAD, body, _RIGHT):
+    kept = list(_HEAD)
+    if len({row.offer.backend for row in rows}) == 1:
+        kept.remove("BACKEND")
+    lines = _table(rows, kept)
+    for spare in _SPARE:
+        if max(len(console.plain(line)) for line in lines) > _WIDEST:
+            kept.remove(spare)
+            lines = _table(rows, kept)
+    for line in lines:
         console.say(f"  {line}")
+
+
+def _table(rows: list[Ranked], kept: list[str]) -> list[str]:
+    body = []
+    for row in rows:
+        cells = dict(zip(_HEAD, _cells(row)))
+        body.append([cells[name] for name in kept])
+    return console.columns(kept, body, [kept.index(name) for name in _NUMBERS if name in kept])
+
+
+def _no_fit(recipe: str, any_accelerator: bool) -> str:
+    if any_accelerator:
+        return f"no accelerator of the table fits; launch plan {recipe} says what would help"
+    return "a job fits nowhere here; --any compares other accelerators"
 
 
 def _cells(row: Ranked) -> list[str]:
@@ -76,6 +108,12 @@ def _cells(row: Ranked) -> list[str]:
     return [
         "*" if row.recipe else "", offer.backend, offer.place, offer.machine or "-",
         offer.accelerator, offer.capacity, fits, "?" if rate is None else f"{about}{rate:,.0f}",
-        "?" if row.hours is None else about + hours_text(row.hours).removesuffix(" h"),
+        "?" if row.hours is None else about + _range(row.hours),
         price, total,
     ]  # fmt: skip
+
+
+def _range(hours: Range) -> str:
+    """Hours with three digits, with one below 0.01."""
+    low, high = (three(value) if value >= 0.01 else f"{value:.1g}" for value in hours)
+    return low if low == high else f"{low} to {high}"

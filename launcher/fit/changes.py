@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
@@ -13,111 +13,108 @@ from launcher.fit.parts import Memory
 from launcher.hardware import Accelerator
 from launcher.shapes import Shapes
 from launcher.spec import Stage
-from trainer.config import Adapter
+from trainer.config import Adapter, Train
 
 #: Where a backend's machines are listed; others have no table to choose from.
 CLOUDS = {"vertex": "gcp"}
 _RANK = 16
-_ADAPTER = f"model.adapter.rank={_RANK}"
 #: Experts are one tensor, which no adapter fits, and the trainer refuses to pass over them unasked.
-_ATTENTION = "model.adapter.targets=[q_proj, k_proj, v_proj, o_proj]"
+_ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
 _EMBEDDINGS = "model.embed_tokens.*"
+#: A machine outside the recipe's places counts this many times its price: data, quota and service
+#: accounts are in those places.
+_ELSEWHERE = 2.0
 
 
 @dataclass(frozen=True)
 class Change:
     """What would make a stage fit: `what` in words, the `--set` arguments (KEY=VALUE) that do it,
-    and the memory that it then takes."""
+    the memory that it then takes, and its `effect`: what it changes of the training or its price,
+    empty where the training stays the same."""
 
     what: str
     settings: tuple[str, ...]
     memory: Memory
+    effect: str = ""
 
 
 class _Try(NamedTuple):
-    what: str
-    settings: tuple[str, ...]
     stage: Stage
     accelerator: Accelerator
+    what: tuple[str, ...] = ()
+    settings: Mapping[str, str] = {}
+    effect: tuple[str, ...] = ()
+
+    def with_(self, stage: Stage, what: str, settings: Mapping[str, str], effect: str = "") -> _Try:
+        """This and one more: a later setting of a key takes the place of an earlier one."""
+        effects = (*self.effect, effect) if effect else self.effect
+        merged = {**self.settings, **settings}
+        return _Try(stage, self.accelerator, (*self.what, what), merged, effects)
 
 
 def changes(
     stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes, prefix: str = ""
 ) -> tuple[Change, ...]:
-    """What makes the stage fit, best first: smaller micro-batches, gradient checkpointing, frozen
-    embeddings, an adapter, the next larger accelerator; of each kind the smallest that does. Where
-    none of them does alone, the smallest combination. Empty: it fits as it is, nothing is known, or
-    nothing helps. `prefix`: of the keys, such as `pipeline.ID.`."""
+    """What makes the stage fit, best first. What keeps the training the same: smaller
+    micro-batches, gradient checkpointing, or where neither is enough, both. Then what changes it:
+    frozen embeddings, an adapter, each with as few of the former as it needs. Last the accelerator
+    with more memory that costs least an hour by the table of prices, with as many rows in a step.
+    Empty: it fits as it is, nothing is known, or nothing helps. `prefix`: of the keys, such as
+    `pipeline.ID.`."""
     now = memory(stage, accelerator, nodes, shapes)
     if now is None or now.fits is not False:
         return ()
 
     fused = "model" in shapes and shapes["model"].experts > 0
 
-    def made(tried: _Try) -> Optional[Change]:
-        found = memory(tried.stage, tried.accelerator, nodes, shapes)
-        if found is None or not found.fits:
-            return None
-        settings = [*tried.settings]
-        if fused and _ADAPTER in settings:
-            settings.insert(settings.index(_ADAPTER) + 1, _ATTENTION)
-        return Change(tried.what, tuple(prefix + s for s in settings), found)
+    def first(tries: Iterator[_Try]) -> Optional[Change]:
+        for tried in tries:
+            found = memory(tried.stage, tried.accelerator, nodes, shapes)
+            if found is not None and found.fits:
+                given = dict(tried.settings)
+                if fused and "model.adapter.rank" in given:
+                    given["model.adapter.targets"] = _ATTENTION
+                settings = tuple(f"{prefix}{key}={value}" for key, value in given.items())
+                return Change(" and ".join(tried.what), settings, found, "; ".join(tried.effect))
+        return None
 
-    alone: dict[str, Change] = {}  # by the key that it sets first
-    for tried in _singles(stage, accelerator):
-        key = tried.settings[0].partition("=")[0]
-        if key not in alone and (change := made(tried)) is not None:
-            alone[key] = change
-    if alone:
-        return tuple(alone.values())
-    for tried in _combined(stage, accelerator):
-        if (change := made(tried)) is not None:
-            return (change,)
-    return ()
-
-
-def _singles(stage: Stage, accelerator: Accelerator) -> Iterator[_Try]:
-    here = _Try("", (), stage, accelerator)
-    yield from _smaller(here)
-    for step in (_checkpointing, _frozen, _adapter):
-        if (tried := step(here)) is not None:
-            yield tried
-    yield from _larger(here)
+    here = _Try(stage, accelerator)
+    same = [first(_smaller(here)), first(_checkpointing(here))]
+    if same == [None, None]:
+        same = [first(_both(here))]
+    ease = _eased if not any(same) else _plainly
+    other = [first(ease(changed)) for step in (_frozen, _adapter) for changed in step(here)]
+    larger = first(rung for moved in _larger(here, nodes) for rung in _eased(moved))
+    return tuple(change for change in (*same, *other, larger) if change is not None)
 
 
-def _combined(stage: Stage, accelerator: Accelerator) -> Iterator[_Try]:
-    """Checkpointing with ever smaller micro-batches; with the smallest, frozen embeddings or an
-    adapter; then larger accelerators with as few of these as will do."""
-    at = _Try("", (), stage, accelerator)
-    ladder = [at]
-    if (checkpointing := _checkpointing(at)) is not None:
-        ladder.append(checkpointing)
-    base = ladder[-1]
-    ladder += [_both(base, tried) for tried in _smaller(at)]
-    base = ladder[-1]
-    ladder += [rung for rung in (_frozen(base), _adapter(base)) if rung is not None]
-    yield from ladder[1:]
-    for rung in ladder:
-        yield from _larger(rung)
+def _eased(at: _Try) -> Iterator[_Try]:
+    """`at` itself, then with what keeps the training the same, the least first."""
+    yield at
+    yield from _smaller(at)
+    yield from _checkpointing(at)
+    yield from _both(at)
 
 
-def _both(first: _Try, second: _Try) -> _Try:
-    """`second` on top of `first`; both were made from the same stage."""
-    stage = replace(first.stage, train=second.stage.train, targets=second.stage.targets)
-    what = " and ".join(text for text in (first.what, second.what) if text)
-    return _Try(what, (*first.settings, *second.settings), stage, first.accelerator)
+def _plainly(at: _Try) -> Iterator[_Try]:
+    yield at
+
+
+def _both(at: _Try) -> Iterator[_Try]:
+    for checkpointing in _checkpointing(at):
+        yield from _smaller(checkpointing)
 
 
 def _smaller(at: _Try) -> Iterator[_Try]:
     """Half the rows of a micro-batch, and twice as many of them: the same global batch."""
     train = at.stage.train
-    if at.stage.targets is not None and at.stage.targets.micro_batch > 1:
+    if at.stage.targets is not None:
         rows = at.stage.targets.micro_batch
         while rows > 1:
             rows //= 2
             stage = replace(at.stage, targets=replace(at.stage.targets, micro_batch=rows))
             what = f"{rows} {_rows(rows)} in a forward pass"
-            yield _Try(what, (f"targets.micro_batch={rows}",), stage, at.accelerator)
+            yield at.with_(stage, what, {"targets.micro_batch": str(rows)})
         return
     if train is None or isinstance(train.micro_batch, str):
         return
@@ -128,70 +125,122 @@ def _smaller(at: _Try) -> Iterator[_Try]:
         if whole % rows:
             continue
         smaller = replace(train, micro_batch=rows, accumulate=whole // rows)
-        settings = (f"train.micro_batch={rows}", f"train.accumulate={whole // rows}")
+        settings = {"train.micro_batch": str(rows), "train.accumulate": str(whole // rows)}
         what = f"{rows} {_rows(rows)} in a micro-batch, of the same {whole} in a step"
-        yield _Try(what, settings, replace(at.stage, train=smaller), at.accelerator)
+        yield at.with_(replace(at.stage, train=smaller), what, settings)
 
 
 def _rows(number: int) -> str:
     return "row" if number == 1 else "rows"
 
 
-def _checkpointing(at: _Try) -> Optional[_Try]:
+def _checkpointing(at: _Try) -> Iterator[_Try]:
     model = at.stage.model
     if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing:
-        return None
+        return
     stage = replace(at.stage, model=replace(model, gradient_checkpointing=True))
-    return _added(at, "gradient checkpointing", "model.gradient_checkpointing=true", stage)
+    yield at.with_(stage, "gradient checkpointing", {"model.gradient_checkpointing": "true"})
 
 
-def _frozen(at: _Try) -> Optional[_Try]:
+def _frozen(at: _Try) -> Iterator[_Try]:
     model = at.stage.model
     if at.stage.stage not in TRAINING or model is None or model.adapter is not None:
-        return None
+        return
     if model.init == "random" or _EMBEDDINGS in model.freeze:
-        return None
+        return
     patterns = (*model.freeze, _EMBEDDINGS)
     stage = replace(at.stage, model=replace(model, freeze=patterns))
     said = ", ".join(f'"{pattern}"' for pattern in patterns)
-    return _added(at, "frozen embeddings", f"model.freeze=[{said}]", stage)
+    settings = {"model.freeze": f"[{said}]"}
+    yield at.with_(stage, "frozen embeddings", settings, "the embeddings do not learn")
 
 
-def _adapter(at: _Try) -> Optional[_Try]:
+def _adapter(at: _Try) -> Iterator[_Try]:
     model = at.stage.model
     if at.stage.stage not in TRAINING or model is None or model.adapter is not None:
-        return None
+        return
     if model.init == "random":
-        return None
+        return
     stage = replace(at.stage, model=replace(model, adapter=Adapter(rank=_RANK), freeze=()))
-    made = _added(at, f"an adapter of rank {_RANK}", _ADAPTER, stage)
+    settings = {"model.adapter.rank": str(_RANK)}
     if model.freeze:  # its patterns may name nothing there
-        made = made._replace(settings=(*made.settings, "model.freeze=[]"))
-    return made
+        settings["model.freeze"] = "[]"
+    yield at.with_(
+        stage, f"an adapter of rank {_RANK}", settings, "only the adapter learns, not the model"
+    )
 
 
-def _added(at: _Try, what: str, setting: str, stage: Stage) -> _Try:
-    words = f"{at.what} and {what}" if at.what else what
-    return _Try(words, (*at.settings, setting), stage, at.accelerator)
-
-
-def _larger(at: _Try) -> Iterator[_Try]:
-    """Accelerators with more memory that the backend has machines for, the smallest first."""
+def _larger(at: _Try, nodes: int) -> list[_Try]:
+    """Accelerators with more memory that the backend has machines for, the cheapest first; where
+    no price is known, the smallest first, after those."""
     cloud = CLOUDS.get(at.stage.hardware.backend)
     if cloud is None:
-        return
-    kinds = [kind for kind in hardware.KINDS if kind.name in hardware.kinds(cloud)]
-    for kind in sorted(kinds, key=lambda kind: (kind.memory_gib, kind.bf16_tflops)):
-        if kind.memory_gib <= at.accelerator.kind.memory_gib:
-            continue
+        return []
+    found: list[tuple[tuple[float, float, float], _Try]] = []
+    for kind in hardware.KINDS:
         sizes = [n for n in hardware.counts(kind, cloud) if n >= at.accelerator.count]
-        count = min(sizes, default=math.inf)
-        if count == math.inf:
+        if not sizes or kind.memory_gib <= at.accelerator.kind.memory_gib:
             continue
-        other = Accelerator(kind, int(count))
-        settings = [f"hardware.accelerator={other}"]
-        vertex = at.stage.hardware.vertex
-        if vertex is not None and vertex.machine is not None:
-            settings.append(f"hardware.vertex.machine={hardware.machine(other, cloud)}")
-        what = f"{at.what} and {other}" if at.what else str(other)
-        yield _Try(what, (*at.settings, *settings), at.stage, other)
+        other = Accelerator(kind, min(sizes))
+        rate, place = _rate(other, cloud, at.stage)
+        weight = rate if place is None else rate * _ELSEWHERE
+        moved = _moved(at, other, cloud, rate * nodes, place)
+        found.append(((weight, kind.memory_gib, kind.bf16_tflops), moved))
+    return [moved for _, moved in sorted(found, key=lambda pair: pair[0])]
+
+
+def _rate(other: Accelerator, cloud: str, stage: Stage) -> tuple[float, Optional[str]]:
+    """USD an hour of one machine where it costs least in the capacities of the stage, and that
+    region if it is not among its places; infinite: not known."""
+    asked = stage.hardware
+    known: list[tuple[float, str]] = []
+    for price in hardware.prices(other, cloud):
+        by_name = {"spot": price.spot, "standard": price.on_demand}
+        rates = [rate for name in asked.capacity if (rate := by_name.get(name)) is not None]
+        known += [(min(rates), price.region)] if rates else []
+    inside = [pair for pair in known if not asked.places or pair[1] in asked.places]
+    rate, region = min(inside or known, default=(math.inf, None))
+    return rate, None if inside else region
+
+
+def _moved(at: _Try, other: Accelerator, cloud: str, rate: float, place: Optional[str]) -> _Try:
+    """The stage on `other`, with as many rows in a step where more devices can share them."""
+    asked = at.stage.hardware
+    settings = {"hardware.accelerator": str(other)}
+    changed = replace(asked, accelerator=str(other))
+    if asked.vertex is not None and asked.vertex.machine is not None:
+        machine = hardware.machine(other, cloud)
+        settings["hardware.vertex.machine"] = str(machine)
+        changed = replace(changed, vertex=replace(asked.vertex, machine=machine))
+    if place is not None:
+        settings["hardware.places"] = f"[{place}]"
+        changed = replace(changed, places=(place,))
+    if asked.usd_per_hour is not None:  # what the other one costs
+        settings["hardware.usd_per_hour"] = "null"
+        changed = replace(changed, usd_per_hour=None)
+    effects = ["its price is not known" if rate == math.inf else f"from {rate:.2f} USD/h"]
+    train = at.stage.train
+    if train is not None and other.count != at.accelerator.count:
+        shared = _shared(train, at.accelerator.count, other.count)
+        if shared is not None and not isinstance(shared.micro_batch, str):
+            for name in ("micro_batch", "accumulate"):
+                if getattr(shared, name) != getattr(train, name):
+                    settings[f"train.{name}"] = str(getattr(shared, name))
+            effects.append("as many rows in a step")
+        elif shared is None:
+            effects.append(f"{other.count / at.accelerator.count:g} times the rows in a step")
+        train = shared or train
+    stage = replace(at.stage, hardware=changed, train=train)
+    return _Try(stage, other, (str(other),), settings, ("; ".join(effects),))
+
+
+def _shared(train: Train, now: int, then: int) -> Optional[Train]:
+    """The same rows in a step by `then` devices for `now`; None: they cannot be shared evenly."""
+    if isinstance(train.micro_batch, str):  # train.global_batch is shared by itself
+        return train
+    whole = train.micro_batch * train.accumulate * now
+    if whole % then:
+        return None
+    each = whole // then
+    rows = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
+    return replace(train, micro_batch=rows, accumulate=each // rows)

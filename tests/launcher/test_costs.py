@@ -108,6 +108,9 @@ def test_times_that_are_understood() -> None:
     for text in ("soon", "0001-01-01"):  # the second has no local time
         with pytest.raises(UsageError, match=f"--since {text}"):
             costs.since(text, NOW)
+    for unclear in ("1m", "90s"):  # a month, or a minute?
+        with pytest.raises(UsageError, match=f"--since {unclear}: no time that is known"):
+            costs.since(unclear, NOW)
 
 
 def test_the_command_in_its_three_forms(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -570,3 +571,12 @@ def test_the_command_ends_with_3_and_a_failed_up_names_it(
     capsys.readouterr()
     assert cli.run(["up", "kd-l4", "--yes"]) == 3
     assert "`launch doctor kd-l4` looks at everything" in capsys.readouterr().err
+
+
+def test_the_disk_of_the_home_is_told_in_gb_as_are_those_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = SimpleNamespace(free=69 * 10**9)
+    monkeypatch.setattr("launcher.doctor.shutil.disk_usage", lambda place: sizes)
+    row = doctor._disk(tmp_path)
+    assert (row.result, row.detail) == ("pass", f"69.0 GB free on the disk of {tmp_path}")

@@ -36,7 +36,7 @@ def test_validate_and_doctor_tell_of_variables_that_are_not_set(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BUCKET", raising=False)
-    note = "BUCKET is not set; the recipe says 'my-bucket' in its place"
+    note = "BUCKET is not set; the recipe says 'my-bucket'"
     for command in ("validate", "doctor"):
         cli.run([command, "kd-l4"])
         assert note in capsys.readouterr().out

@@ -232,10 +232,75 @@ def test_the_largest_micro_batch_that_fits_keeps_the_global_batch() -> None:
 def test_where_nothing_alone_is_enough_the_smallest_combination() -> None:
     stage = replace(sft(rows=64, length=4096), hardware=Hardware(accelerator="L4:1"))
     known = shapes.of_stage(stage, (stage,), Path())
-    (change,) = fit.changes(stage, L4, 1, known, prefix="pipeline.s.")
-    assert change.settings[0] == "pipeline.s.model.gradient_checkpointing=true"
-    assert all(setting.startswith("pipeline.s.") for setting in change.settings)
-    assert len(change.settings) > 1 and change.memory.fits
+    changes = fit.changes(stage, L4, 1, known, prefix="pipeline.s.")
+    assert [change.what.partition(" and ")[0] for change in changes] == [
+        "frozen embeddings", "an adapter of rank 16",
+    ]  # fmt: skip
+    for change in changes:
+        assert all(setting.startswith("pipeline.s.") for setting in change.settings)
+        assert len(change.settings) > 1 and change.memory.fits
+    (_, checkpointing, rows, accumulate) = changes[0].settings
+    assert checkpointing == "pipeline.s.model.gradient_checkpointing=true"
+    number = int(rows.removeprefix("pipeline.s.train.micro_batch="))
+    assert accumulate == f"pipeline.s.train.accumulate={64 // number}"
+
+
+def on_vertex(stage: Stage, **more: Any) -> Stage:
+    return replace(stage, hardware=Hardware(backend="vertex", accelerator="L4:1", **more))
+
+
+def changes_of(stage: Stage) -> tuple[fit.Change, ...]:
+    accelerator = hardware.parse(stage.hardware.accelerator)
+    return fit.changes(stage, accelerator, 1, shapes.of_stage(stage, (stage,), Path()))
+
+
+def test_a_whole_8b_on_an_l4_gets_the_cheap_changes_before_a_dear_machine() -> None:
+    stage = on_vertex(sft(EIGHT_B, rows=1), capacity=("spot", "standard"))
+    adapter, larger = changes_of(stage)
+    assert adapter.settings == ("model.adapter.rank=16", "model.gradient_checkpointing=true")
+    assert f"{adapter.memory.bytes / 2**30:.1f}" == "17.7"
+    assert adapter.effect == "only the adapter learns, not the model"
+    assert larger.settings[0] == "hardware.accelerator=B200:8"
+    assert "37.75 USD/h" in larger.effect, "an H200:8 costs more"
+
+
+def test_more_devices_share_the_rows_of_a_step() -> None:
+    train = Train(steps=1, micro_batch=2, accumulate=16)
+    stage = on_vertex(replace(sft(EIGHT_B), train=train))
+    larger = changes_of(stage)[-1]
+    words = dict(setting.split("=") for setting in larger.settings)
+    count = hardware.parse(words["hardware.accelerator"]).count
+    rows = int(words.get("train.micro_batch", 2)) * int(words["train.accumulate"]) * count
+    assert count == 8 and rows == 32 and "as many rows in a step" in larger.effect
+    single = on_vertex(replace(sft(EIGHT_B), train=Train(steps=1, micro_batch=1)))
+    assert "8 times the rows in a step" in changes_of(single)[-1].effect
+
+
+def test_what_keeps_the_training_the_same_comes_first_and_together_only_where_needed() -> None:
+    adapter = Adapter(rank=16)
+    either = sft(EIGHT_B, rows=4, length=1024, adapter=adapter)
+    found = fit.changes(either, A100, 1, shapes.of_stage(either, (either,), Path()))
+    assert [change.what for change in found] == [
+        "2 rows in a micro-batch, of the same 4 in a step", "gradient checkpointing",
+    ]  # fmt: skip
+    assert not any(change.effect for change in found)
+    both = sft(EIGHT_B, rows=32, length=2048, adapter=adapter)
+    (one,) = fit.changes(both, L4, 1, shapes.of_stage(both, (both,), Path()))
+    keys = [setting.partition("=")[0] for setting in one.settings]
+    assert keys == ["model.gradient_checkpointing", "train.micro_batch", "train.accumulate"]
+    assert one.effect == ""
+
+
+def test_a_machine_of_the_recipes_places_comes_before_a_slightly_cheaper_one_elsewhere() -> None:
+    stage = sft(EIGHT_B, rows=1, adapter=Adapter(rank=16), gradient_checkpointing=False)
+    near = changes_of(on_vertex(stage, places=("us-central1",), capacity=("spot",)))[-1]
+    assert near.settings == ("hardware.accelerator=A100-40GB:1",)
+    away = changes_of(on_vertex(stage, places=("us-east4",), capacity=("spot",)))[-1]
+    settings = dict(setting.split("=") for setting in away.settings)
+    assert settings["hardware.accelerator"] in ("A100-80GB:1", "A100-40GB:1")
+    assert settings["hardware.places"].startswith("[us-")
+    own = changes_of(on_vertex(stage, usd_per_hour=9.0))[-1]
+    assert "hardware.usd_per_hour=null" in own.settings, "that was the price of the L4"
 
 
 def test_a_larger_accelerator_has_a_machine_on_that_backend() -> None:

@@ -228,6 +228,7 @@ def test_rows_that_are_not_packed_need_the_length_of_an_example() -> None:
         ("{examples_per_hour: [4800]}", "must be two numbers, the lower first"),
         ("{examples: 0}", "must be at least 1"),
         ("{example: 5}", "examples"),
+        ("{tokens_per_second: 5}", "allowed: examples, examples_per_hour, tokens_per_example"),
     ],
 )
 def test_a_forecast_block_that_makes_no_sense_is_an_error(block: str, what: str) -> None:
@@ -429,10 +430,100 @@ def test_the_plan_says_what_does_not_fit_and_the_change_that_makes_it_fit(
     monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
     with_forecast(monkeypatch, misfit(31.2, 16.1))
     assert cli.run(["plan", "kd-l4"]) == Exit.OK
-    assert (
-        "  memory: 31.2 of 22.5 GiB: does not fit; --set model.gradient_checkpointing=true makes "
-        "it 19.8"
-    ) in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("  memory: 31.2 of 22.5 GiB: does not fit")
+    assert lines[at + 1] == "    fits with: --set model.gradient_checkpointing=true: 19.8 GiB"
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert cli.run(["plan", *words]) == Exit.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 or "--explain" in words
+    return lines
+
+
+def test_explain_names_up_to_three_changes_and_what_they_change(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    monkeypatch.setattr(forecast.fit, "changes", lambda *given: tuple(
+        Change(f"way {n}", (f"train.micro_batch={n}",), Memory((), 1.0), "" if n < 2 else "slow")
+        for n in (1, 2, 3, 4)
+    ))  # fmt: skip
+    lines = planned(capsys, "kd-l4", "--explain")
+    at = lines.index("  it would fit with way 1: 0 MiB")
+    assert lines[at + 1 : at + 3] == [
+        "    the training stays the same", "    --set train.micro_batch=1",
+    ]  # fmt: skip
+    assert sum("it would fit with" in line for line in lines) == 3
+    assert "      --explain has other ways" in lines
+
+
+def test_places_without_a_price_do_not_hide_the_dollars_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    lines = planned(capsys, "kd-h100", "--set", "hardware.places=[us-central1, us-east4]")
+    where = "USD where the price is known; not known in us-central1"
+    assert f"expected: 3.16 h, 13.48 to 34.67 {where}" in lines
+    assert f"cost: price unknown, at most 60.00 {where} (12 h)" in lines
+    lines = planned(capsys, "kd-h100", "--set", "hardware.places=[us-central1]")
+    assert any("expected: 3.16 h, at a price that is not known" in line for line in lines)
+    assert any("at most an unknown sum" in line for line in lines)
+
+
+def test_a_capacity_without_a_price_is_named_where_another_has_one() -> None:
+    places = [offer(1.0), offer(None, "spot"), replace(offer(None), place="there")]
+    assert forecast.unpriced(places) == ("here (spot)", "there")
+    one = Forecast("s", "kd", hours=(2.0, 3.0))
+    whole = forecast.of_run([(one, places)], Budget())
+    assert (whole.usd, whole.usd_priced) == (None, (2.0, 3.0))
+    two = forecast.of_run([(one, places), (one, [offer(None)])], Budget())
+    assert two.usd_priced is None, "one of the jobs has no price anywhere"
+    assert forecast.of_run([(one, [offer(1.0)])], Budget()).unpriced == ()
+
+
+def test_a_model_that_is_not_known_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    lines = planned(capsys, "kd-a100", "--set", "model.name=some/model")
+    at = lines.index("  memory: not known: the shape of some/model is not known on this machine")
+    assert lines[at + 1] == "    fetch it: hf download some/model config.json"
+    (absent,) = shapes.absent(stage(model=Model(name="some/model")), {}, Path())
+    assert absent.remedy.endswith("or name a local folder: model.name"), "that one runs here"
+    folder = tmp_path / "gemma"
+    folder.mkdir()
+    (absent,) = shapes.absent(stage(model=Model(name=str(folder))), {}, Path())
+    assert absent.remedy == "its folder has no config.json that can be read: put it there"
+    (folder / "config.json").write_text('{"model_type": "gemma3"}')
+    (absent,) = shapes.absent(stage(model=Model(name=str(folder))), {}, Path())
+    assert "of the family gemma3, which launch cannot count" in absent.why
+    (absent,) = shapes.absent(stage(model=Model(name="gs://b/model")), {}, Path())
+    assert "forecast.examples_per_hour" in absent.remedy
+    assert shapes.absent(stage(), {"model": SMALL}, Path()) == ()
+
+
+def test_small_parts_are_in_mib_and_tiny_ones_are_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    text = "\n".join(planned(capsys, "quickstart", "--explain"))
+    assert "MiB weights" in text and " 0.0 GiB" not in text
+    assert "more below 1 MiB each" in text and " 0 MiB" not in text
+
+
+def test_a_name_with_a_sha256_is_short_in_the_text_and_whole_in_the_document(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    (line,) = [x for x in planned(capsys, "kd-l4") if "gcs_object" in x and "bundles" in x]
+    digest = line.rpartition("/")[2].removesuffix(".tar.gz")
+    assert cli.run(["plan", "kd-l4", "--json"]) == Exit.OK
+    (job,) = json.loads(capsys.readouterr().out)["jobs"]
+    whole = job["intents"][0]["name"].rpartition("/")[2].removesuffix(".tar.gz")
+    assert len(digest) == 12 and len(whole) == 64 and whole.startswith(digest)
 
 
 def test_a_change_is_written_as_a_shell_takes_it() -> None:

@@ -12,6 +12,7 @@ import pytest
 from launcher import cli, fit, hardware, offering, recipe
 from launcher.backends.base import Env
 from launcher.clock import ManualClock
+from launcher.commands import offers as command
 from launcher.errors import Exit
 from launcher.fit import Memory, Part
 from launcher.spec import Recipe, Stage
@@ -119,13 +120,47 @@ def test_the_command_prints_a_table_and_a_document(
     assert cli.run(["offers", "kd-l4", "--any", "-n", "3"]) == Exit.OK
     said = capsys.readouterr()
     head, *rows = said.out.splitlines()[1:]
-    assert head.split()[-4:] == ["USD/H", "USD", "IN", "ALL"] and len(rows) == 3
+    assert head.split() == [
+        "PLACE", "MACHINE", "DEVICES", "CAPACITY", "FITS", "TOKENS/S", "HOURS", "USD/H", "USD",
+    ]  # fmt: skip
+    assert len(rows) == 3 and "~ rests on an assumed speed" in said.err
     assert all("yes" in row for row in rows) and "more; --limit" in said.err
     dear = sum(float(row.split()[-2]) > 3 for row in rows)
     assert dear and f"{dear} of these cost more than budget.usd_per_hour (3) allows" in said.err
     assert cli.run(["offers", "kd-l4", "--any", "-n", "3", "--json"]) == Exit.OK
     document = json.loads(capsys.readouterr().out)
     assert len(document["offers"]) == 3 and document["offers"][0]["fits"] is True
+
+
+def test_the_table_has_hours_in_one_unit_and_at_most_100_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    sized: None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    assert cli.run(["offers", "kd-h100", "--any", "-n", "99"]) == Exit.OK
+    out = capsys.readouterr().out
+    assert " 0.395 " in out and " min " not in out and max(map(len, out.splitlines())) <= 100
+    (row, *_) = offering.rank(shipped("kd_h100"), environment(tmp_path)).ranked
+    far = replace(row.offer, place="northamerica-northeast1", accelerator="A100-80GB:16")
+    wide = replace(row, offer=far, hours=(208.0, 312.0), usd=(52100.0, 78100.0))
+    command._print(0, [wide, replace(wide, offer=replace(far, backend="local"))])
+    head, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert max(map(len, (head, *rows))) <= 100 and "208 to 312" in rows[0]
+    assert "BACKEND" in head and "MACHINE" not in head
+
+
+def test_a_recipe_that_fits_nowhere_is_sent_to_other_accelerators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    sized: None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
+    hint = "a job fits nowhere here; --any compares other accelerators"
+    assert cli.run(["offers", "kd-l4"]) == Exit.OK
+    assert hint in capsys.readouterr().err
+    assert cli.run(["offers", "kd-l4", "--any"]) == Exit.OK
+    assert hint not in capsys.readouterr().err
+    assert cli.run(["offers", "kd-a100"]) == Exit.OK
+    assert hint not in capsys.readouterr().err
 
 
 def test_no_offer_at_all_is_an_error_that_says_why(

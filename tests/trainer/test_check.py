@@ -109,6 +109,12 @@ def test_gpus_are_read_with_what_they_do_not_tell() -> None:
     assert "2 x NVIDIA H100 80GB HBM3 (79.6 GiB" in row("gpu", machine()).detail
 
 
+def test_memory_is_in_gib_and_the_disk_in_gb() -> None:
+    facts = machine(disk_free=0.5e9)
+    assert row("disk", facts).detail.startswith("0.5 GB free for ")
+    assert "GiB for processes" in row("memory", facts).detail
+
+
 @pytest.mark.parametrize(
     ("gpu", "result", "words"),
     [
