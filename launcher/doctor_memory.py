@@ -18,16 +18,15 @@ def rows(recipe: Recipe, launch_home: Path) -> Iterator[Check]:
         found = forecast.of_stage(recipe, stage, (), launch_home)
         memory = found.memory
         if memory is None or memory.limit is None:
+            here = f"not known: how much memory {stage.hardware.accelerator} has"
             said = [why.removeprefix("memory: ") for why in found.unknown
                     if why.startswith("memory: ")]  # fmt: skip
-            here = f"how much memory {stage.hardware.accelerator} has is not known here"
             yield Check(name, "skip", f"not known: {said[0]}" if said else here)
             continue
-        text = plan_lines.memory_text(found) or ""
+        detail = plan_lines.memory_texts(found)[0]
         if memory.fits:
-            yield Check(name, "pass", text)
+            yield Check(name, "pass", detail)
             continue
-        detail, _, _ = text.partition(";")
         # As `launch up`: a forecast is a warning, weights that exceed the device are the end.
         hopeless = forecast.hopeless(found) is not None
         yield Check(name, "fail" if hopeless else "warn", detail, _fix(found))

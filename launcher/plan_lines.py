@@ -161,8 +161,6 @@ def _job_lines(job: JobPlan, several: bool) -> Iterator[str]:
 def _cost_line(plan: RunPlan) -> str:
     if plan.usd_total == 0:
         return "cost: nothing"
-    if not all(job.offers for job in plan.jobs):
-        return "cost: not known, for no offer can be taken"
     rate = "price unknown" if plan.usd_per_hour is None else f"{plan.usd_per_hour:.2f} USD/h"
     hours = "no limit of hours" if plan.hours is None else f"{plan.hours:g} h"
     total = "an unknown sum" if plan.usd_total is None else f"{plan.usd_total:.2f} USD"
