@@ -3,6 +3,7 @@ what such a test can show)."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ pytest.importorskip("pulumi_gcp", reason="needs the extra `infra`")
 
 from infra import engine_cli, google, passphrase
 from infra.changes import Change
-from infra.errors import EngineError, Locked, Passphrase
+from infra.errors import EngineError, Failed, Locked, Passphrase
 from infra.google import Foundations
 from infra.stack import Stack, name
 from tests.infra.stand_in import StandIn
@@ -86,6 +87,19 @@ def _stack(
     assert found is not None
     assert found.path == cli.bin / "pulumi"
     return Stack(name(DEMO.project, BUCKET), found, home, given, say=say)
+
+
+def _answering(folder: Path, home: Path, script: str) -> Stack:
+    """The stack of `DEMO` with an engine that tells its version, and else does as `script` says."""
+    (folder / "bin").mkdir()
+    engine = folder / "bin" / "pulumi"
+    version = engine_cli.wanted()
+    engine.write_text(f'#!/bin/sh\n[ "$*" = version ] && echo v{version} && exit\n{script}\n')
+    engine.chmod(0o755)
+    environ = {"PATH": f"{engine.parent}:{os.environ['PATH']}", passphrase.WORD: "of-the-test"}
+    found = engine_cli.find(home, environ)
+    assert found is not None
+    return Stack(name(DEMO.project, BUCKET), found, home, environ, say=[].append)
 
 
 def _words(changes: tuple[Change, ...]) -> dict[str, str]:
@@ -269,6 +283,50 @@ def test_the_engine_gets_a_home_and_a_state_of_its_own(
 def test_a_state_that_cannot_be_reached_is_an_error_with_the_engines_reason(opened: Open) -> None:
     with pytest.raises(EngineError, match="keeps no state in s3://team/state"):
         opened(PULUMI_BACKEND_URL="s3://team/state").preview(DECLARED)
+
+
+ODD = ["", "echo garbage", "echo '[]'", "echo '{}'", "echo '[3]'", "echo 3"]
+
+
+@pytest.mark.parametrize("script", ODD)
+def test_an_engine_that_ends_well_with_odd_words_is_an_error_of_one_line(
+    tmp_path: Path, home: Path, script: str
+) -> None:
+    """Of a state without any history or resources, `[]` and `{}` are what the engine says."""
+    stack = _answering(tmp_path, home, script)
+    ways = [lambda: stack.preview(DECLARED), lambda: stack.preview(None), stack.drift,
+            lambda: stack.up(DECLARED), stack.destroy]  # fmt: skip
+    if script != "echo '{}'":
+        ways += [stack.status, stack.settle]
+    if script not in ("echo '[]'", "echo '{}'"):
+        ways.append(stack.last_update)
+    for way in ways:
+        with pytest.raises(EngineError) as odd:
+            way()
+        assert "\n" not in str(odd.value) and str(odd.value).startswith("pulumi ")
+        assert isinstance(odd.value, Failed) == (way == stack.destroy)
+        assert isinstance(odd.value, Failed) or str(tmp_path / "bin") in odd.value.hint
+
+
+@pytest.mark.parametrize(
+    "deployment",
+    [[], "text", {"resources": 3}, {"resources": [3]}, {"resources": [{"type": "gcp:a/b:C"}]},
+     {"pending_operations": {"a": 1}}, {"pending_operations": ["creating"]},
+     {"pending_operations": [{}]}, {"pending_operations": [{"resource": {"urn": 3}}]}],
+)  # fmt: skip
+def test_a_damaged_state_is_told_and_never_taken_for_an_empty_one(
+    opened: Open, made: StandIn, home: Path, deployment: Any
+) -> None:
+    (file,) = (home / "state").rglob("stacks/*/*.json")
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "checkpoint": {"latest": deployment}}))
+    before = file.read_text()
+
+    for way in (opened().status, opened().settle):
+        with pytest.raises(EngineError, match="the state is damaged: ") as damaged:
+            way()
+        assert "\n" not in str(damaged.value) and damaged.value.hint
+    assert file.read_text() == before
 
 
 def test_a_shared_state_needs_a_passphrase_that_others_have_too(
