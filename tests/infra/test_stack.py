@@ -285,7 +285,7 @@ def test_a_state_that_cannot_be_reached_is_an_error_with_the_engines_reason(open
         opened(PULUMI_BACKEND_URL="s3://team/state").preview(DECLARED)
 
 
-ODD = ["", "echo garbage", "echo '[]'", "echo '{}'", "echo '[3]'", "echo 3"]
+ODD = ["true", "echo garbage", "echo '[]'", "echo '{}'", "echo '[3]'", "echo 3"]
 
 
 @pytest.mark.parametrize("script", ODD)

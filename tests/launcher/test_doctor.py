@@ -22,6 +22,7 @@ pytest.importorskip("google.cloud.logging_v2", reason="needs the extra `rehearse
 pytest.importorskip("google.cloud.secretmanager_v1", reason="needs the extra `rehearse`")
 pytest.importorskip("google.cloud.storage", reason="needs the extra `google`")
 
+from infra.google import OBJECTS
 from launcher import abreast, cli, doctor, doctor_disk, doctor_tools, google, recipe, shapes
 from launcher.backends.base import Check, Env
 from launcher.backends.vertex import VertexBackend, asking, checks, checks_project
@@ -175,6 +176,7 @@ def test_a_bucket_that_is_absent_or_not_ours(cloud: Cloud) -> None:
     cloud.server.objects.lacking["bkt"] = {"storage.objects.create"}
     row = cloud.row("bucket")
     assert row.result == "fail" and "you lack storage.objects.create" in row.detail
+    assert f"--role={OBJECTS} " in row.fix  # as `launch infra` grants it
     cloud.server.objects.denied.add("bkt")
     assert cloud.row("bucket").result == "fail"
 
