@@ -35,7 +35,7 @@ PROJECT = "launch"
 #: its stream of events, and what the program still had under way.
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     ("Error in event stream", UserWarning),
-    ("coroutine '.*' was never awaited", RuntimeWarning),
+    (r"coroutine 'Output\..* was never awaited", RuntimeWarning),
 )
 _LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")
 _CODE = re.compile(r"^\s*code: -(\d+)")

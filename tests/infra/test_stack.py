@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +360,19 @@ def test_in_a_shared_state_only_the_lock_of_what_we_started_is_stale(
         stack.up(DECLARED)
 
     assert not locked.value.stale
+
+
+def test_what_the_library_warns_of_when_its_engine_is_killed_is_not_shown(
+    opened: Open, cli: StandIn
+) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")  # as who runs us may have it
+        opened()
+        warnings.warn("Error in event stream: it ended", UserWarning, stacklevel=1)
+        unawaited = "coroutine 'Output.apply.<locals>.run' was never awaited"
+        warnings.warn(unawaited, RuntimeWarning, stacklevel=1)
+        warnings.warn("something else", RuntimeWarning, stacklevel=1)
+    assert [str(one.message) for one in shown] == ["something else"]
 
 
 _project = st.from_regex(r"([a-z][a-z.]{0,8}:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", fullmatch=True)
