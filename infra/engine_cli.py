@@ -6,6 +6,7 @@ that was downloaded runs before its sha256 is the one in that file.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import platform
 import re
@@ -51,11 +52,23 @@ def wanted() -> str:
 def find(home: Path, environ: Mapping[str, str]) -> Optional[Cli]:
     """The `pulumi` of PATH when its version is one we know, else the one below `home`
     ($LAUNCH_HOME/infra), else None."""
-    on_path = shutil.which("pulumi", path=environ.get("PATH"))
-    for path in (Path(on_path) if on_path else None, _place(home, wanted()) / "bin" / "pulumi"):
+    for path in (_on_path(environ), _place(home, wanted()) / "bin" / "pulumi"):
         if path is not None and path.is_file() and (cli := _known(path, environ)):
             return cli
     return None
+
+
+def passed_over(environ: Mapping[str, str]) -> Optional[str]:
+    """Why the `pulumi` of PATH is not used, in a line for the user; None: there is none, or it
+    is."""
+    path = _on_path(environ)
+    if path is None:
+        return None
+    version = _version(path, environ)
+    if version is not None and OLDEST <= version < BELOW:
+        return None
+    says = f"is {_dots(version)}" if version is not None else "does not tell its version"
+    return f"{path} {says}: launch needs {_dots(OLDEST)} or newer, and older than {_dots(BELOW)}"
 
 
 def install(
@@ -88,11 +101,10 @@ def install(
                     f"{site}/{name}: its sha256 is {actual}, published is {expected}",
                     "try again later; nothing of it was run",
                 )
-            unpacked = Path(scratch) / "bin"
-            _unpack(archive, unpacked)
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
-            unpacked.replace(place / "bin")
+            unpacked = Path(scratch) / "new"
+            unpacked.mkdir()
+            _unpack(archive, unpacked / "bin")
+            _settle(unpacked, place, environ)
     except (OSError, tarfile.TarError) as error:
         away = isinstance(error, URLError) and not isinstance(error, HTTPError)
         why = getattr(error, "reason", error) if away else error
@@ -104,24 +116,51 @@ def install(
     return cli
 
 
+def _settle(unpacked: Path, place: Path, environ: Mapping[str, str]) -> None:
+    """Rename `unpacked` to `place`. One that runs there wins: another install was faster, and its
+    launch may be using it by now. A damaged one is moved aside, beside `unpacked`."""
+    with (place.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if _known(place / "bin" / "pulumi", environ) is not None:
+            return
+        if place.exists():
+            place.rename(unpacked.with_name("damaged"))
+        unpacked.rename(place)
+
+
 def _place(home: Path, version: str) -> Path:
     return home / "pulumi" / "versions" / version
 
 
 def _known(path: Path, environ: Mapping[str, str]) -> Optional[Cli]:
     """The command line at `path`, if it runs and is of a version that we know."""
+    version = _version(path, environ)
+    if version is None or not OLDEST <= version < BELOW:
+        return None
+    return Cli(path, _dots(version))
+
+
+def _on_path(environ: Mapping[str, str]) -> Optional[Path]:
+    found = shutil.which("pulumi", path=environ.get("PATH"))
+    return Path(found) if found else None
+
+
+def _version(path: Path, environ: Mapping[str, str]) -> Optional[tuple[int, ...]]:
+    """What the executable at `path` says that it is; None: nothing, or it does not run."""
     try:
         done = subprocess.run(
             [path, "version"],
             env={**environ, "PULUMI_SKIP_UPDATE_CHECK": "true"},
-            capture_output=True, text=True, timeout=_TIMEOUT, check=True,
+            capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     found = _VERSION.match(done.stdout.strip())
-    if found is None or not OLDEST <= tuple(map(int, found.groups())) < BELOW:
-        return None
-    return Cli(path, ".".join(found.groups()))
+    return tuple(map(int, found.groups())) if found is not None else None
+
+
+def _dots(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _fetch_text(url: str) -> str:

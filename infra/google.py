@@ -41,7 +41,8 @@ _OPERATOR_PROJECT_ROLES = (
     "roles/serviceusage.serviceUsageConsumer",
 )
 _VIEWER_PROJECT_ROLES = ("roles/aiplatform.viewer", "roles/logging.viewer")
-_OBJECTS, _READ_OBJECTS = "roles/storage.objectUser", "roles/storage.objectViewer"
+#: What a run needs of its buckets: to write one, and only to read one.
+OBJECTS, READ_OBJECTS = "roles/storage.objectUser", "roles/storage.objectViewer"
 
 
 @dataclass(frozen=True)
@@ -285,17 +286,17 @@ def _grants(f: Foundations) -> Iterator[Declared]:
     for email in f.accounts:
         member, made = f"serviceAccount:{email}", (f"account-{email.partition('@')[0]}",)
         yield from _of_project(f, member, _JOB_PROJECT_ROLES, made)
-        yield from _of_bucket(f, member, _OBJECTS, made)
+        yield from _of_bucket(f, member, OBJECTS, made)
         yield from _of_secrets(f, member, "roles/secretmanager.secretAccessor", made)
     for member in f.operators:
         yield from _of_project(f, member, _OPERATOR_PROJECT_ROLES)
-        yield from _of_bucket(f, member, _OBJECTS)
+        yield from _of_bucket(f, member, OBJECTS)
         yield from _of_secrets(f, member, "roles/secretmanager.secretVersionAdder")
         yield from _of_accounts(f, member)
         yield from _of_repositories(f, member)
     for member in (one for one in f.viewers if one not in f.operators):
         yield from _of_project(f, member, _VIEWER_PROJECT_ROLES)
-        yield from _of_bucket(f, member, _READ_OBJECTS)
+        yield from _of_bucket(f, member, READ_OBJECTS)
 
 
 def _of_project(

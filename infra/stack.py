@@ -19,29 +19,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from pulumi import automation
 from pulumi.automation import errors as refusals
 from semver import VersionInfo
 
-from infra import passphrase, state_files
+from infra import deployments, passphrase, state_files
 from infra.changes import Change, Collector, Step, exists_already, name_of, one_line
 from infra.engine_cli import Cli
 from infra.errors import EngineError, Failed, Locked, Passphrase, Stopped
 from infra.interrupts import Interrupts
 from infra.state_files import PROJECT, Holder
 
-# It warns of the end of its stream when the engine was killed, which we tell ourselves.
-warnings.filterwarnings("ignore", message="Error in event stream", category=UserWarning)
-
+#: What the Automation API warns of when its engine was killed, which we tell ourselves: the end of
+#: its stream of events, and what the program still had under way.
+_NOISE: tuple[tuple[str, type[Warning]], ...] = (
+    ("Error in event stream", UserWarning),
+    (r"coroutine 'Output\..* was never awaited", RuntimeWarning),
+)
 _LOCK = re.compile(r"created by (\S+?)@(\S+) \(pid (\d+)\) at (\S+)")
 _CODE = re.compile(r"^\s*code: -(\d+)")
 #: Seconds that the readers of a process that has ended wait for the rest of its words: a plugin
 #: that outlives it may keep its pipes open.
 _LAST_WORDS = 5.0
 
+#: What the Automation API raises over an answer or an event that is not the engine's.
+_MISREAD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
+           AssertionError)  # fmt: skip
+
 Program = Callable[[], None]
+_Json = TypeVar("_Json", dict[str, Any], list[Any])
 
 
 def name(project: str, bucket: str) -> str:
@@ -82,6 +90,8 @@ class Stack:
         say: Callable[[str], None],
         tell: Callable[[Step], None] = lambda step: None,
     ) -> None:
+        for message, kind in _NOISE:  # each time: who runs us may have set filters of its own
+            warnings.filterwarnings("ignore", message=message, category=kind)
         self.name, self.home, self._environ = stack, home, environ
         self._say, self._tell = say, tell
         self.interrupts = Interrupts(say)
@@ -169,7 +179,7 @@ class Stack:
         )  # fmt: skip
         with self._explained("destroy"):
             deployment = self._exported()
-            if not _resources(deployment) and not _pending(deployment):
+            if not deployments.resources(deployment) and not deployments.pending(deployment):
                 opened.workspace.remove_stack(self.name)
                 self._selected = None
         return seen.changes
@@ -188,7 +198,7 @@ class Stack:
         if opened is None:
             return ()
         with self._explained("export"):
-            pending = _pending(self._exported())
+            pending = deployments.pending(self._exported())
         if pending:
             # It reads what there is, and forgets what was being created: should the cloud have
             # that, the next update hears of it, and it is adopted.
@@ -208,17 +218,20 @@ class Stack:
         running = state_files.running(self.state, self.name) or self._command.running()
         with self._explained("status"):
             deployment = self._exported()
-            outputs = self._json("stack", "output", "--json")
-        names = tuple(name_of(urn) for urn in _resources(deployment))
-        return Status(outputs, names, _pending(deployment), running)
+            outputs = self._json(dict, "stack", "output", "--json")
+        names = tuple(name_of(urn) for urn in deployments.resources(deployment))
+        return Status(outputs, names, deployments.pending(deployment), running)
 
     def _last_update(self) -> Optional[Mapping[str, Any]]:
         if self._opened(create=False) is None:
             return None
         with self._explained("history"):
-            history = self._json("stack", "history", "--json", "--page-size", "1", "--page", "1")
+            words = ("stack", "history", "--json", "--page-size", "1", "--page", "1")
+            newest = next(iter(self._json(list, *words)), None)
+            if newest is not None and not isinstance(newest, dict):
+                raise deployments.Strange(f"`stack history` answers {str(newest)[:100]!r}")
         facts = ("kind", "result", "startTime", "endTime")
-        return {key: history[0].get(key) for key in facts} if history else None
+        return {key: newest.get(key) for key in facts} if newest is not None else None
 
     def _opened(self, create: bool) -> Optional[automation.Stack]:
         """The stack, made when there is none and `create`; else None. Errors: `Passphrase`."""
@@ -278,12 +291,19 @@ class Stack:
 
     def _exported(self) -> Mapping[str, Any]:
         """The deployment as the state has it, secrets encrypted."""
-        deployment = self._json("stack", "export").get("deployment")
-        return deployment if isinstance(deployment, dict) else {}
+        return deployments.checked(self._json(dict, "stack", "export").get("deployment"))
 
-    def _json(self, *words: str) -> Any:
+    def _json(self, kind: type[_Json], *words: str) -> _Json:
+        """What a command of the engine prints, of this kind. Errors: `deployments.Strange`."""
         done = self._command.run([*words, "--stack", self.name], str(self._folder), self._variables)
-        return json.loads(done.stdout)
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, kind):
+            said = one_line(done.stdout)[:100] or "nothing"
+            raise deployments.Strange(f"`{' '.join(words[:2])}` answers '{said}'")
+        return answer
 
     @contextmanager
     def _explained(self, doing: str, seen: Optional[Collector] = None) -> Iterator[None]:
@@ -298,6 +318,22 @@ class Stack:
             raise EngineError(one_line(str(error)), "put a newer pulumi on PATH") from error
         except OSError as error:
             raise EngineError(f"pulumi {doing}: {error.strerror or error}") from error
+        except deployments.Strange as error:
+            raise self._unread(doing, str(error)) from error
+        except _MISREAD as error:
+            why = one_line(f"{type(error).__name__}: {error}")
+            raise self._unread(doing, f"what it wrote cannot be read ({why})") from error
+
+    def _unread(self, doing: str, why: str) -> EngineError:
+        """Nobody knows what the engine did; of a destroy, what is left."""
+        what, engine = f"pulumi {doing}: {why}", self._command
+        if doing == "destroy":
+            return Failed(what)
+        return EngineError(
+            what,
+            f"see whether {engine.command} is pulumi {engine.version} itself, and whether the "
+            f"state in {self.state} is whole",
+        )
 
     def _refused(self, doing: str, answer: str, seen: Optional[Collector]) -> EngineError:
         stderr = answer.partition("stderr: ")[2]
@@ -425,24 +461,6 @@ def _not_run() -> None:
     """That there is one tells the engine that programs are in this process; a refresh and a destroy
     run none, and the others are given theirs."""
     raise AssertionError("this is no program")
-
-
-def _resources(deployment: Mapping[str, Any]) -> list[str]:
-    """The URNs in the state but those of the stack itself and of providers."""
-    found = [r for r in deployment.get("resources") or () if isinstance(r, dict)]
-    own = [r for r in found if not str(r.get("type", "")).startswith("pulumi:")]
-    return [str(resource.get("urn")) for resource in own]
-
-
-def _pending(deployment: Mapping[str, Any]) -> tuple[str, ...]:
-    """`creating NAME`, ... of the operations whose outcome is not known, each once: several
-    interruptions may have hidden that of the same one."""
-    found = deployment.get("pending_operations") or ()
-    told = (
-        f"{operation.get('type', 'changing')} {name_of(operation.get('resource', {})['urn'])}"
-        for operation in found
-    )
-    return tuple(dict.fromkeys(told))
 
 
 __all__ = ["PROJECT", "EngineError", "Stack", "Status", "Stopped", "name"]

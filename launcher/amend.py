@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -13,7 +14,7 @@ from launcher.backends.base import Env, Intent, Phase
 from launcher.bundle import Bundle
 from launcher.claim import recipe_of
 from launcher.difference import Change, Difference, compare
-from launcher.errors import LaunchError
+from launcher.errors import JournalDamaged, LaunchError
 from launcher.fold import Fold
 from launcher.journal import Journal, held_elsewhere
 from launcher.plan import affordable, jobs, make
@@ -21,6 +22,7 @@ from launcher.recipe import Loaded
 from launcher.run import Run
 from launcher.spec import Budget, Recipe
 from launcher.start import commit_of, fingerprint, projects
+from trainer.config import to_dict
 
 
 def differ(env: Env, run: Run, loaded: Loaded, bundle: Bundle, requests: bool = True) -> Difference:
@@ -116,11 +118,25 @@ def _dear(env: Env, run: Run, existing: Recipe, budget: Budget) -> Optional[floa
 
 
 def _fold(env: Env, run: Run) -> Fold:
-    """The journal of a run that was looked at just now."""
+    """The journal of a run that was looked at just now. Its recipe has the changes too that wait
+    for its driver: the next one replaces whole blocks, and would take them back unseen."""
     place = home.folder(env.home, run.id)
     journal = Journal(place, open_artifacts(run.root, place, env.environ, env.clock), env.clock)
     journal.name = run.name
-    return Fold(journal.read(known=True))
+    fold = Fold(journal.read(known=True))
+    if fold.run.ended is None:
+        fold.recipe = _awaited(fold, place)
+    return fold
+
+
+def _awaited(fold: Fold, place: Path) -> dict[str, Any]:
+    """The recipe as it will be when its driver has looked for changes."""
+    recipe, number = fold.recipe, fold.taken
+    while (left := changes.waiting(place, number)) is not None:
+        number, blocks = left
+        with suppress(JournalDamaged):  # of one that makes no recipe, as the driver does
+            recipe = to_dict(recipe_of({**recipe, **blocks}, f"change {number}"))
+    return recipe
 
 
 def _fresh(run: Run) -> set[str]:

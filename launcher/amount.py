@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -58,6 +58,23 @@ def of_stage(stage: Stage, workers: int) -> Amount:
         steps = min(train.steps, train.until or train.steps)
         return _of_rows(stage, steps * per_step, steps, held, f"{steps:,} steps x {words}")
     return _of_epochs(stage, train, per_step, words, held)
+
+
+def left(read: Amount, done: int) -> Amount:
+    """What is left of `read` from a checkpoint of step `done` on; all of it, and that is said,
+    where nobody knows how many steps there are."""
+    if done <= 0:
+        return read
+    if read.steps is None:
+        said = f"all of it is counted: of how many steps {done:,} is one is not known"
+        return replace(read, how=(*read.how, said))
+    rest = max(0, read.steps - done)
+    part = rest / read.steps
+    tokens, rows, examples = (
+        None if whole is None else whole * part for whole in (read.tokens, read.rows, read.examples)
+    )
+    said = f"from the checkpoint of step {done:,} on: {rest:,} of {read.steps:,} steps"
+    return replace(read, tokens=tokens, rows=rows, examples=examples, how=(*read.how, said))
 
 
 def count(stage: Stage) -> Counted:

@@ -216,11 +216,13 @@ def stop(run: Which, reason: str = "") -> Run:
 def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
     """Go on with a run: one without a driver gets a driver; one that was stopped, paused or has
     failed is opened again, with `overrides` (`a.b=c`); one that nobody drives, and whose job has
-    ended, is first brought to its end. Errors: `UsageError` when it is complete."""
+    ended, is first brought to its end. Errors: `UsageError` when it is complete; those of its plan,
+    and it is then as it was."""
     from launcher import driver, start
     from launcher.claim import refuse_processes
     from launcher.fold import Fold
     from launcher.journal import Journal, held_elsewhere
+    from launcher.plan import refuse
 
     here, facts = env(), _find(run)
     seen, given = status(facts["id"]), tuple(overrides)
@@ -228,7 +230,8 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
         if seen.driver is not None and seen.driver.alive is None:
             raise held_elsewhere(vars(seen.driver), seen.name)
         if given and _left_alone(seen):
-            resume_plan(seen, given)  # what it refuses leaves the run as it is
+            if (planned := resume_plan(seen, given)) is not None:
+                refuse(planned)  # before anything of the run is touched
             seen = wait(stop(seen, "to be resumed"))
         elif not given:
             return attach(seen.id)
@@ -251,6 +254,7 @@ def resume(run: Which, overrides: Iterable[str] = ()) -> Run:
         if fold.run.ended is None:  # another machine has opened it again since we looked
             (place / "summary.json").unlink(missing_ok=True)
             raise held_elsewhere(None, seen.name)
+        refuse(start.what_resuming_creates(fold, place, given, here))
         start.reopen(fold, journal, place, given, here)
     except BaseException:
         lock.close()

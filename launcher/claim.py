@@ -104,6 +104,13 @@ def refuse_processes(run: Run, facts: Mapping[str, Any]) -> None:
         )
 
 
+def newest_checkpoint(artifacts: Artifacts, root: str, folder: str) -> int:
+    """The step of the newest whole checkpoint in a stage's folder, 0: it has none."""
+    at = below(root, folder)
+    names = artifacts.names(f"{at}/checkpoints/" if at else "checkpoints/")
+    return max((int(m[1]) for name in names if (m := _MANIFEST.search(name))), default=0)
+
+
 class Claim:
     """What the engine, and the clearing, know and write."""
 
@@ -244,9 +251,7 @@ class Claim:
         if unfinished is None:
             return {}
         stage = next(s for s in self.run.stages if s.id == unfinished[0])
-        at = below(self.run.root, stage.folder)
-        names = self.artifacts.names(f"{at}/checkpoints/" if at else "checkpoints/")
-        step = max((int(m[1]) for name in names if (m := _MANIFEST.search(name))), default=0)
+        step = newest_checkpoint(self.artifacts, self.run.root, stage.folder)
         where = f"newest checkpoint: step {step}" if step else "no checkpoint yet"
         self.say(f"{job.name} attempt {number}: stage {stage.id}, {where}")
         return {"from": {"stage": stage.id, "step": step}}

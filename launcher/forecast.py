@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -44,16 +44,17 @@ _STAGE = re.compile(r"\$\{stage:([^}]*)\}")
 
 @dataclass(frozen=True)
 class Forecast:
-    """One stage. `hours`: least and most; `usd`: over its offers, None where a price is not known.
-    `basis`: whether the speed is `given` by the recipe, `measured`, `published` or `assumed`;
-    `source`: by whom. `unknown`: why a figure is missing; `absent`: the models that it would take.
-    `explain`: the arithmetic."""
+    """One stage. `steps`: in all, of which `done` are in a checkpoint; `hours`: least and most;
+    `usd`: over its offers, None where a price is not known. `basis`: whether the speed is `given`
+    by the recipe, `measured`, `published` or `assumed`; `source`: by whom. `unknown`: why a figure
+    is missing; `absent`: the models that it would take. `explain`: the arithmetic."""
 
     stage: str
     kind: str
     memory: Optional[Memory] = None
     changes: tuple[Change, ...] = ()
     steps: Optional[int] = None
+    done: int = 0
     tokens: Optional[float] = None
     tokens_per_second: Optional[float] = None
     basis: str = ""
@@ -95,41 +96,61 @@ class RunForecast:
     unpriced: tuple[str, ...] = ()
 
 
-def added(plan: RunPlan, recipe: Recipe, launch_home: Path) -> RunPlan:
+@dataclass(frozen=True)
+class Reached:
+    """How far a run got that is to go on. `steps`: of each stage the step of its newest checkpoint;
+    `completed`: stages that do not run again; `budget`: what is left of it."""
+
+    steps: Mapping[str, int]
+    completed: Collection[str]
+    budget: Budget
+
+
+def added(
+    plan: RunPlan, recipe: Recipe, launch_home: Path, reached: Optional[Reached] = None
+) -> RunPlan:
     """`plan` of `recipe` with the forecasts of its stages, and with a refusal where the weights
     alone exceed the device. Reads local data and this user's own runs; creates nothing."""
     from launcher.plan import Refusal
 
     stages = {stage.id: stage for stage in recipe.stages}
     made: dict[str, Forecast] = {}
+    shown: dict[str, Forecast] = {}
     jobs, pairs = [], []
     refusal = plan.refusal
     for job in plan.jobs:
         for name in job.stages:
-            one = of_stage(recipe, stages[name], job.offers, launch_home, made)
+            done = reached.steps.get(name, 0) if reached is not None else 0
+            one = of_stage(recipe, stages[name], job.offers, launch_home, made, done)
             made[name] = one
+            if reached is not None and name in reached.completed:
+                one = _completed(one)
+            shown[name] = one
             pairs.append((one, job.offers))
             if refusal is None and (over := hopeless(one)) is not None:
                 refusal = Refusal(*over, int(Exit.USAGE))
-        jobs.append(replace(job, forecasts=tuple(made[name] for name in job.stages)))
-    whole = of_run(pairs, recipe.budget)
+        jobs.append(replace(job, forecasts=tuple(shown[name] for name in job.stages)))
+    whole = of_run(pairs, recipe.budget if reached is None else reached.budget)
     return replace(plan, jobs=tuple(jobs), forecast=whole, refusal=refusal)
 
 
 def of_stage(
     recipe: Recipe, stage: Stage, offers: Sequence[Offer], launch_home: Path,
-    before: Mapping[str, Forecast] = {},
+    before: Mapping[str, Forecast] = {}, done: int = 0,
 ) -> Forecast:  # fmt: skip
     """The forecast of a stage of `recipe` on its own hardware at these offers. `before`: those of
-    the stages before it, which `train.seconds_of` may name."""
+    the stages before it, which `train.seconds_of` may name. `done`: the step of the checkpoint that
+    it goes on from."""
     accelerator = hardware.parse(stage.hardware.accelerator)
     models = shapes.of_stage(stage, recipe.stages, Path.cwd())
     made = _with_memory(Forecast(stage.id, stage.stage), recipe, stage, accelerator, models)
     if not made.counts:
         return made
     workers = accelerator.count * stage.hardware.nodes
-    read = amount.of_stage(stage, workers)
-    made = replace(made, steps=read.steps, tokens=read.tokens, explain=(*made.explain, *read.how))
+    read = amount.left(amount.of_stage(stage, workers), done)
+    made = replace(
+        made, done=done, steps=read.steps, tokens=read.tokens, explain=(*made.explain, *read.how)
+    )
     made = _with_speed(made, stage, accelerator, models, launch_home)
     made = _with_hours(made, stage, read, before)
     return replace(made, usd=dollars(made.hours, offers))
@@ -219,6 +240,13 @@ def hours_text(hours: Range) -> str:
 def three(value: float) -> str:
     """A number with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _completed(made: Forecast) -> Forecast:
+    """Of a stage whose job goes on for those after it."""
+    nothing = (0.0, 0.0)
+    told = ("time: none, it is completed",)
+    return Forecast(made.stage, made.kind, hours=nothing, usd=nothing, explain=told)
 
 
 def _with_memory(
@@ -393,7 +421,8 @@ def _budget_notes(stages: Sequence[tuple[Forecast, Sequence[Offer]]], budget: Bu
 def _ended(forecast: Forecast, cause: str, part: float, hours: float) -> str:
     where = forecast.stage
     if forecast.steps is not None:
-        where += f" at step ~{_round(forecast.steps * part):,} of {forecast.steps:,}"
+        left = max(0, forecast.steps - forecast.done)
+        where += f" at step ~{_round(forecast.done + left * part):,} of {forecast.steps:,}"
     return f"{cause} ends {where}: it is expected to take up to {hours_text((hours, hours))}"
 
 

@@ -18,7 +18,6 @@ import subprocess
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from launcher.backends.base import Env, Phase
 from launcher.claim import Claim
 from launcher.errors import Exit, LaunchError
 from launcher.fold import Fold, spent
+from launcher.posting import post
 from launcher.run import Attempt, Run
 from launcher.spec import Budget, Notify
 
@@ -102,6 +102,8 @@ class Herald:
 
     def _collect(self) -> None:
         """Say and record what could not be delivered."""
+        for delivery in self._under_way:
+            delivery.give_up_late()
         for delivery in [one for one in self._under_way if one.over]:
             self._under_way.remove(delivery)
             if delivery.why:
@@ -209,15 +211,21 @@ class _Delivery:
     over: bool = False
     why: str = ""
     _thread: threading.Thread = field(init=False)
+    _ends: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self._ends = time.monotonic() + self.patience + 1.0
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
         """Until it is over; one that a slow answer keeps is given up."""
-        self._thread.join(self.patience + 1.0)
-        if not self.over:
+        self._thread.join(max(0.0, self._ends - time.monotonic()))
+        self.give_up_late()
+
+    def give_up_late(self) -> None:
+        """What no limit of a connection ends: the look-up of a name, a service of the cloud."""
+        if not self.over and time.monotonic() >= self._ends:
             self.over, self.why = True, f"not done within {self.patience:g} s"
 
     def _work(self) -> None:
@@ -229,19 +237,10 @@ class _Delivery:
             self.why, self.over = why, True
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """An address is meant as it is given: what is told goes nowhere else."""
-
-    def redirect_request(self, *args: Any, **given: Any) -> None:
-        return None
-
-
 def _post(address: str, told: Mapping[str, Any], seconds: float) -> None:
     headers = {"Content-Type": "application/json; charset=utf-8", "User-Agent": "launch"}
     try:
-        request = urllib.request.Request(address, json.dumps(told).encode(), headers, method="POST")
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=seconds) as answer:
-            answer.read(1024)
+        post(address, json.dumps(told).encode(), headers, seconds)
     except urllib.error.HTTPError as error:
         again = error.code >= 500 or error.code in (408, 429)
         raise _Undelivered(f"it answers {error.code}", again) from None

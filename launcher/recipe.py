@@ -98,14 +98,24 @@ def _read(
 def _without_effect(
     values: list[Node], tree: Node, stages: list[Draft], problems: Problems
 ) -> None:
-    """A `--set` that every stage overrides would otherwise be dropped in silence."""
+    """A `--set` that every stage overrides would otherwise be dropped in silence. What a later
+    `--set` says of a stage is no such surprise."""
     rest = [node for key, node in tree.map.items() if key not in drafts.SHARED]
     told = _options([*rest, *(stage.node for stage in stages)]) | {at for at, _ in problems}
-    for value in values:
+    keys = [value.at.where.removeprefix("--set ") for value in values]
+    for number, (key, value) in enumerate(zip(keys, values)):
         if value.value is not None and value.at not in told:
-            key = value.at.where.removeprefix("--set ")
+            if any(_of_a_stage(later, key) for later in keys[number + 1 :]):
+                continue
             what = f"has no effect: every stage says otherwise; use pipeline.ID.{key}"
             problems.append((value.at, what))
+
+
+def _of_a_stage(specific: str, general: str) -> bool:
+    """Whether `pipeline.ID.a.b` says of a stage what `a.b`, or a part of it, says of all."""
+    pipeline, *words = specific.split(".")
+    pairs = zip(words[1:], general.split("."))
+    return pipeline == "pipeline" and len(words) > 1 and all(one == other for one, other in pairs)
 
 
 def _options(nodes: Iterable[Node]) -> set[Position]:

@@ -12,13 +12,13 @@ from typing import Any, Optional
 
 import yaml
 
-from launcher import changes, home
+from launcher import changes, forecast, home
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Env, Phase
 from launcher.bundle import Bundle
-from launcher.claim import recipe_of
+from launcher.claim import newest_checkpoint, recipe_of
 from launcher.errors import BudgetSpent, UsageError
-from launcher.fold import Fold
+from launcher.fold import Fold, spent
 from launcher.journal import Journal
 from launcher.money import budget_text, limits, worth
 from launcher.plan import (
@@ -124,13 +124,35 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
 
 
 def what_resuming_creates(fold: Fold, place: Path, overrides: Iterable[str], env: Env) -> RunPlan:
-    """The plan of a run that is over, should it go on with `overrides`. Errors: as `reopen`."""
-    recipe = _revised(fold, place, tuple(overrides), env)
-    _refuse_spent(recipe, fold.run, env.clock.now())
+    """The plan of a run that is over, should it go on with `overrides`, with the forecast of what
+    is left to do. Errors: as `reopen`."""
+    recipe, now = _revised(fold, place, tuple(overrides), env), env.clock.now()
+    _refuse_spent(recipe, fold.run, now)
     raw, run = fold.bundle, fold.run
     bundle = Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])
     planned = make(recipe, env, bundle, run.id, fold.created.get("commit"))
-    return remainder(planned, recipe.budget, run, env.clock.now())
+    planned = remainder(planned, recipe.budget, run, now)
+    return forecast.added(planned, recipe, env.home, _reached(fold, place, recipe, planned, env))
+
+
+def _reached(
+    fold: Fold, place: Path, recipe: Recipe, planned: RunPlan, env: Env
+) -> forecast.Reached:
+    """How far the stages of the jobs that are left to do got."""
+    run = fold.run
+    artifacts = open_artifacts(run.root, place, env.environ, env.clock)
+    left = {name for job in planned.jobs for name in job.stages}
+    steps, completed = {}, set()
+    for stage in (stage for stage in run.stages if stage.id in left):
+        if _meta(run, stage, artifacts).get("completed") is True:
+            completed.add(stage.id)
+        else:
+            steps[stage.id] = newest_checkpoint(artifacts, run.root, stage.folder)
+    usd = recipe.budget.usd
+    if usd is not None:
+        usd = round(max(0.0, usd - (spent(run, env.clock.now()) or 0.0)), 2)
+    hours = None if planned.hours is None else round(planned.hours, 2)
+    return forecast.Reached(steps, completed, replace(recipe.budget, hours=hours, usd=usd))
 
 
 def as_yaml(recipe: Recipe) -> str:

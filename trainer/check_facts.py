@@ -87,7 +87,8 @@ class Driver:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi tells of it; memory in MiB, `ecc` None where it does not count them."""
+    """One GPU as nvidia-smi tells of it; memory in MiB, `ecc` None where it does not count them, 0
+    for another figure that it does not tell. `unread`: what stood there in its place, by field."""
 
     index: int
     name: str
@@ -95,6 +96,7 @@ class Gpu:
     used_mib: float
     capability: float
     ecc: int | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,15 +195,21 @@ def read_driver(text: str) -> Driver | None:
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:
     """From `nvidia-smi --query-gpu=SMI_FIELDS --format=csv,noheader,nounits`. A figure that a GPU
-    does not tell (`[N/A]`) counts as 0, its errors as unknown."""
+    does not tell counts as 0, its errors as unknown; a memory of `[N/A]` is that of the host."""
     found = []
+    names = SMI_FIELDS.split(",")
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) != len(SMI_FIELDS.split(",")) or not parts[0].isdigit():
+        if len(parts) != len(names) or not parts[0].isdecimal():
             continue
-        total, used, capability = map(_number, parts[2:5])
-        ecc = int(parts[5]) if parts[5].isdigit() else None
-        found.append(Gpu(int(parts[0]), parts[1], total, used, capability, ecc))
+        total, used, capability = (_number(part) or 0.0 for part in parts[2:5])
+        ecc = int(parts[5]) if parts[5].isdecimal() else None
+        unread = tuple(
+            f"{names[at]} '{parts[at]}'"
+            for at in (2, 3, 4)
+            if _number(parts[at]) is None and (at == 4 or not parts[at].startswith("["))
+        )
+        found.append(Gpu(int(parts[0]), parts[1], total, used, capability, ecc, unread))
     return tuple(found)
 
 
@@ -309,7 +317,6 @@ def _text(path: str) -> str:
     return ""
 
 
-def _number(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        return float(text)
-    return 0.0
+def _number(text: str) -> float | None:
+    """A plain figure; None: it is something else (`nan`, `[N/A]`, a word)."""
+    return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else None

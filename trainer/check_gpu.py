@@ -14,6 +14,7 @@ from trainer.environment import TORCH
 DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 #: Compute capability from which the matrix units know bf16 (Ampere) and fp8 (Ada).
 BF16, FP8 = 8.0, 8.9
+_UNREAD = "run `nvidia-smi -q`; update the driver, or restart the machine"
 _IN_USE = 0.05  # share of a GPU's memory that somebody else may hold
 
 
@@ -42,7 +43,9 @@ def flash_attn(facts: Facts) -> Row:
         return Row("flash-attn", "fail", f"{detail}; cannot be imported: {flash.error}",
                    "install the wheel for this torch, CUDA and C++ ABI, or remove it")  # fmt: skip
     if not able:
-        return Row("flash-attn", "skip", f"{detail}; no GPU here can use it")
+        known = all(gpu.capability for gpu in facts.gpus)
+        why = "no GPU here can use it" if known else "whether a GPU here can use it is not known"
+        return Row("flash-attn", "skip", f"{detail}; {why}")
     return Row("flash-attn", "pass", f"{detail}; can be imported")
 
 
@@ -112,10 +115,13 @@ def _gpu(facts: Facts) -> Row:
         why = torch.error or "torch finds none of them"
         return Row("gpu", "fail", f"{detail}; {why}",
                    "see `driver` and `torch` above; CUDA_VISIBLE_DEVICES may hide it")  # fmt: skip
+    if strange := [gpu for gpu in gpus if gpu.unread]:
+        return Row("gpu", "warn", f"{detail}; nvidia-smi tells of GPU {strange[0].index}: "
+                   f"{', '.join(strange[0].unread)}", _UNREAD)  # fmt: skip
     if broken := [gpu for gpu in gpus if gpu.ecc]:
         return Row("gpu", "warn", f"{detail}; GPU {broken[0].index} counts {broken[0].ecc} memory "
                    "errors that were not corrected", "take another machine")  # fmt: skip
-    if busy := [gpu for gpu in gpus if gpu.used_mib > _IN_USE * gpu.memory_mib]:
+    if busy := [gpu for gpu in gpus if gpu.used_mib > _IN_USE * gpu.memory_mib > 0]:
         used = busy[0].used_mib / 1024
         return Row("gpu", "warn", f"{detail}; {used:.1f} GiB of GPU {busy[0].index} are in use",
                    "`nvidia-smi` names the processes that hold it")  # fmt: skip
@@ -126,6 +132,9 @@ def _precision(facts: Facts) -> Row:
     if not facts.gpus:
         return Row("precision", "skip", "no GPU: fp32")
     least = min(facts.gpus, key=lambda gpu: gpu.capability)
+    if not least.capability:
+        return Row("precision", "warn", f"the compute capability of GPU {least.index} is not known "
+                   f"(nvidia-smi tells {', '.join(least.unread)})", _UNREAD)  # fmt: skip
     detail = f"compute capability {least.capability:g}: "
     if least.capability < BF16:
         return Row("precision", "warn", f"{detail}no bf16; `precision: auto` is fp32 here",
@@ -149,8 +158,9 @@ def _grouped(gpus: Sequence[Gpu]) -> Iterator[str]:
     """`8 x NVIDIA H100 80GB HBM3, 79.6 GiB`, one for each kind."""
     for name in dict.fromkeys(gpu.name for gpu in gpus):
         same = [gpu for gpu in gpus if gpu.name == name]
-        memory = f"{same[0].memory_mib / 1024:.1f} GiB, compute capability {same[0].capability:g}"
-        yield f"{len(same)} x {name} ({memory})"
+        memory = f"{same[0].memory_mib / 1024:.1f} GiB" if same[0].memory_mib else "memory unknown"
+        capability = f"{same[0].capability:g}" if same[0].capability else "unknown"
+        yield f"{len(same)} x {name} ({memory}, compute capability {capability})"
 
 
 def _no_kernels(torch: Torch, gpus: Sequence[Gpu]) -> str:
@@ -161,7 +171,7 @@ def _no_kernels(torch: Torch, gpus: Sequence[Gpu]) -> str:
     kernels = [_capability(name) for name in torch.archs if name.startswith("sm_")]
     sources = [_capability(name) for name in torch.archs if name.startswith("compute_")]
     lacking = []
-    for gpu in gpus:
+    for gpu in (gpu for gpu in gpus if gpu.capability):
         major, minor = divmod(round(gpu.capability * 10), 10)
         own = (major, minor)
         if not any(k[0] == major and k[1] <= minor for k in kernels) and not any(

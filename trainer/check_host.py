@@ -132,13 +132,13 @@ def _clock(facts: Facts) -> Row:
 
 def _job(facts: Facts, job: Job) -> Iterator[Row]:
     """What the job's own settings ask of the GPUs; one row for each that they do not have."""
-    able = min((gpu.capability for gpu in facts.gpus), default=0.0)
+    known = [gpu.capability for gpu in facts.gpus if gpu.capability]
     wrong = []
     for stage in job.stages:
         model = stage.model
         if model is None:
             continue
-        if model.precision == "bf16" and facts.gpus and able < BF16:
+        if model.precision == "bf16" and known and min(known) < BF16:
             wrong.append((f"{stage.id}: model.precision is bf16, and {facts.gpus[0].name} has none",
                           "set model.precision to fp16 or fp32"))  # fmt: skip
         if model.attention == "flash_attention_2" and flash_attn(facts).result != "pass":

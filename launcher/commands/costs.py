@@ -41,7 +41,7 @@ def show(
         table = csv.writer(sys.stdout, lineterminator="\n")
         table.writerow((found.by, *_FIELDS))
         table.writerows(
-            (row.key, *(f"{getattr(row, name):g}" for name in _FIELDS)) for row in found.rows
+            (row.key, *(_plain(name, getattr(row, name)) for name in _FIELDS)) for row in found.rows
         )
     else:
         for line in lines(found, None if everything else _LISTED):
@@ -65,6 +65,13 @@ def lines(found: costs.Costs, limit: Optional[int]) -> list[str]:
         table.append(f"{hours} hours have no known price and are in no sum; "
                      "hardware.usd_per_hour of a recipe tells it")  # fmt: skip
     return table
+
+
+def _plain(name: str, figure: float) -> str:
+    """For a spreadsheet: dollars to the cent, hours and rates to four digits."""
+    if isinstance(figure, int):
+        return str(figure)
+    return f"{figure:.2f}" if name == "usd" else f"{figure:.4f}"
 
 
 def _cells(row: costs.Row) -> tuple[str, ...]:

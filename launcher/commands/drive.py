@@ -126,10 +126,14 @@ def resume(run: str, overrides: Sequence[str], *, detach: bool, yes: bool, as_js
 
     now = api.env().clock.now()
     planned = api.resume_plan(run, overrides)
-    if planned is not None and planned.usd_per_hour != 0:
+    if planned is not None:
         refuse(planned)
-        if not _agreed(planned, "Go on with it?", yes=yes, as_json=as_json):
+        misfits = _misfits(planned)
+        costs, question = planned.usd_per_hour != 0, f"{misfits}Go on with it?"
+        if costs and not _agreed(planned, question, yes=yes, as_json=as_json):
             return Exit.OK
+        if misfits and (yes or not costs):
+            console.notice(f"warning: {misfits.strip()} It goes on all the same")
     resumed = api.resume(run, overrides)
     _say_who_drives(resumed)
     return _go_on(resumed, now, detach=detach, as_json=as_json)

@@ -265,6 +265,8 @@ def _unchanged(stack: Stack, seen: Declarations) -> None:
 
 def _installed(home: Path, environ: Mapping[str, str], yes: bool, why: str) -> engine_cli.Cli:
     version = engine_cli.wanted()
+    if (unfit := engine_cli.passed_over(environ)) is not None:
+        console.notice(unfit)
     console.notice(
         f"pulumi {version} is not on this machine (size: some 100 MB or more; later it fetches its "
         "provider for Google Cloud, which is larger)"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_it_is_fetched_checked_and_found_again(site: str, tmp_path: Path) -> Non
     assert said[-1].startswith(f"installed pulumi {VERSION}")
     left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert left == sorted(
-        ["pulumi", "pulumi-language-python", _name(), f"pulumi-{VERSION}-checksums.txt"]
+        [".lock", "pulumi", "pulumi-language-python", _name(), f"pulumi-{VERSION}-checksums.txt"]
     )
 
 
@@ -134,6 +135,51 @@ def test_another_version_on_path_is_passed_over(tmp_path: Path, answer: str) -> 
     _executable(place, f"v{VERSION}")
 
     assert engine_cli.find(tmp_path / "home", environ) == engine_cli.Cli(place / "pulumi", VERSION)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [("v3.100.0", "is 3.100.0"), ("v4.0.0", "is 4.0.0"), ("beta", "does not tell its version"),
+     (f"v{VERSION}", None)],
+)  # fmt: skip
+def test_why_the_one_on_path_is_passed_over(
+    tmp_path: Path, answer: str, says: Optional[str]
+) -> None:
+    on_path = _executable(tmp_path / "bin", answer)
+
+    why = engine_cli.passed_over({"PATH": f"{on_path}:/bin"})
+
+    allowed = "launch needs 3.206.0 or newer, and older than 4.0.0"
+    assert why == (says and f"{on_path}/pulumi {says}: {allowed}")
+    assert engine_cli.passed_over({"PATH": "/bin"}) is None
+
+
+def test_of_two_installs_at_once_the_later_leaves_the_first_ones_folder(
+    site: str, tmp_path: Path
+) -> None:
+    """The other one is done while this one fetches: its folder may be in use by now."""
+    home, inode = tmp_path / "home", list[int]()
+    place = home / "pulumi" / "versions" / VERSION
+
+    def meanwhile(line: str) -> None:
+        if not inode:
+            _executable(place / "bin", f"v{VERSION}")
+            inode.append((place / "bin" / "pulumi").stat().st_ino)
+
+    cli = engine_cli.install(home, {"PATH": "/bin"}, meanwhile, site)
+
+    assert cli.path.stat().st_ino == inode[0]
+    assert [path.name for path in place.parent.iterdir()] == sorted([".lock", VERSION])
+
+
+def test_a_damaged_folder_is_replaced(site: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    _executable(home / "pulumi" / "versions" / VERSION / "bin", "half of it")
+
+    cli = engine_cli.install(home, {"PATH": "/bin"}, lambda line: None, site)
+
+    assert engine_cli.find(home, {"PATH": "/bin"}) == cli
+    assert (cli.path.parent / "pulumi-language-python").is_file()
 
 
 def test_one_on_path_that_is_known_comes_first(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@ what such a test can show)."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ pytest.importorskip("pulumi_gcp", reason="needs the extra `infra`")
 
 from infra import engine_cli, google, passphrase
 from infra.changes import Change, Step
-from infra.errors import EngineError, Locked, Passphrase
+from infra.errors import EngineError, Failed, Locked, Passphrase
 from infra.google import Foundations
 from infra.stack import Stack, name
 from tests.infra.stand_in import StandIn
@@ -87,6 +89,19 @@ def _stack(
     assert found is not None
     assert found.path == cli.bin / "pulumi"
     return Stack(name(DEMO.project, BUCKET), found, home, given, say=say, tell=tell)
+
+
+def _answering(folder: Path, home: Path, script: str) -> Stack:
+    """The stack of `DEMO` with an engine that tells its version, and else does as `script` says."""
+    (folder / "bin").mkdir()
+    engine = folder / "bin" / "pulumi"
+    version = engine_cli.wanted()
+    engine.write_text(f'#!/bin/sh\n[ "$*" = version ] && echo v{version} && exit\n{script}\n')
+    engine.chmod(0o755)
+    environ = {"PATH": f"{engine.parent}:{os.environ['PATH']}", passphrase.WORD: "of-the-test"}
+    found = engine_cli.find(home, environ)
+    assert found is not None
+    return Stack(name(DEMO.project, BUCKET), found, home, environ, say=[].append)
 
 
 def _words(changes: tuple[Change, ...]) -> dict[str, str]:
@@ -272,6 +287,50 @@ def test_a_state_that_cannot_be_reached_is_an_error_with_the_engines_reason(open
         opened(PULUMI_BACKEND_URL="s3://team/state").preview(DECLARED)
 
 
+ODD = ["true", "echo garbage", "echo '[]'", "echo '{}'", "echo '[3]'", "echo 3"]
+
+
+@pytest.mark.parametrize("script", ODD)
+def test_an_engine_that_ends_well_with_odd_words_is_an_error_of_one_line(
+    tmp_path: Path, home: Path, script: str
+) -> None:
+    """Of a state without any history or resources, `[]` and `{}` are what the engine says."""
+    stack = _answering(tmp_path, home, script)
+    ways = [lambda: stack.preview(DECLARED), lambda: stack.preview(None), stack.drift,
+            lambda: stack.up(DECLARED), stack.destroy]  # fmt: skip
+    if script != "echo '{}'":
+        ways += [stack.status, stack.settle]
+    if script not in ("echo '[]'", "echo '{}'"):
+        ways.append(stack.last_update)
+    for way in ways:
+        with pytest.raises(EngineError) as odd:
+            way()
+        assert "\n" not in str(odd.value) and str(odd.value).startswith("pulumi ")
+        assert isinstance(odd.value, Failed) == (way == stack.destroy)
+        assert isinstance(odd.value, Failed) or str(tmp_path / "bin") in odd.value.hint
+
+
+@pytest.mark.parametrize(
+    "deployment",
+    [[], "text", {"resources": 3}, {"resources": [3]}, {"resources": [{"type": "gcp:a/b:C"}]},
+     {"pending_operations": {"a": 1}}, {"pending_operations": ["creating"]},
+     {"pending_operations": [{}]}, {"pending_operations": [{"resource": {"urn": 3}}]}],
+)  # fmt: skip
+def test_a_damaged_state_is_told_and_never_taken_for_an_empty_one(
+    opened: Open, made: StandIn, home: Path, deployment: Any
+) -> None:
+    (file,) = (home / "state").rglob("stacks/*/*.json")
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "checkpoint": {"latest": deployment}}))
+    before = file.read_text()
+
+    for way in (opened().status, opened().settle):
+        with pytest.raises(EngineError, match="the state is damaged: ") as damaged:
+            way()
+        assert "\n" not in str(damaged.value) and damaged.value.hint
+    assert file.read_text() == before
+
+
 def test_a_shared_state_needs_a_passphrase_that_others_have_too(
     opened: Open, cli: StandIn, home: Path
 ) -> None:
@@ -321,6 +380,19 @@ def test_of_a_shared_state_an_update_from_here_is_known_to_run_until_it_ends(
     assert seen == [(socket.gethostname(), False)]
     ended = opened(**shared).status()
     assert ended is not None and ended.running is None
+
+
+def test_what_the_library_warns_of_when_its_engine_is_killed_is_not_shown(
+    opened: Open, cli: StandIn
+) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")  # as who runs us may have it
+        opened()
+        warnings.warn("Error in event stream: it ended", UserWarning, stacklevel=1)
+        unawaited = "coroutine 'Output.apply.<locals>.run' was never awaited"
+        warnings.warn(unawaited, RuntimeWarning, stacklevel=1)
+        warnings.warn("something else", RuntimeWarning, stacklevel=1)
+    assert [str(one.message) for one in shown] == ["something else"]
 
 
 _project = st.from_regex(r"([a-z][a-z.]{0,8}:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", fullmatch=True)

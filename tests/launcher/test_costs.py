@@ -135,6 +135,23 @@ def test_the_command_in_its_three_forms(
     assert "did you mean 'recipe'?" in capsys.readouterr().err
 
 
+def test_the_table_for_spreadsheets_has_exact_cents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAUNCH_HOME", str(tmp_path / "home"))
+    make_home(tmp_path / "home", 1)
+    (file,) = (tmp_path / "home").glob("runs/*/summary.json")
+    raw = json.loads(file.read_text())
+    begun = NOW - 3e7
+    raw["jobs"][0]["attempts"] = raw["jobs"][0]["attempts"][:1]
+    raw["jobs"][0]["attempts"][0].update(
+        started=begun, ended=begun + 1000 * HOUR, usd_per_hour=1234.567891)  # fmt: skip
+    file.write_text(json.dumps(raw))
+    assert cli.run(["costs", "--csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["runs"], row["usd"], row["hours"]) == ("1", "1234567.89", "1000.0000")
+
+
 @pytest.mark.parametrize(
     ("name", "figure"),
     [("started", -1e18), ("ended", 1e18), ("ended", float("nan")), ("usd_per_hour", "3")],

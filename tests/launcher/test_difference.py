@@ -394,6 +394,21 @@ def test_a_run_that_was_taken_over_hears_changes_of_its_new_home(live: Live) -> 
     assert waiting == (4, {"budget": {"hours": 9.0}})
 
 
+def test_a_change_is_told_against_those_that_wait_for_the_driver(live: Live) -> None:
+    """The second replaces the whole block: that it takes back the first has to be seen."""
+    it = live.scene
+    first = live.against("budget.usd=50")
+    amend.leave(it.env, first, loaded(live.folder, TRAINING, "budget.usd=50").canonical)
+    changes.leave(it.place, 0.0, "me", {"budget": {"hours": -1}})  # of which nothing comes
+    second = live.against("budget.hours=9")
+    told = {change.path: (change.before, change.after) for change in second.changes}
+    assert told == {"budget.usd": (50.0, 30.0), "budget.hours": (5.0, 9.0)}
+    back = live.against()
+    assert [(c.path, c.before, c.after) for c in back.changes] == [("budget.usd", 50.0, 30.0)]
+    assert back.in_place and back.blocks() == ["budget"]
+    assert live.against("budget.usd=50").changes == ()
+
+
 def test_changes_of_other_blocks_and_damaged_ones_change_nothing(tmp_path: Path) -> None:
     it = scene(tmp_path)
     before = Fold(it.records()).recipe

@@ -25,6 +25,7 @@ pytest.importorskip("google.cloud.logging_v2", reason="needs the extra `rehearse
 pytest.importorskip("google.cloud.secretmanager_v1", reason="needs the extra `rehearse`")
 pytest.importorskip("google.cloud.storage", reason="needs the extra `google`")
 
+from infra.google import OBJECTS
 from launcher import (
     abreast,
     cli,
@@ -188,6 +189,7 @@ def test_a_bucket_that_is_absent_or_not_ours(cloud: Cloud) -> None:
     cloud.server.objects.lacking["bkt"] = {"storage.objects.create"}
     row = cloud.row("bucket")
     assert row.result == "fail" and "you lack storage.objects.create" in row.detail
+    assert f"--role={OBJECTS} " in row.fix  # as `launch infra` grants it
     cloud.server.objects.denied.add("bkt")
     assert cloud.row("bucket").result == "fail"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -257,6 +259,77 @@ def test_a_command_gets_the_message_and_its_failure_is_said(
         "'ended' could not be told to command no-such-program-here: it cannot be started: "
         "No such file or directory",
     ]
+
+
+class Dripping:
+    """A server that sends `first` at once, then one byte every 50 ms until it is hung up on."""
+
+    def __init__(self, first: bytes) -> None:
+        self.first, self.hung_up = first, threading.Event()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/{SECRET}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listening.accept()
+            threading.Thread(target=self._drip, args=(connection,), daemon=True).start()
+
+    def _drip(self, connection: socket.socket) -> None:
+        pause = threading.Event()
+        with connection:
+            connection.recv(65536)
+            connection.send(self.first)
+            try:
+                while not pause.wait(0.05):
+                    connection.send(b"y")
+            except OSError:
+                self.hung_up.set()
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", "it does not answer (TimeoutError)"),
+        (b"HTTP/1.1 200", "it does not answer (TimeoutError)"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n", ""),  # it has answered
+        (b"HTTP/1.1 500 No\r\nContent-Length: 10000\r\n\r\n", "it answers 500"),
+    ],
+)
+def test_an_answer_that_drips_is_cut_at_the_end_of_the_patience(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, why: str
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    slow = Dripping(first)
+    env = Env(tmp_path, {"SLACK_URL": slow.url}, ManualClock(), "me", sys.executable)
+    begun = time.monotonic()
+    assert deliver(Notify(webhook="env://SLACK_URL"), {"event": "ended"}, env, 0.6) == why
+    assert time.monotonic() - begun < 5
+    assert slow.hung_up.wait(10)
+
+
+def test_a_delivery_that_nothing_ends_is_given_up_while_the_run_goes_on(
+    tmp_path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a look-up of a name is, which has no limit of its own."""
+    it, stuck = told(tmp_path, hook, on=("leaked",)), threading.Event()
+    it.drive()
+    env = Env(tmp_path, {"SLACK_URL": hook.url}, ManualClock(), "me", sys.executable)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: stuck.wait(30) and [])
+    with claimed(it.run_id, it.at(None), load, None, take_over=False) as claim:
+        herald = notify.Herald(claim)
+        to = Notify(webhook="env://SLACK_URL")
+        told_now = {"event": "ended", "run": "thing-1"}
+        herald._under_way = [notify._Delivery(to, told_now, env, patience=0.1)]
+
+        def given_up() -> bool:
+            herald.tell()
+            return not herald._under_way
+
+        eventually(given_up, "the delivery is given up")
+    stuck.set()
+    (said,) = [record for record in it.records() if record["kind"] == "undelivered"]
+    assert said["why"] == "not done within 0.1 s"
 
 
 def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:

@@ -407,6 +407,18 @@ def test_a_wrong_set_is_told_by_its_own_name(at: Path, override: str, what: str 
     assert len(found) == 1 and what in found[0]
 
 
+def test_a_later_set_of_one_stage_wins_over_one_of_all(at: Path) -> None:
+    """As the forecast advises what one stage needs in order to fit."""
+    text = PIPELINE.replace("layers: 2}}", "layers: 2}}\n    train: {micro_batch: 2}")
+    everywhere, one = "train.micro_batch=64", "pipeline.student.train.micro_batch=8"
+    rows = [s.train.micro_batch for s in load(text, everywhere, one).stages if s.train]
+    assert rows == [2, 8]
+    assert "has no effect" in problems(text, one, everywhere)[0]  # the last word is lost
+    text = text.replace("{steps: 50}", "{steps: 50, micro_batch: 8}")
+    other = "pipeline.student.train.lr=1e-3"
+    assert "has no effect" in problems(text, everywhere, other)[0]
+
+
 def test_a_set_that_every_stage_overrides_is_an_error(at: Path) -> None:
     text = PIPELINE.replace("layers: 2}}", "layers: 2}}\n    train: {steps: 60}")
     assert problems(text, "train.steps=5") == [

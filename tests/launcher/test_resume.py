@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher import api, cli, console
+from launcher import amount, api, cli, console
 from launcher.backends.base import Phase
-from launcher.errors import BudgetSpent
+from launcher.errors import BudgetSpent, LaunchError
 from launcher.fold import Fold
-from launcher.spec import Budget
+from launcher.spec import Budget, Hardware, Recipe, Stage
 from tests.launcher.runs import Scene, killed_at, plugged_in, recipe, scene
+from trainer.config import Data, Model, Source, Train
 
 
 @pytest.fixture
@@ -94,6 +96,94 @@ def test_a_spent_budget_opens_nothing_until_it_is_raised(
         api.resume(name, ["budget.hours=0.01"])
     assert it.kinds() == before and it.run().ended is not None
     assert api.resume_plan(name, ["budget.hours=5"]) is not None
+
+
+def training(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Scene:
+    """A run of 100 steps that has failed."""
+    given: dict[str, Any] = {
+        "model": Model(name="meta-llama/Llama-3.2-1B", precision="bf16"),
+        "hardware": Hardware(backend="fake", accelerator="cpu:1"),
+        "train": Train(steps=100), **changes,
+    }  # fmt: skip
+    data = Data(train=(Source(builtin="python-reference"),))
+    one = Stage(id="pretrain", stage="pretrain", data=data, **given)
+    made = scene(
+        folder,
+        Recipe("small", (one,), budget=Budget(hours=10)),
+        jobs=[{"looks": 60, "end": "failed"}],
+    )
+    plugged_in(monkeypatch, folder, made.world)
+    made.drive()
+    return made
+
+
+def test_what_is_forecast_are_the_steps_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = training(tmp_path, monkeypatch)
+    before = api.resume_plan(it.run_id)
+    assert before is not None
+    (whole,) = before.jobs[0].forecasts
+    assert whole.hours is not None and before.forecast is not None
+    for step, name in ((20, "MANIFEST.json"), (60, "MANIFEST.json"), (80, "half.safetensors")):
+        file = it.root / "checkpoints" / f"step-{step:08d}" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    after = api.resume_plan(it.run_id)
+    assert after is not None
+    (rest,) = after.jobs[0].forecasts
+    assert rest.hours is not None and after.forecast is not None
+    assert rest.hours[1] == pytest.approx(0.4 * whole.hours[1])
+    assert after.forecast.hours == rest.hours and (rest.steps, rest.done) == (100, 60)
+    assert "from the checkpoint of step 60 on: 40 of 100 steps" in rest.explain
+
+
+def test_where_the_steps_are_not_known_all_is_counted_and_that_is_said() -> None:
+    said = amount.left(amount.Amount(tokens=5.0, how=("a",)), 60)
+    assert said.tokens == 5.0
+    assert said.how == ("a", "all of it is counted: of how many steps 60 is one is not known")
+    assert amount.left(amount.Amount(tokens=5.0, steps=50), 60).tokens == 0
+
+
+def test_the_budget_of_a_resumed_run_is_what_is_left_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = training(tmp_path, monkeypatch, train=Train(steps=10_000_000))
+    file = it.root / "checkpoints" / "step-05000000" / "MANIFEST.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    plan = api.resume_plan(it.run_id, ["budget.hours=0.5"])
+    assert plan is not None and plan.forecast is not None
+    (note,) = plan.forecast.notes
+    assert plan.hours is not None and plan.hours < 0.49  # its first attempt took some
+    left = f"{round(plan.hours, 2):g}"
+    assert note.startswith(f"budget.hours ({left}) ends pretrain at step ~5,000,000 of 10,000,000")
+
+
+def test_weights_that_exceed_the_device_are_refused_and_nothing_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = Model(name="meta-llama/Llama-3.1-70B", precision="bf16")
+    it = training(tmp_path, monkeypatch, model=large,
+                  hardware=Hardware(backend="fake", accelerator="L4:1"))  # fmt: skip
+    before = it.kinds()
+    assert cli.run(["resume", it.run().name, "--yes", "--detach"]) == 2
+    assert "pretrain: the weights alone are" in capsys.readouterr().err
+    with pytest.raises(LaunchError, match="the weights alone are"):
+        api.resume(it.run_id)
+    assert it.kinds() == before and it.run().ended is not None
+
+
+def test_what_does_not_fit_is_in_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    it = training(tmp_path, monkeypatch, train=Train(steps=100, micro_batch=64),
+                  hardware=Hardware(backend="fake", accelerator="L4:1"))  # fmt: skip
+    asked: list[str] = []
+    monkeypatch.setattr(console, "confirm", lambda question, refusal: asked.append(question))
+    assert cli.run(["resume", it.run().name]) == 0
+    assert asked == ["pretrain does not fit, by the forecast. Go on with it?"]
+    assert "memory: " in capsys.readouterr().err
 
 
 def test_the_time_in_which_a_run_was_over_is_not_its_own(it: Scene) -> None:

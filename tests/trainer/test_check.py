@@ -115,6 +115,28 @@ def test_memory_is_in_gib_and_the_disk_in_gb() -> None:
     assert "GiB for processes" in row("memory", facts).detail
 
 
+@pytest.mark.parametrize("said", ["nan", "-nan", "inf", "-8.0", "8.9x", "", "[N/A]", "garbage"])
+def test_what_nvidia_smi_does_not_tell_is_passed_for_nothing(said: str) -> None:
+    strange = check_facts.read_gpus(f"0, NVIDIA L4, 23034, 2, {said}, 0\n")
+    facts = machine(gpus=strange, flash=None)
+    for name in ("gpu", "precision"):
+        found = row(name, facts)
+        assert (found.result, f"compute_cap '{said}'" in found.detail) == ("warn", True)
+        assert found.fix
+    assert row("flash-attn", machine(gpus=strange)).result == "skip"
+    assert row("job", facts, job(precision="bf16")).result == "pass"
+
+
+def test_a_memory_that_is_no_number_is_told_as_it_stands() -> None:
+    gpus = check_facts.read_gpus("0, NVIDIA L4, nan, lots, 8.9, 0\n")
+    found = row("gpu", machine(gpus=gpus))
+    assert found.result == "warn"
+    assert "memory unknown" in found.detail
+    assert "memory.total 'nan', memory.used 'lots'" in found.detail
+    shared = check_facts.read_gpus("0, NVIDIA GB10, [N/A], [N/A], 12.1, [N/A]\n")
+    assert row("gpu", machine(gpus=shared)).result == "pass"
+
+
 @pytest.mark.parametrize(
     ("gpu", "result", "words"),
     [

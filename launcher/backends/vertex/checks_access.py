@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
+from infra.google import OBJECTS
 from launcher.backends.base import Check
 from launcher.backends.vertex.asking import Caller, Hidden, Missing, Wanted
 
 _ACT_AS = "iam.serviceAccounts.actAs"
 _ACCESSOR = "roles/secretmanager.secretAccessor"
-_BUCKET_ROLES = ("roles/storage.objectAdmin", "roles/storage.objectUser", "roles/storage.admin")
+#: Roles on a bucket that are enough for a job; the least comes first.
+_BUCKET_ROLES = (OBJECTS, "roles/storage.objectAdmin", "roles/storage.admin")
 #: LOCATION-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE[:TAG|@DIGEST]; an image may hold slashes.
 _IMAGE = re.compile(
     r"([a-z0-9-]+)-docker\.pkg\.dev/([^/]+)/([^/]+)/([^:@]+)(?::([^@]+))?(?:@(sha256:[0-9a-f]+))?"

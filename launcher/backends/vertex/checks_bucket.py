@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from infra.google import OBJECTS, READ_OBJECTS
 from launcher.backends.base import Check
 from launcher.backends.vertex.asking import Caller, Hidden, Missing, Wanted
 
@@ -14,7 +15,6 @@ from launcher.backends.vertex.asking import Caller, Hidden, Missing, Wanted
 _WRITES = ("storage.objects.create", "storage.objects.delete", "storage.objects.get",
            "storage.objects.list")  # fmt: skip
 _READS = ("storage.objects.get", "storage.objects.list")
-_ROLE = "roles/storage.objectAdmin"
 #: Multi-regions and dual-regions of Cloud Storage, and how the regions within them begin.
 _WITHIN = {
     "US": ("us-",), "EU": ("europe-",), "ASIA": ("asia-",),
@@ -48,7 +48,7 @@ def _bucket(
                     f"gcloud storage buckets create {what} --location={place} "
                     f"--project={asked.project}")  # fmt: skip
         return
-    except Hidden:  # objectAdmin may not see the bucket's own facts: no fault
+    except Hidden:  # objectUser may not see the bucket's own facts: no fault
         facts = {}
     try:
         query = {"permissions": list(permissions)}
@@ -139,7 +139,7 @@ def _deleted_after(facts: Mapping[str, Any]) -> int:
 
 
 def _grant(name: str, written: bool) -> str:
-    role = _ROLE if written else "roles/storage.objectViewer"
+    role = OBJECTS if written else READ_OBJECTS
     return (
         f"gcloud storage buckets add-iam-policy-binding gs://{name} --role={role} "
         "--member=user:YOU (or serviceAccount:...)"
