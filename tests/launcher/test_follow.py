@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ class Terminal:
         self.shown = ""
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            # A shell's job in the background ignores Ctrl-C, and so would this.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ["TERM"] = "xterm-256color"
             os.execv(sys.executable, [*_LAUNCH, *words])
 

@@ -480,7 +480,7 @@ def test_names_that_stand_in_for_variables_are_told_and_nothing_is_made_of_them(
     (tmp_path / "tuna.yaml").write_text(text.replace("gs://tuna", "gs://${BUCKET:-tuna}"))
     code, _, err = launch("plan", "tuna.yaml")
     assert code == 0
-    assert "note: PROJECT is not set; the recipe says 'my-project' in its place" in err
+    assert "note: PROJECT is not set; the recipe says 'my-project'" in err
     (tmp_path / "tuna.yaml").write_text(text.replace("tuna-models", "${BUCKET:-my-bucket}"))
 
     code, _, err = launch("up", "tuna.yaml", "--yes")

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -283,6 +283,8 @@ def test_log_probabilities_hold_no_batch_of_logits_and_drop_rows_without_gradien
     beta=st.floats(0.0, 1.0),
     seed=st.integers(0, 10**6),
 )
+@example(n=4, v=12, vt=10, k=1, chunk=1, temperature=0.25, beta=3.8e-65, seed=351749)
+@example(n=4, v=12, vt=10, k=1, chunk=1, temperature=0.25, beta=1e-17, seed=351749)
 def test_any_shape_and_beta_equals_the_textbook(
     n: int, v: int, vt: int, k: int, chunk: int, temperature: float, beta: float, seed: int
 ) -> None:

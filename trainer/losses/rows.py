@@ -6,12 +6,16 @@ gradient is written over it. No products with the head here (`heads`), and no su
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+
+#: Below this weight of the teacher in a mixture, its logarithm is taken another way.
+_SMALL = 1e-3
 
 
 class SparseRows(NamedTuple):
@@ -267,6 +271,12 @@ def _skewed(
     # log m/q = log(1 + beta (p/q - 1)), from the smaller of p/q and q/p, which cannot overflow.
     share = torch.full_like(ratio, beta).masked_fill_(ratio > 0, 1 - beta)
     mixed = torch.abs(ratio, out=scratch).neg_().expm1_().mul_(share).log1p_()
+    if (
+        beta < _SMALL
+    ):  # 1 - beta and expm1 may both round to one, where the sum of two logs does not
+        first = torch.full_like(ratio, math.log(beta))
+        both = torch.logaddexp(first, math.log1p(-beta) - ratio)
+        mixed.copy_(torch.where(ratio > 1, both, mixed))
     mixed.add_(torch.clamp_min(ratio, 0, out=z_teacher))
     p = torch.add(ratio, log_q, out=z_teacher).exp_()
     of_teacher = ratio.sub_(mixed).mul_(p).sum(dim=1, keepdim=True)
