@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from typing import Protocol
+from datetime import datetime, timezone
+from typing import Optional, Protocol
 
 
 class Clock(Protocol):
@@ -30,3 +32,12 @@ class ManualClock:
 
     def sleep(self, seconds: float) -> None:
         self._now += seconds
+
+
+def moment(text: str, zone: Optional[timezone] = None) -> float:
+    """An ISO date or time in UTC seconds; one without a zone is of `zone`, None: of this machine's.
+    Errors: `ValueError`, `OverflowError` for a year that no clock has."""
+    found = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))  # 3.10 reads no trailing Z
+    if found.tzinfo is None:
+        found = found.astimezone() if zone is None else found.replace(tzinfo=zone)
+    return found.timestamp()

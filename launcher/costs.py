@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal, Optional
 
+from launcher.clock import moment
 from launcher.errors import UsageError
 from launcher.fold import duration
 from launcher.run import Attempt, JobState, Run
@@ -94,8 +95,7 @@ def since(text: str, now: float) -> float:
     if _SPAN.match(text):
         return now - float(text[:-1]) * _SECONDS[text[-1]]
     try:
-        when = datetime.fromisoformat(text)
-        return (when if when.tzinfo is not None else when.astimezone()).timestamp()
+        return moment(text)
     except (ValueError, OverflowError) as error:  # the second: of a year that no clock has
         raise UsageError(
             f"--since {text}: no time that is known", "write 7d, 12h, 2w, or 2026-11-01"

@@ -10,13 +10,14 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import timezone
 from typing import Any, Optional
 
 from launcher import backends, home
 from launcher.artifacts import LOGS, here, is_remote, known_names, open_artifacts
 from launcher.backends.base import Env, JobHandle, Line, LogQuery
 from launcher.backends.local_logs import read_parts
+from launcher.clock import moment
 from launcher.errors import Denied, LaunchError, Transient, UsageError
 from launcher.run import Attempt, JobState, Run
 
@@ -194,10 +195,8 @@ def since(text: str, now: float) -> float:
     relative = _RELATIVE.match(text)
     if relative:
         return now - float(relative[1]) * _SECONDS[relative[2]]
-    try:  # Python 3.10 reads no trailing Z
-        moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
-        aware = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        return aware.timestamp()
+    try:
+        return moment(text, timezone.utc)
     except (ValueError, OverflowError):
         raise UsageError(
             f"--since '{text}': not a time", "give 90s, 10m, 2h, 1d, or 2026-11-21T08:30:00Z"

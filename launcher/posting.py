@@ -21,9 +21,8 @@ def post(address: str, body: bytes, headers: Mapping[str, str], seconds: float) 
         opener = urllib.request.build_opener(_NoRedirect, _Http(deadline), _Https(deadline))
         try:
             with opener.open(request, timeout=seconds) as answer:
-                if (
-                    deadline.passed
-                ):  # the end of a connection that was cut looks like that of headers
+                # The end of a connection that was cut looks like that of the headers.
+                if deadline.passed:
                     raise TimeoutError
                 with suppress(OSError, http.client.HTTPException):
                     answer.read(1024)  # so that the other side sees a reader; it has answered

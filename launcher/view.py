@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from launcher import home, money, records
-from launcher.artifacts import Artifacts, here, is_remote, open_artifacts
+from launcher.artifacts import Artifacts, here, is_remote, open_artifacts, parsed
 from launcher.backends.base import Env, Held, Phase
 from launcher.errors import Denied, HeldElsewhere, LaunchError, Signal, UsageError
 from launcher.fold import run_of, spent, unpriced
@@ -145,7 +145,7 @@ def note_end(run: Run, now: float) -> None:
         return
     files = (here(run) / "attempts").glob(f"{job.index:02d}-{attempt.number:04d}*.json")
     starts = {int(m[1] or 0): file for file in files if (m := _STARTS.fullmatch(file.name))}
-    noted = _noted(starts[max(starts)]) if starts else {}
+    noted = parsed(starts[max(starts)].read_bytes()) if starts else {}
     ended = noted.get("ended")
     if not isinstance(ended, (int, float)):
         return
@@ -154,14 +154,6 @@ def note_end(run: Run, now: float) -> None:
         f"its job ended at {_clock(ended, now)}: {noted.get('why')} "
         f"(exit code {noted.get('exit_code')})"
     )
-
-
-def _noted(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def live_like(env: Env, fingerprint: str) -> Iterator[str]:

@@ -65,7 +65,7 @@ def changes(
     if now is None or now.fits is not False:
         return ()
 
-    fused = "model" in shapes and shapes["model"].experts > 0
+    fused = "model" in shapes and shapes["model"].fused_experts
 
     def first(tries: Iterator[_Try]) -> Optional[Change]:
         for tried in tries:

@@ -105,6 +105,7 @@ def test_times_that_are_understood() -> None:
     assert costs.since("7d", NOW) == NOW - 7 * 24 * HOUR
     assert costs.since("2w", NOW) == NOW - 14 * 24 * HOUR
     assert costs.since("2026-11-03T12:00:00+00:00", NOW) == NOW
+    assert costs.since("2026-11-03T12:00:00Z", NOW) == NOW
     for text in ("soon", "0001-01-01"):  # the second has no local time
         with pytest.raises(UsageError, match=f"--since {text}"):
             costs.since(text, NOW)
