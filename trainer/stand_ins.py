@@ -40,6 +40,9 @@ from trainer.shrink import first_layer, model_type, tiny, words
 #: Enough to lose a machine after the first checkpoint and to have much left to do.
 STEPS, EVERY = 24, 4
 LENGTH, MICRO_BATCH, BATCHES, DOCUMENTS, CHARACTERS = 128, 2, 16, 300, 800
+#: Of a job that stores targets: enough shards that a machine, which is told of its end seconds
+#: after the first of them is in the bucket, still has some to make.
+CHARACTERS_OF_TARGETS = 5 * CHARACTERS
 _VOCABULARY, _TOP_K = 512, 16
 _MAGIC = re.compile(r"\[[^\]]*\]|[*?]+")
 
@@ -47,7 +50,11 @@ _MAGIC = re.compile(r"\[[^\]]*\]|[*?]+")
 def write(job: Job, folder: Path, place: str) -> list[str]:
     """Write everything below `folder`, and return the notes. `place`: where stand-ins go that the
     job names no URI for. Errors: `ConfigError` for what cannot be rehearsed."""
-    making = _Making(folder, place.rstrip("/"), {config.output for config in job.stages})
+    stores = any(config.stage == "targets" for config in job.stages)
+    making = _Making(
+        folder, place.rstrip("/"), {config.output for config in job.stages},
+        CHARACTERS_OF_TARGETS if stores else CHARACTERS,
+    )  # fmt: skip
     stages = tuple(making.stage(config) for config in job.stages)
     notes = list(dict.fromkeys(making.notes))
     (folder / "job.json").write_text(json.dumps(to_dict(replace(job, stages=stages))))
@@ -57,11 +64,13 @@ def write(job: Job, folder: Path, place: str) -> list[str]:
 
 @dataclass
 class _Making:
-    """`made`: the outputs of the job's stages; references to them stay as they are."""
+    """`made`: the outputs of the job's stages; references to them stay as they are. `characters`:
+    of a document, at most."""
 
     folder: Path
     place: str
     made: set[str]
+    characters: int
     notes: list[str] = field(default_factory=list)
 
     def stage(self, config: StageConfig) -> StageConfig:
@@ -139,7 +148,7 @@ class _Making:
             path = path.with_name(listed["path"])
         elif path.suffix not in (".jsonl", ".txt"):  # a folder
             path = path / "0.jsonl"
-        records = list(_records(split, chat, source.field))
+        records = list(_records(split, chat, source.field, self.characters))
         if path.suffix == ".txt":
             _write(path, "\n\n".join(str(record[source.field]) for record in records))
             return 1
@@ -262,13 +271,13 @@ class _Making:
             self.notes.append(f"{what}: {now} instead of {before}")
 
 
-def _records(split: Any, chat: bool, key: str) -> Iterator[dict[str, Any]]:
+def _records(split: Any, chat: bool, key: str, characters: int) -> Iterator[dict[str, Any]]:
     """Some hundred documents that this Python brings."""
     if chat:
         found: Iterator[tuple[str, Any]] = python_questions(split)
         make: Callable[[Any], dict[str, Any]] = dict
     else:
-        found, make = python_reference(split), lambda text: {key: text[:CHARACTERS]}
+        found, make = python_reference(split), lambda text: {key: text[:characters]}
     for (_, content), _ in zip(found, range(DOCUMENTS)):
         yield make(content)
 

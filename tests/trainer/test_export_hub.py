@@ -113,6 +113,8 @@ def trainer(job: Job, folder: Path, hub: Hub, token: str) -> subprocess.Complete
     file = folder / "job.json"
     file.write_text(json.dumps(to_dict(job)))
     environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(folder)}
+    for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # a developer may work so
+        environ.pop(offline, None)
     return subprocess.run(
         [sys.executable, "-m", "trainer", "run", str(file)],
         capture_output=True, text=True, timeout=120, env=environ,
