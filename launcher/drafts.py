@@ -14,11 +14,12 @@ from launcher.positions import Node, Position, Problems, merge
 from launcher.references import Written
 from launcher.sources import Sources, beside
 from launcher.spec import NAME
-from trainer.config import NEEDS, STAGES, nearest
+from trainer.config import NEEDS, STAGES, TRAINING, nearest
 
 #: Blocks of a stage; in a pipeline they may be written once, at the top.
 BLOCKS = (
-    "model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export", "smoke",
+    "model", "data", "train", "kd", "sdce", "preference", "grpo", "targets", "tokenizer",
+    "evaluate", "merge", "export", "smoke",
 )  # fmt: skip
 SHARED = (*BLOCKS, "hardware", "forecast")
 #: Keys of a recipe, and of an entry of its pipeline.
@@ -94,7 +95,7 @@ def written(stages: list[Draft]) -> Written:
     """What the stages write that others may name: folders of exports, and adapters."""
     exports = ((stage.id, stage.node.get("export", "to")) for stage in stages)
     folders = {i: str(to.value) for i, to in exports if to is not None and to.value is not None}
-    adapters = (stage for stage in stages if stage.kind in ("pretrain", "sft", "kd"))
+    adapters = (stage for stage in stages if stage.kind in TRAINING)
     trained = ((stage.id, stage.node.get("model", "adapter")) for stage in adapters)
     return Written(folders, {i for i, node in trained if node is not None and node.value})
 
@@ -268,6 +269,7 @@ def _resolved(node: Node) -> Node:
     references = {
         "model": dict.fromkeys(("name", "tokenizer"), _model_path),
         "kd": {"teacher": _model_path, "targets": _data_path, "logits_dir": _data_path},
+        "sdce": {"surrogate": _model_path},
         "targets": {"teacher": _model_path},
         "merge": dict.fromkeys(("adapter", "base"), _model_path),
         "export": {"model": _model_path},

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 #: The run id of a preview; a run that starts gets its own.
 PREVIEW = "0" * 16
 _STAGE_FIELDS = (
-    "model", "data", "train", "kd", "targets", "tokenizer", "evaluate", "merge", "export", "smoke",
+    "model", "data", "train", "kd", "sdce", "preference", "grpo", "targets", "tokenizer",
+    "evaluate", "merge", "export", "smoke",
 )  # fmt: skip
 _PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 

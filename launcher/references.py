@@ -61,6 +61,7 @@ def references(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
     for block, keys in (
         ("model", ("name", "tokenizer")),
         ("kd", ("teacher", "targets", "logits_dir")),
+        ("sdce", ("surrogate",)),
         ("targets", ("teacher",)),
         ("merge", ("adapter", "base")),
         ("export", ("model",)),

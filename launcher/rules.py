@@ -11,7 +11,7 @@ from launcher import backends, hardware, wheels
 from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
-from trainer.config import KeyPath, Problem, nearest, to_dict
+from trainer.config import TRAINING, KeyPath, Problem, nearest, to_dict
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
@@ -201,16 +201,12 @@ def _machine(stage: Stage) -> Optional[str]:
 
 def _training(stage: Stage) -> Iterator[Problem]:
     model, train, data = stage.model, stage.train, stage.data
-    trains = stage.stage in ("tokenizer", "pretrain", "sft", "targets", "kd")
+    trains = stage.stage in ("tokenizer", "targets", *TRAINING)
     if trains and not data.train:
         yield ("data", "train"), f"stage '{stage.stage}' needs at least one source"
     if stage.stage == "evaluate" and not data.validation:
         yield ("data", "validation"), "stage 'evaluate' needs at least one source"
-    if (
-        stage.stage in ("pretrain", "sft", "kd")
-        and model
-        and not (model.name or model.architecture)
-    ):
+    if stage.stage in TRAINING and model and not (model.name or model.architecture):
         yield ("model",), "needs a `name`, or `init: random` with an `architecture`"
     if train is not None and train.steps is not None and train.warmup >= max(1, train.steps):
         what = f"{train.warmup:g} steps of warm-up leave nothing of {train.steps} steps"
@@ -220,6 +216,9 @@ def _training(stage: Stage) -> Iterator[Problem]:
     same = stage.kd and model and model.name and stage.kd.teacher == model.name
     if same and model and model.init == "pretrained":
         yield ("kd", "teacher"), "is the student itself: its targets would teach nothing"
+    again = stage.sdce and model and model.name and stage.sdce.surrogate == model.name
+    if again and model and model.init == "pretrained":
+        yield ("sdce", "surrogate"), "is the model itself: its targets would teach nothing"
 
 
 def _references(stage: Stage, earlier: Collection[str], known: Sequence[str]) -> Iterator[Problem]:

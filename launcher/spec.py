@@ -15,8 +15,11 @@ from trainer.config import (
     Distill,
     Evaluate,
     Export,
+    Grpo,
     Merge,
     Model,
+    Preference,
+    Sdce,
     Smoke,
     StageName,
     Strict,
@@ -285,6 +288,9 @@ class Stage(Strict):
     data: Data = field(default_factory=Data)
     train: Optional[Train] = None
     kd: Optional[Distill] = None
+    sdce: Optional[Sdce] = None
+    preference: Optional[Preference] = None
+    grpo: Optional[Grpo] = None
     targets: Optional[Targets] = None
     tokenizer: Optional[Tokenizer] = None
     evaluate: Optional[Evaluate] = None

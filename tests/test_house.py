@@ -22,7 +22,10 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("infra", "launcher", "trainer")
 #: The only modules of the trainer that the launcher may import; they know the standard library.
-LEAVES = ("trainer.config", "trainer.loading", "trainer.store", "trainer.boot")
+LEAVES = (
+    "trainer.config", "trainer.config_data", "trainer.config_model", "trainer.config_objectives",
+    "trainer.config_train", "trainer.loading", "trainer.store", "trainer.boot",
+)  # fmt: skip
 MOST_LINES = 500
 
 #: (importing package, what it may import of the two others, with all below it).

@@ -74,6 +74,7 @@ def run(job: Job) -> int:
     from transformers.utils import logging
 
     from trainer import interrupts, runtime, stages
+    from trainer.context import stop_asked
 
     logging.disable_progress_bar()  # a log is read as lines
     made = {config.output for config in job.stages}
@@ -81,7 +82,7 @@ def run(job: Job) -> int:
         for config in job.stages:
             if process.any(signalled())[0]:
                 say(f"stage {config.id}: not begun, the job was asked to leave")
-                return OK if stages.stop_asked(job) else AGAIN
+                return OK if stop_asked(job) else AGAIN
             # On all nodes: one that was filled from the store may know less than one that stayed.
             if not process.any(not inputs.completed(Path(config.output)))[0]:
                 say(f"stage {config.id}: completed before, skipped")

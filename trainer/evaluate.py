@@ -3,8 +3,9 @@ there how far its probabilities can be trusted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,19 @@ _Smaller = Callable[[int], None]
 
 class Left(Exception):
     """An evaluation that some rank was asked to leave, on all ranks; it found nothing."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """An objective with a measure of its own for held-out rows, in place of the cross-entropy."""
+
+    #: What is measured: first `loss`, which is better the smaller it is.
+    measures: tuple[str, ...]
+
+    def judge(self, model: nn.Module, batch: Batch) -> tuple[int, Tensor]:
+        """How many things `batch` (on the device, unprepared) holds that are judged, such as pairs,
+        and the sums [len(measures)] of their measures. No gradients are kept."""
+        ...
 
 
 class Score(NamedTuple):
@@ -58,8 +72,38 @@ def cross_entropy(
         ones = torch.ones_like(labels, dtype=torch.float32).unsqueeze(1)
         return sparse_target(hidden, weight, labels.unsqueeze(1), ones).loss.reshape(1)
 
-    tokens, (loss,) = _sums(model, rows, runtime, summed, 1, micro_batch, limit, smaller, leave)
+    batch_sums = _of_tokens(model, runtime, summed)
+    tokens, (loss,) = _sums(model, rows, runtime, batch_sums, 1, micro_batch, limit, smaller, leave)
     return loss / max(tokens, 1), tokens
+
+
+def held_out(
+    model: nn.Module,
+    rows: Rows,
+    runtime: Runtime,
+    objective: object,
+    *,
+    micro_batch: int,
+    limit: int = 0,
+    smaller: _Smaller = lambda rows: None,
+    leave: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """What `rows` show of `model`, as `val_...`: the measures of `objective` where it is a `Judge`,
+    else cross-entropy, perplexity and tokens; the rest as in `cross_entropy`."""
+    if not isinstance(objective, Judge):
+        loss, tokens = cross_entropy(
+            model, rows, runtime, micro_batch=micro_batch, limit=limit, smaller=smaller, leave=leave
+        )
+        perplexity = math.exp(min(loss, 700.0))
+        return {"val_loss": loss, "val_ppl": perplexity, "val_tokens": float(tokens)}
+
+    def batch_sums(host: Batch) -> tuple[int, Tensor]:
+        return objective.judge(model, host.to(runtime.device))
+
+    width = len(objective.measures)
+    count, sums = _sums(model, rows, runtime, batch_sums, width, micro_batch, limit, smaller, leave)
+    means = {f"val_{name}": x / max(count, 1) for name, x in zip(objective.measures, sums)}
+    return {**means, "val_count": float(count)}
 
 
 def held_out_rows(config: Train) -> int:
@@ -92,7 +136,9 @@ def score(
         logprobs, confidence, right = predictions(hidden, weight, labels)
         return torch.cat([-logprobs.double().sum(0, True), calibration_gaps(confidence, right)])
 
-    tokens, sums = _sums(model, rows, runtime, summed, 1 + BINS, micro_batch, 0, smaller, leave)
+    batch_sums = _of_tokens(model, runtime, summed)
+    width = 1 + BINS
+    tokens, sums = _sums(model, rows, runtime, batch_sums, width, micro_batch, 0, smaller, leave)
     apart = sum(abs(gap) for gap in sums[1:])
     return Score(sums[0] / max(tokens, 1), tokens, apart / max(tokens, 1))
 
@@ -127,30 +173,39 @@ def calibration_gaps(confidence: Tensor, right: Tensor) -> Tensor:
     return gaps.index_add_(0, bins, right.double() - sure)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
-def _sums(
-    model: nn.Module,
-    rows: Rows,
-    runtime: Runtime,
-    summed: Callable[[Tensor, Tensor, Tensor], Tensor],
-    width: int,
-    micro_batch: int,
-    limit: int,
-    smaller: _Smaller,
-    leave: Callable[[], bool],
-) -> tuple[int, list[float]]:
-    """The supervised tokens of `rows`, and the sums [width] of what `summed` gives for the hidden
-    states [n, H], the head [V, H] and the labels [n] of a micro-batch, over all ranks."""
-    training = model.training
-    model.eval()
-    totals = torch.zeros(width, dtype=torch.float64, device=runtime.device)
-    tokens, fitting = 0, micro_batch  # fitting 0: not even one row
+def _of_tokens(
+    model: nn.Module, runtime: Runtime, summed: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Callable[[Batch], tuple[int, Tensor]]:
+    """The supervised tokens of a micro-batch, and what `summed` gives for their hidden states
+    [n, H], the head [V, H] and their labels [n]."""
 
     def batch_sums(host: Batch) -> tuple[int, Tensor]:
         batch = host.to(runtime.device)
         with runtime.autocast():
             hidden = hidden_states(model, batch)
         return len(batch.labels), summed(hidden, head_weight(model).detach(), batch.labels)
+
+    return batch_sums
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _sums(
+    model: nn.Module,
+    rows: Rows,
+    runtime: Runtime,
+    batch_sums: Callable[[Batch], tuple[int, Tensor]],
+    width: int,
+    micro_batch: int,
+    limit: int,
+    smaller: _Smaller,
+    leave: Callable[[], bool],
+) -> tuple[int, list[float]]:
+    """The counts and the sums [width] that `batch_sums` gives for a micro-batch, added up over all
+    micro-batches and ranks."""
+    training = model.training
+    model.eval()
+    totals = torch.zeros(width, dtype=torch.float64, device=runtime.device)
+    count, fitting = 0, micro_batch  # fitting 0: not even one row
 
     batches = validation_batches(rows, micro_batch, runtime.rank, runtime.world_size, limit)
     try:
@@ -163,7 +218,7 @@ def _sums(
             while waiting:
                 found = unless_out_of_memory(batch_sums, waiting[0])
                 if found is not None:
-                    tokens += found[0]
+                    count += found[0]
                     totals += found[1]
                     del waiting[0]
                     continue
@@ -180,6 +235,6 @@ def _sums(
         )
     if smallest < micro_batch:
         smaller(smallest)
-    parts = {"tokens": torch.tensor(float(tokens)), **{str(i): x for i, x in enumerate(totals)}}
+    parts = {"count": torch.tensor(float(count)), **{str(i): x for i, x in enumerate(totals)}}
     sums = {name: float(value) for name, value in runtime.all_sum(parts).items()}
-    return int(sums.pop("tokens")), list(sums.values())
+    return int(sums.pop("count")), list(sums.values())

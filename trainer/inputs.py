@@ -133,6 +133,8 @@ def _fields(stage: StageConfig) -> Iterator[Field]:
         yield from _models(("kd", "teacher"), stage.kd.teacher, _weights)
         yield from _remote(("kd", "targets"), stage.kd.targets, Inputs.answers)
         yield from _remote(("kd", "logits_dir"), stage.kd.logits_dir, Inputs.folder)
+    if stage.sdce is not None:
+        yield from _models(("sdce", "surrogate"), stage.sdce.surrogate, _weights)
     if stage.targets is not None:
         yield from _models(("targets", "teacher"), stage.targets.teacher, _weights)
     if stage.evaluate is not None:

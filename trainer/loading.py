@@ -13,12 +13,18 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Optional, Union
+from typing import Any, ClassVar, Literal, Optional, Union
 
 KeyPath = tuple[Union[str, int], ...]
 Problem = tuple[KeyPath, str]  # the path of a key, and what is wrong with it
 #: Keys of a block that are listed beside a guess.
 _FEW = 6
+
+
+class Strict:
+    """Mixin: the JSON Schema (`launch schema`, by pydantic) allows no other keys."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
 def dotted(path: KeyPath) -> str:

@@ -18,7 +18,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, Stream
-from trainer.evaluate import Left, cross_entropy, held_out_rows
+from trainer.evaluate import Left, held_out, held_out_rows
 from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import Metrics
 from trainer.objective import Objective
@@ -31,6 +31,19 @@ from trainer.sharded import PARAMETERS, Shards, parameter_shapes
 from trainer.shards import optimizer_state
 from trainer.step import Accumulated, backward, cut, normalisers, prepare, unless_out_of_memory
 from trainer.window import Window
+
+#: Facts of a step that its line shows, in this order.
+SHOWN = (
+    "train_loss",
+    "ce_loss",
+    "kd_loss",
+    "kd_alpha",
+    "logit_l2",
+    "keep_l2",
+    "grad_norm",
+)
+#: Facts of an evaluation that its line does not show.
+COUNTS = ("val_tokens", "val_count")
 
 
 class NonFiniteError(RuntimeError):
@@ -343,8 +356,7 @@ class Loop:
             facts.update(self.measure(facts["examples_per_sec"]))
         self.metrics.step(self.step, **facts)
         of = f"/{self.horizon.steps}" if self.horizon.steps else ""
-        shown = ("train_loss", "ce_loss", "kd_loss", "kd_alpha", "logit_l2", "keep_l2", "grad_norm")
-        words = "  ".join(f"{name} {facts[name]:.4f}" for name in shown if name in facts)
+        words = "  ".join(f"{name} {facts[name]:.4f}" for name in SHOWN if name in facts)
         speed = f"{facts['tokens_per_sec']:.0f} tok/s"
         self.say(f"step {self.step}{of}  {words}  lr {rate:.2e}  {speed}")
 
@@ -386,26 +398,29 @@ class Loop:
         return self._reason_to_stop() if stopped == "" else stopped
 
     def _evaluate(self, validation: Rows) -> None:
-        loss, tokens = cross_entropy(
+        facts = held_out(
             self.model,
             validation,
             self.runtime,
+            self.objective,
             micro_batch=self.stream.micro_batch,
             limit=held_out_rows(self.config),
             smaller=self._evaluate_smaller,
             leave=self.signalled,
         )
+        loss = facts["val_loss"]
         self._evaluated_at = self.step
         self._saved_at = -1  # what may be saved of this step does not hold this
         improved = math.isfinite(loss) and (self.best is None or loss < self.best)
         if improved:
             self.best = loss
             self.evaluation.update(best_val_loss=loss, best_step=float(self.step))
-        perplexity = math.exp(min(loss, 700.0))
-        self.evaluation.update(val_loss=loss, val_ppl=perplexity, val_tokens=float(tokens))
+        self.evaluation.update(facts)
         if self.metrics is not None:
-            self.metrics.eval(self.step, val_loss=loss, val_ppl=perplexity, val_tokens=tokens)
-            self.say(f"step {self.step}  val_loss {loss:.4f}  val_ppl {perplexity:.2f}")
+            self.metrics.eval(self.step, **facts)
+            shown = {name: value for name, value in facts.items() if name not in COUNTS}
+            words = (f"{k} {v:.{2 if k == 'val_ppl' else 4}f}" for k, v in shown.items())
+            self.say(f"step {self.step}  " + "  ".join(words))
         if improved:
             self._save(best=True)
 

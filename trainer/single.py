@@ -11,7 +11,7 @@ from trainer.loop import Outcome
 from trainer.merge import merge_adapter
 
 if TYPE_CHECKING:
-    from trainer.stages import Context
+    from trainer.context import Context
 
 
 def merge(context: Context) -> Outcome:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,61 +15,29 @@ import torch
 from trainer import copies, models, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
-from trainer.config import ConfigError, Job, StageConfig, missing_blocks, to_dict
+from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
+from trainer.context import Context
 from trainer.data import chat, read
-from trainer.data.shapes import Skipped, View
+from trainer.data.shapes import Skipped
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import Left, score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
+from trainer.makers import distill, next_token
 from trainer.metrics import Metrics, plain
 from trainer.model_files import ModelFiles
 from trainer.objective import Objective
-from trainer.objectives.distill import DistillOnline
-from trainer.objectives.distill_stored import DistillStored
-from trainer.objectives.keep_logits import StayNear
-from trainer.objectives.next_token import NextToken
 from trainer.runtime import Runtime
 from trainer.schedule import Horizon
 from trainer.single import export, merge, smoke
 from trainer.store import atomic_write
-from trainer.teacher import Answers, StoredAnswers, coverage
-from trainer.teacher_files import LogitFiles
 from trainer.teacher_pass import write_targets
 from trainer.throughput import Meter
 
-#: Above this share of tokens without a teacher's answer, a warning says so.
-MISSING_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage gets. `metrics` is None on ranks that do not write; `rows` are those that a
-    training stage has laid out."""
-
-    config: StageConfig
-    job: Job
-    runtime: Runtime
-    metrics: Optional[Metrics]
-    say: Callable[[str], None]
-    signalled: Callable[[], bool]
-    rows: Optional[Rows] = None
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output)
-
-    def stop_asked(self) -> bool:
-        return stop_asked(self.job)
-
-
-def stop_asked(job: Job) -> bool:
-    """Whether the marker asks the job to end."""
-    return job.control is not None and (Path(job.control) / "stop.json").exists()
-
-
 ObjectiveFactory = Callable[[Context, Any], Objective]
+#: The rows of sources, of at most so many rows, for a tokenizer.
+Layout = Callable[[Context, Any, tuple[Source, ...], Optional[int]], Rows]
 
 
 def run_stage(
@@ -144,8 +112,11 @@ def tokenizer(context: Context) -> Outcome:
     return Outcome(None, 0, time.perf_counter() - started, {"vocab_size": float(size)})
 
 
-def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
-    """A stage that trains a model with the objective that `make_objective` gives."""
+def train(
+    make_objective: ObjectiveFactory, lay_out: Layout = next_token.lay_out
+) -> Callable[[Context], Outcome]:
+    """A stage that trains a model with the objective that `make_objective` gives, on the rows that
+    `lay_out` makes of sources."""
 
     def run(context: Context) -> Outcome:
         config, runtime = context.config, context.runtime
@@ -155,10 +126,13 @@ def train(make_objective: ObjectiveFactory) -> Callable[[Context], Outcome]:
         if reference is None:
             raise ConfigError(f"stage {config.id}: model: give `name`, or `architecture`")
         tokens = models.load_tokenizer(reference)
-        view = chat.view_of(config.data, config.stage, tokens)
-        rows = _rows(context, tokens, view)
-        held_out = _held_out(context, tokens, view)
         micro_batch, accumulate = probe.first_cut(settings, runtime.world_size)
+        limit, held_out = None, None
+        if settings.limit_batches is not None:
+            limit = settings.limit_batches * micro_batch * runtime.world_size
+        rows = lay_out(context, tokens, config.data.train, limit)
+        if config.data.validation:
+            held_out = lay_out(context, tokens, config.data.validation, None)
         stream = Stream(
             rows,
             micro_batch=micro_batch,
@@ -298,88 +272,13 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, (text + "\n").encode())
 
 
-def _next_token(context: Context, tokens: Any) -> Objective:
-    return NextToken()
-
-
-def _distill(context: Context, tokens: Any) -> Objective:
-    kd = context.config.kd
-    assert kd is not None
-    keep = _stay_near(context, tokens)
-    if kd.teacher is None:
-        return DistillStored(kd, _answers(context, tokens), context.runtime, keep)
-    if models.has_tokenizer(kd.teacher):
-        models.check_vocabularies(tokens, models.load_tokenizer(kd.teacher))
-    attention = models.attention_implementations(context.config.model, context.runtime)
-    teacher = models.load_frozen(kd.teacher, context.runtime, attention)
-    trial.check(teacher, context.runtime, kd.teacher, packing=context.config.data.packing)
-    context.say(
-        f"teacher: {copies.origin(kd.teacher)}, {models.parameter_count(teacher):,} parameters,"
-        f" vocabulary {teacher.config.vocab_size}"
-    )
-    return DistillOnline(kd, teacher, context.runtime, keep)
-
-
-def _stay_near(context: Context, tokens: Any) -> Optional[StayNear]:
-    """The term of `kd.keep_logits`, with the model as this stage first found it."""
-    config, runtime = context.config, context.runtime
-    assert config.kd is not None and config.model is not None and config.train is not None
-    if config.kd.keep_logits is None:
-        return None
-    plan = replace(config.model, gradient_checkpointing=False)
-    start = models.load_model(plan, tokens, runtime, config.train.seed).to(runtime.dtype)
-    size = models.parameter_count(start) * runtime.dtype.itemsize
-    context.say(f"keep_logits: a frozen copy of the starting model, {size / 1e6:,.0f} MB")
-    return StayNear(config.kd.keep_logits, start, runtime)
-
-
-def _answers(context: Context, tokens: Any) -> Answers:
-    """The stored answers of `kd`. Says, and records, when many are missing."""
-    config, rows = context.config, context.rows
-    assert config.kd is not None and config.model is not None and rows is not None
-    kd = config.kd
-    found: Answers
-    if kd.targets is not None:
-        found = StoredAnswers(kd.targets, tokens, kd.temperature)
-    else:
-        plan = config.model
-        fresh = plan.architecture is not None or plan.name is None
-        head = len(tokens) if fresh else models.vocabulary_size(str(plan.name))
-        found = LogitFiles(
-            str(kd.logits_dir),
-            read.sample_names(config.data.train),
-            rows,
-            tokens=len(tokens),
-            vocabularies=(len(tokens), head),
-            temperature=kd.temperature,
-            top_k=kd.top_k,
-        )
-    seen = coverage(found, rows)
-    context.say(
-        f"teacher: answers for {seen.known:,} of {seen.tokens:,} tokens, in {seen.known_chunks} of"
-        f" {seen.chunks} chunks, from {found.name}"
-    )
-    if seen.missing > MISSING_SHARE:
-        context.say(
-            f"WARNING: {seen.missing:.0%} of the tokens of data.train have no answer of the"
-            " teacher; they are learnt from with cross-entropy alone"
-        )
-        if context.metrics is not None:
-            facts = {"missing": seen.tokens - seen.known, "tokens": seen.tokens}
-            context.metrics.event(
-                "teacher_missing", 0, **facts, missing_chunks=seen.chunks - seen.known_chunks,
-                chunks=seen.chunks,
-            )  # fmt: skip
-    return found
-
-
 #: stage -> how it runs. Another objective is one more row.
 STAGES: dict[str, Callable[[Context], Outcome]] = {
     "tokenizer": tokenizer,
-    "pretrain": train(_next_token),
-    "sft": train(_next_token),
+    "pretrain": train(next_token.make),
+    "sft": train(next_token.make),
     "targets": targets,
-    "kd": train(_distill),
+    "kd": train(distill.make),
     "evaluate": evaluate,
     "merge": merge,
     "export": export,
@@ -397,37 +296,6 @@ def _say_what_learns(context: Context, model: Any) -> None:
             f"trainable: {learns['parameters']:,} of {mask['parameters']:,} parameters"
             f" ({learns['share']:.2%}) in {learns['tensors']} tensors; frozen_mask.json lists them"
         )
-
-
-def _rows(context: Context, tokens: Any, view: View) -> Rows:
-    config = context.config
-    assert config.train is not None
-    limit = None
-    if config.train.limit_batches is not None:
-        world_size = context.runtime.world_size
-        micro_batch, _ = probe.first_cut(config.train, world_size)
-        limit = config.train.limit_batches * micro_batch * world_size
-    return build_rows(
-        config.data.train,
-        tokens,
-        sequence_length=config.data.sequence_length,
-        packing=config.data.packing,
-        limit_rows=limit,
-        view=view,
-    )
-
-
-def _held_out(context: Context, tokens: Any, view: View) -> Optional[Rows]:
-    data = context.config.data
-    if not data.validation:
-        return None
-    return build_rows(
-        data.validation,
-        tokens,
-        sequence_length=data.sequence_length,
-        packing=data.packing,
-        view=view,
-    )
 
 
 def _horizon(context: Context, stream: Stream) -> Horizon:

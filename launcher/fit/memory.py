@@ -46,6 +46,8 @@ def unknown(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> Optional[
         return f"stage {stage.stage} runs on the CPU"
     if stage.stage == "smoke":
         return "stage smoke trains no language model"
+    if stage.stage not in (*TRAINING, "targets", "evaluate"):
+        return f"the memory of stage {stage.stage} is not computed yet"
     if accelerator.kind.vendor == "tpu":
         return "the trainer does not run on TPUs yet"
     wanted = ["model"] if stage.stage in TRAINING else []

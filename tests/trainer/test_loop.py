@@ -306,10 +306,10 @@ def test_the_last_step_is_logged_whatever_log_every_is(
 def test_a_first_evaluation_that_is_not_finite_is_not_the_best(
     stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer import loop
+    from trainer import evaluate
 
     losses = iter([float("nan"), 4.5, 4.6])
-    monkeypatch.setattr(loop, "cross_entropy", lambda *a, **k: (next(losses), 10))
+    monkeypatch.setattr(evaluate, "cross_entropy", lambda *a, **k: (next(losses), 10))
     run_stage(in_folder(stage, tmp_path / "out", steps=6, evaluate_every=2))
     best = json.loads((tmp_path / "out" / "checkpoints" / "best.json").read_text())
     assert (best["step"], best["val_loss"]) == (4, 4.5)
