@@ -37,6 +37,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
     from peft import LoraConfig, get_peft_model
 
     layers = target_layers(model, adapter)
+    experts = target_experts(model, adapter)
     whole = adapter.alpha == int(adapter.alpha)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -44,9 +45,10 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
         lora_alpha=int(adapter.alpha) if whole else adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=_targets(model, layers, adapter),
+        target_parameters=_ending(model, experts) or None,
         base_model_name_or_path=resolve(base),
     )
-    expected = expected_count(layers, adapter.rank)
+    expected = expected_count(layers, adapter.rank, experts)
     try:
         with _without_warnings():
             wrapped = get_peft_model(model, config)
@@ -67,23 +69,17 @@ def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
     else there is, such as a vision tower, never runs here. `auto`: the linear layers inside its
     blocks, so never embeddings or the head. Errors: `ConfigError`."""
     head, runs = model.get_output_embeddings(), language_model(model)
-    linear = {
-        name: _shape(module)
-        for name, module in model.named_modules()
-        if _is_linear(module) and (module is head or name.startswith(runs))
-    }
-    outside = {name for name, module in model.named_modules() if module is head}
-    blocks = _blocks(model)
-    inside = {
-        name: shape
-        for name, shape in linear.items()
-        if name.startswith(blocks) and name.rpartition(".")[2] not in _ROUTERS
-    }
+    inside = projections(model)
     if adapter.targets == "auto":
-        _no_fused_experts(model)
         if not inside:
             raise ConfigError("model.adapter.targets: found no linear layers; name them")
         return inside
+    linear = {
+        name: _shape(module)
+        for name, module in model.named_modules()
+        if is_linear(module) and (module is head or name.startswith(runs))
+    }
+    outside = {name for name, module in model.named_modules() if module is head}
     found: dict[str, tuple[int, int]] = {}
     for target in adapter.targets:
         hits = [name for name in linear if name == target or name.endswith(f".{target}")]
@@ -93,6 +89,50 @@ def target_layers(model: Any, adapter: Adapter) -> dict[str, tuple[int, int]]:
             near = nearest(target, _ends(inside))
             raise ConfigError(f"model.adapter.targets: no linear layer '{target}'; {near}")
         found.update({name: linear[name] for name in hits})
+    return found
+
+
+def projections(model: Any) -> dict[str, tuple[int, int]]:
+    """Names of the linear layers inside the blocks of the language model, but for routers ->
+    (inputs, outputs)."""
+    runs, blocks = language_model(model), _blocks(model)
+    return {
+        name: _shape(module)
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and name.startswith(runs)
+        and name.startswith(blocks)
+        and name.rpartition(".")[2] not in _ROUTERS
+    }
+
+
+def target_experts(model: Any, adapter: Adapter) -> dict[str, tuple[int, int, int]]:
+    """Names of the tensors of experts to be adapted -> (experts, inputs, outputs): all there are,
+    or none where they are not asked for. Errors: `ConfigError` when there are none to adapt."""
+    if not adapter.experts:
+        return {}
+    found = fused_experts(model)
+    if not found:
+        raise ConfigError(
+            "model.adapter.experts: this model has no experts that are one tensor; leave it out"
+            " (experts that are linear layers are among `targets: auto`)"
+        )
+    return found
+
+
+def fused_experts(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Names of the parameters of the language model's blocks that hold the weights of all experts
+    of a layer, [experts, in, out] or [experts, out, in] -> (experts, inputs, outputs)."""
+    runs, blocks = language_model(model), _blocks(model)
+    found: dict[str, tuple[int, int, int]] = {}
+    for path, module in model.named_modules():
+        if "expert" not in path or not path.startswith(blocks) or not path.startswith(runs):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                experts, one, other = parameter.shape
+                turned = getattr(module, "is_transposed", False)  # PEFT asks the same
+                found[f"{path}.{name}"] = (experts, *((one, other) if turned else (other, one)))
     return found
 
 
@@ -112,18 +152,38 @@ def left_out(model: nn.Module) -> list[str]:
         for name, parameter in model.named_parameters()
         if ".lora_" not in name
     }
-    frozen = sum(
-        size for name, size in sizes.items() if ".experts." in name and ".base_layer." not in name
-    )
+    frozen = {n: s for n, s in sizes.items() if ".experts." in n and ".base_layer." not in n}
     if not frozen:
         return []
-    share = frozen / sum(sizes.values())
-    return [f"adapter: the experts stay frozen, {frozen:,} parameters ({share:.0%} of the model)"]
+    count, whole = sum(frozen.values()), sum(sizes.values())
+    fused = any(p.ndim == 3 for name, p in model.named_parameters() if name in frozen)
+    how = "; model.adapter.experts: true adapts them" if fused else ""
+    said = f"{count:,} parameters ({count / whole:.0%} of the model)"
+    return [f"adapter: the experts stay frozen, {said}{how}"]
 
 
-def expected_count(layers: dict[str, tuple[int, int]], rank: int) -> int:
-    """Parameters of the adapters: A [rank, in] and B [out, rank] for every layer."""
-    return sum(rank * (inputs + outputs) for inputs, outputs in layers.values())
+def expected_count(
+    layers: dict[str, tuple[int, int]],
+    rank: int,
+    experts: Optional[dict[str, tuple[int, int, int]]] = None,
+) -> int:
+    """Parameters of the adapters: A [rank, in] and B [out, rank] for every layer, and for each
+    expert of every tensor of `experts`."""
+    fused = (count * (inputs + outputs) for count, inputs, outputs in (experts or {}).values())
+    return rank * (sum(map(sum, layers.values())) + sum(fused))
+
+
+def adapted_tensors(model: Any) -> set[str]:
+    """The names, in the base model, of the tensors that the adapter of `model` changes: a B that is
+    all zeros, as before the first step, changes nothing."""
+    found = set()
+    for path, module in model.named_modules():
+        if "default" not in getattr(module, "lora_B", ()):
+            continue
+        if bool(module.lora_B["default"].weight.any()):
+            plain = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            found.add(f"{plain}.{getattr(module, 'parameter_name', 'weight')}")
+    return found
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -273,7 +333,8 @@ def _restore(model: Any, saved: Path) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer."""
     # GPT-2 and its kin keep linear layers as `Conv1D`, with the weight the other way round.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -294,17 +355,6 @@ def _blocks(model: Any) -> tuple[str, ...]:
     ) or ("\0",)
 
 
-def _no_fused_experts(model: nn.Module) -> None:
-    """Experts that are one parameter [experts, in, out] are no linear layers: `auto` would pass
-    over most of the model without a word."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and "expert" in name:
-            raise ConfigError(
-                f"model.adapter.targets: `auto` cannot adapt {name}, experts in one tensor; name"
-                " the layers to adapt, such as [q_proj, k_proj, v_proj, o_proj]"
-            )
-
-
 def _targets(model: nn.Module, layers: dict[str, Any], adapter: Adapter) -> list[str]:
     """What PEFT is told: ends of names, as people write them, where these match `layers` and no
     others, else their whole names (a vision tower has a `q_proj` as well)."""
@@ -312,6 +362,14 @@ def _targets(model: nn.Module, layers: dict[str, Any], adapter: Adapter) -> list
     ends = tuple(f".{end}" for end in short)
     hits = {name for name, _ in model.named_modules() if name in short or name.endswith(ends)}
     return short if hits == layers.keys() else sorted(layers)
+
+
+def _ending(model: nn.Module, experts: dict[str, Any]) -> list[str]:
+    """The same of tensors of experts: `mlp.experts.down_proj` where this names no others."""
+    short = sorted({".".join(name.split(".")[-3:]) for name in experts})
+    ends = tuple(f".{end}" for end in short)
+    hits = {name for name, _ in model.named_parameters() if name.endswith(ends)}
+    return short if hits == experts.keys() else sorted(experts)
 
 
 def _ends(layers: dict[str, tuple[int, int]]) -> set[str]:

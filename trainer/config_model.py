@@ -42,13 +42,17 @@ class Architecture(Strict):
 class Adapter(Strict):
     """Low-rank adapters beside frozen weights: W x + alpha / rank * B A x, with A [rank, in] and
     B [out, rank] trained (Hu et al. 2021, arXiv 2106.09685). `targets`: names of linear layers, as
-    the ends of their dotted names; `auto` is every projection of attention and MLP."""
+    the ends of their dotted names; `auto` is every projection of attention and MLP. `experts`: also
+    those that are one tensor [experts, in, out], an A and a B for each expert. `quantization`: of
+    the frozen weights of those layers (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
 
     type: Literal["lora"] = "lora"
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0  # on the input of A
     targets: Union[Literal["auto"], tuple[str, ...]] = "auto"
+    experts: bool = False
+    quantization: Literal["none", "nf4"] = "none"
 
     def __post_init__(self) -> None:
         require(
@@ -57,7 +61,11 @@ class Adapter(Strict):
             alpha=(self.alpha > 0, "must be greater than 0"),
             dropout=(0 <= self.dropout < 1, "must be in [0, 1)"),
             targets=(len(self.targets) > 0, "must name at least one layer, or be `auto`"),
-        )
+            experts=(not self.experts or self.dropout == 0,
+                     "needs `dropout: 0`: W + B A is made before the input is known"),
+            quantization=(not self.experts or self.quantization == "none",
+                          "nf4 does not reach experts that are one tensor; leave one of both out"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

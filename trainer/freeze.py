@@ -2,7 +2,8 @@
 
 Names are those of the model without the wrapping of an adapter: what PEFT calls
 `base_model.model.model.norm.weight` is `model.norm.weight`, an adapted weight drops `.base_layer`,
-and the adapter's own are `...up_proj.lora_A.weight` and `...up_proj.lora_B.weight`.
+and the adapter's own are `...up_proj.lora_A.weight` and `...up_proj.lora_B.weight`, those of experts
+`...mlp.experts.down_proj.lora_A.weight`, though PEFT names them after their place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Optional
 from torch import nn
 
 from trainer.config import ConfigError
+from trainer.quantized import elements
 
 
 class StandIn(str):
@@ -59,11 +61,11 @@ def frozen_mask(model: nn.Module) -> dict[str, Any]:
     """What `requires_grad` says, for `frozen_mask.json`: names, numbers and shares of the
     parameters that learn and of those that do not; tied ones count once, under their first name."""
     shared = _names(model)
-    total = sum(parameter.numel() for _, parameter in shared)
+    total = sum(elements(parameter) for _, parameter in shared)
 
     def part(learns: bool) -> dict[str, Any]:
         chosen = [(names, p) for names, p in shared if p.requires_grad is learns]
-        count = sum(parameter.numel() for _, parameter in chosen)
+        count = sum(elements(parameter) for _, parameter in chosen)
         return {
             "names": [names[0] for names, _ in chosen],
             "tensors": len(chosen),
@@ -81,14 +83,27 @@ def _names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Every parameter once, with all the names that it has."""
     names: dict[int, list[str]] = defaultdict(list)
     parameters: dict[int, nn.Parameter] = {}
+    fused = _adapted_parameters(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(_plain(name))
+        at, mark, rest = name.partition(".lora_")
+        of = f".{fused[at]}" if mark and at in fused else ""
+        names[id(parameter)].append(_plain(at + of + mark + rest))
         parameters[id(parameter)] = parameter
     return [(names[key], parameter) for key, parameter in parameters.items()]
 
 
+def _adapted_parameters(model: nn.Module) -> dict[str, str]:
+    """Of the modules that PEFT puts around one parameter of another: the name of that parameter.
+    Where several are adapted they are nested, so that their own names do not tell."""
+    return {
+        path: str(module.parameter_name)
+        for path, module in model.named_modules()
+        if hasattr(module, "parameter_name") and hasattr(module, "lora_A")
+    }
+
+
 def _plain(name: str) -> str:
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = re.sub(r"(?:\.base_layer)+(?=\.)", "", name.removeprefix("base_model.model."))
     return re.sub(r"\.(lora_\w+)\.default\b", r".\1", name)
 
 

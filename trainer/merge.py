@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from trainer import adapters
+from trainer import adapters, quantized
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import ConfigError, Merge
 from trainer.data.corpus import python_reference
@@ -38,8 +38,9 @@ Say = Callable[[str], None]
 def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     """Write the merged model and its tokenizer into `folder`, readable by `from_pretrained`.
     Returns `max_difference` (in memory, fp32), `max_difference_saved` and `adapter_effect` (base
-    against adapter), as shares of the largest logit. Errors: `ConfigError` when the references are
-    no adapter and no full-precision base; `CheckpointError` when the logits differ."""
+    against adapter), as shares of the largest logit, and `merged_tensors`. Errors: `ConfigError` when the references are
+    no adapter and no full-precision base; `CheckpointError` when the logits differ, or other
+    tensors than those of the adapter have changed."""
     source = adapters.fetch(config.adapter)
     if not adapters.is_adapter(source):
         raise ConfigError(
@@ -51,16 +52,17 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     tokens = load_tokenizer(source if has_tokenizer(source) else base)
     prompts = encode_prompts(tokens, config.prompts)
     plain = load_pretrained(base, torch.float32, PLAIN_ATTENTION).eval()
-    without = logits(plain, prompts)
+    without, marks = logits(plain, prompts), _marks(plain)
     adapted = adapters.load(plain, source).eval()
-    before = logits(adapted, prompts)
+    before, wanted = logits(adapted, prompts), adapters.adapted_tensors(adapted)
     merged = adapted.merge_and_unload(safe_merge=True)
     facts = {
+        "merged_tensors": _merged(marks, merged, wanted),
         "adapter_effect": largest_difference(without, before),
         "max_difference": agree(logits(merged, prompts), before, torch.float32, "merged"),
     }
     say(
-        f"merged: logits differ by {facts['max_difference']:.1e} of the largest on {len(prompts)}"
+        f"merged: {len(wanted)} tensors; logits differ by {facts['max_difference']:.1e} of the largest on {len(prompts)}"
         f" texts; the adapter changes them by {facts['adapter_effect']:.1e}"
     )
     written = write_folder(merged.to(dtype), tokens, folder)
@@ -82,7 +84,8 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
 
 
 def refuse_quantised(reference: str) -> None:
-    """Errors: `ConfigError` for a model whose configuration or weights say that it is quantised."""
+    """Errors: `ConfigError` for a model whose configuration or weights say that it is quantised.
+    MXFP4 is widened as it is loaded, without a loss, so that a model in it is a base like others."""
     from transformers import AutoConfig
 
     name = resolve(reference)
@@ -92,10 +95,11 @@ def refuse_quantised(reference: str) -> None:
     except (OSError, ValueError) as error:
         why = adapters.trouble(name, error)
         raise ConfigError(f"cannot read the base model '{reference}': {why}") from error
-    found = getattr(configuration, "quantization_config", None)
+    found = quantized.method(configuration)
+    if found == quantized.MXFP4:
+        return
     if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else None
-        raise ConfigError(f"the base model '{reference}' is quantised ({method or 'yes'}); {hint}")
+        raise ConfigError(f"the base model '{reference}' is quantised ({found}); {hint}")
     for path in sorted(Path(name).glob("*.safetensors")):
         narrow = {n: d for n, d in _dtypes(path).items() if d not in _WHOLE}
         if narrow:
@@ -172,6 +176,28 @@ def publish(hidden: Path, folder: Path) -> None:
         path.replace(folder / path.name)
     hidden.rmdir()
     fsync(folder)
+
+
+def _marks(model: Any) -> dict[str, tuple[float, float]]:
+    """Sum and norm of every parameter, in fp64: enough to see which ones have changed."""
+    return {
+        name: (float(p.sum(dtype=torch.float64)), float(p.norm(dtype=torch.float64)))
+        for name, p in ((name, p.detach()) for name, p in model.named_parameters())
+    }
+
+
+def _merged(before: dict[str, Any], model: Any, wanted: set[str]) -> float:
+    """How many tensors have changed. Errors: `CheckpointError` when they are not those `wanted`, or
+    when the model has other tensors than `before`."""
+    after = _marks(model)
+    changed = {name for name, mark in after.items() if before.get(name) != mark}
+    if changed != wanted or before.keys() != after.keys():
+        first = min((changed ^ wanted) | (before.keys() ^ after.keys()))
+        raise CheckpointError(
+            f"the adapter changes {len(wanted)} tensors, the merge has changed {len(changed)}: they"
+            f" differ in {first}; nothing was written"
+        )
+    return float(len(changed))
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

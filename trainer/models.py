@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from trainer import adapters
+from trainer import adapters, quantized
 from trainer.batch import Batch
 from trainer.checkpoint import resolve
 from trainer.config import Architecture, ConfigError, Model
@@ -92,7 +92,14 @@ def load_model(
     else:
         _refuse_adapter(config.name)
         dtype = torch.float32 if config.adapter is None else runtime.dtype
-        model = load_pretrained(config.name, dtype, attention)
+        known, packed = _load_configuration(config.name), {}
+        if config.adapter is not None and config.adapter.quantization == "nf4":
+            packed = quantized.nf4_options(config.name, known, runtime)
+        elif quantized.method(known) == quantized.MXFP4:
+            say(f"mxfp4: the weights are widened to {dtype}, without a loss".replace("torch.", ""))
+        model = load_pretrained(config.name, dtype, attention, packed)
+        if packed:
+            say(quantized.settle(model))
     _check(model, tokenizer, config.name or "model.architecture")
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
@@ -118,9 +125,14 @@ def load_frozen(reference: str, runtime: Runtime, attention: Sequence[str]) -> n
     return model.to(runtime.device).eval().requires_grad_(False)
 
 
-def load_pretrained(reference: str, dtype: torch.dtype, attention: str | Sequence[str]) -> Any:
-    """A causal language model at a model reference, on the CPU; an adapter comes on its base.
-    `attention`: see `pick_attention`."""
+def load_pretrained(
+    reference: str,
+    dtype: torch.dtype,
+    attention: str | Sequence[str],
+    packed: Optional[dict[str, Any]] = None,
+) -> Any:
+    """A causal language model at a model reference, on the CPU; an adapter comes on its base, which
+    is never quantised for it. `attention`: see `pick_attention`; `packed`: of `nf4_options`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -131,12 +143,15 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str | Sequenc
         except ConfigError as error:
             raise ConfigError(f"the base model of the adapter '{reference}': {error}") from error
         return adapters.load(base, name)
-    kind = pick_attention(_load_configuration(reference), attention)
+    configuration = _load_configuration(reference)
+    kind = pick_attention(configuration, attention)
+    widened = quantized.method(configuration) == quantized.MXFP4
+    options = packed or (quantized.mxfp4_options() if widened else {})
     try:
         model, facts = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=kind, output_loading_info=True
+            name, dtype=dtype, attn_implementation=kind, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         why = adapters.trouble(name, error)
         raise ConfigError(f"cannot load the model '{reference}': {why}") from error
     if missing := sorted(facts["missing_keys"]):  # Transformers draws them at random, and goes on
@@ -144,6 +159,8 @@ def load_pretrained(reference: str, dtype: torch.dtype, attention: str | Sequenc
             f"cannot load the model '{reference}': its files lack {len(missing)} of its tensors,"
             f" such as {missing[0]}; fetch or write them again"
         )
+    if widened:
+        quantized.forget(model)
     return model
 
 
@@ -217,8 +234,8 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters, tied ones once; of packed ones, those that they stand for."""
+    return sum(quantized.elements(parameter) for parameter in model.parameters())
 
 
 def configuration(plan: Model, tokenizer: Any) -> Any:

@@ -55,23 +55,33 @@ def attached(model: Any, adapter: Adapter) -> Any:
     return wrapped.eval()
 
 
+#: Four experts, gate and up in one matrix, and down; of Qwen's, 16 wide.
+WIDE_EXPERTS = 4 * ((HIDDEN + 2 * WIDE) + (WIDE + HIDDEN))
+NARROW_EXPERTS = 4 * ((HIDDEN + 2 * 16) + (16 + HIDDEN))
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = [
-    ("llama", {}, "auto", SEPARATE + MLP),
-    ("mistral", {}, "auto", SEPARATE + MLP),
-    ("qwen3", {}, "auto", SEPARATE + MLP),
-    ("gemma3_text", {}, "auto", SEPARATE + MLP),
-    ("phi3", {}, "auto", FUSED),
-    ("gpt_oss", EXPERTS, ATTENTION, SEPARATE),
+    ("llama", {}, Adapter(), SEPARATE + MLP),
+    ("mistral", {}, Adapter(), SEPARATE + MLP),
+    ("qwen3", {}, Adapter(), SEPARATE + MLP),
+    ("gemma3_text", {}, Adapter(), SEPARATE + MLP),
+    ("phi3", {}, Adapter(), FUSED),
+    ("gpt_oss", EXPERTS, Adapter(), SEPARATE),
+    ("gpt_oss", EXPERTS, Adapter(experts=True), SEPARATE + WIDE_EXPERTS),
+    ("mixtral", EXPERTS, Adapter(experts=True, targets=("q_proj",)), HIDDEN + QUERY + WIDE_EXPERTS),
+    ("qwen3_moe", QWEN, Adapter(targets=ATTENTION), SEPARATE),
+    ("qwen3_moe", QWEN, Adapter(experts=True), SEPARATE + NARROW_EXPERTS),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "extra", "targets", "per_rank"), FAMILIES, ids=[row[0] for row in FAMILIES]
+    ("kind", "extra", "asked", "per_rank"),
+    FAMILIES,
+    ids=[f"{row[0]}{'-experts' * row[2].experts}" for row in FAMILIES],
 )
 def test_the_count_the_files_and_the_merge_of_a_family(
-    kind: str, extra: dict[str, int], targets: Any, per_rank: int, tmp_path: Path
+    kind: str, extra: dict[str, int], asked: Adapter, per_rank: int, tmp_path: Path
 ) -> None:
-    adapter = Adapter(rank=3, alpha=6, targets=targets)
+    adapter = replace(asked, rank=3, alpha=6)
     model = attached(tiny(kind, **extra), adapter)
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert learns == 3 * per_rank * LAYERS
@@ -92,11 +102,12 @@ def test_the_count_the_files_and_the_merge_of_a_family(
 @pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
 def test_experts_that_stay_frozen_are_said_with_their_number(kind: str) -> None:
     model = tiny(kind, **EXPERTS)
-    with pytest.raises(ConfigError, match="experts in one tensor; name the layers"):
-        adapters.target_layers(model, Adapter())
+    ends = {name.rpartition(".")[2] for name in adapters.target_layers(model, Adapter())}
+    assert ends == set(ATTENTION)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    (line,) = adapters.left_out(adapters.attach(model, Adapter(targets=ATTENTION), "base"))
+    (line,) = adapters.left_out(adapters.attach(model, Adapter(), "base"))
     assert f"the experts stay frozen, {experts:,} parameters" in line and experts > 10_000
+    assert line.endswith("; model.adapter.experts: true adapts them")
     assert adapters.left_out(adapters.attach(tiny("llama"), Adapter(), "base")) == []
 
 
