@@ -78,8 +78,27 @@ class Shape:
 
     @property
     def fused_experts(self) -> bool:
-        """Whether experts are tensors of three dimensions, which adapters do not reach."""
+        """Whether experts are tensors of three dimensions: adapters reach them by parameter
+        (`model.adapter.experts`), 4 bits do not."""
         return self.experts > 0
+
+    @property
+    def projections(self) -> dict[str, tuple[int, ...]]:
+        """The linear layers of one block that adapters and 4 bits reach, by their last name:
+        [out, in]."""
+        return {
+            name.split(".")[-2]: size
+            for name, size in self.layer().items()
+            if len(size) == 2 and name.endswith("_proj.weight")
+        }
+
+    @property
+    def expert_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The weights of all experts of one block: [experts, in, out] or [experts, out, in]."""
+        return {
+            name: size for name, size in self.layer().items()
+            if len(size) == 3 and ".experts." in name
+        }  # fmt: skip
 
     def layer(self) -> dict[str, tuple[int, ...]]:
         """Names and dimensions of the parameters of one block; of linear layers [out, in]."""

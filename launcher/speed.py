@@ -92,6 +92,7 @@ def work(config: Any, model: Optional[Shape], teacher: Optional[Shape] = None) -
     calls = model.layers * passes * (2 if config.model.adapter is not None else 1)
     if recomputed:
         flops += forward_flops(model, length, head=False)
+    flops += passes * micro_batches * _expert_sums(model, config.model) / tokens
     if teacher is not None:
         flops += forward_flops(teacher, length)
         elements += _elements(teacher) + 3 * model.vocabulary
@@ -113,11 +114,16 @@ def training_flops(shape: Shape, model: Any, context: float) -> float:
     T tokens (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; `trainer.throughput` says the
     same of a model that is there). An embedding is looked up, unless it is the head too."""
     products = 0.0
+    experts = model.adapter is not None and model.adapter.experts
     for name, weights in _products(shape).items():
         frozen = model.adapter is not None or _frozen(name, shape, model)
+        if experts and ".experts." in name:  # adapters are added to them, and get their gradient
+            frozen = False
         products += (4 if frozen else 6) * weights
     if model.adapter is not None:
-        products += 6 * learned(shape, model)
+        products += (
+            6 * model.adapter.rank * sum(map(sum, _targets(shape, model.adapter))) * (shape.layers)
+        )
     return products + 12.0 * shape.layers * shape.heads * shape.head_dim * context
 
 
@@ -135,8 +141,10 @@ def learned(shape: Shape, model: Any) -> float:
         return float(
             sum(math.prod(d) for n, d in shape.tensors().items() if not _frozen(n, shape, model))
         )
-    adapted = _targets(shape, model.adapter)
-    return float(model.adapter.rank * sum(map(sum, adapted)) * shape.layers)
+    each = sum(map(sum, _targets(shape, model.adapter)))
+    if model.adapter.experts:
+        each += sum(n * (one + other) for n, one, other in shape.expert_tensors.values())
+    return float(model.adapter.rank * each * shape.layers)
 
 
 def efficiency(kind: Kind, task: str, parameters: float, tokens: float) -> Optional[Efficiency]:
@@ -191,6 +199,14 @@ def _adapted(shape: Shape, model: Any) -> float:
     if model.adapter is None:
         return 0.0
     return 3.0 * shape.layers * sum(size[0] for size in _targets(shape, model.adapter))
+
+
+def _expert_sums(shape: Shape, model: Any) -> float:
+    """FLOPs of W + B A for all experts, which PEFT makes once in a pass, however many tokens."""
+    if model.adapter is None or not model.adapter.experts:
+        return 0.0
+    weights = sum(map(math.prod, shape.expert_tensors.values()))
+    return float(2 * model.adapter.rank * weights * shape.layers)
 
 
 def _targets(shape: Shape, adapter: Any) -> list[tuple[int, ...]]:

@@ -38,9 +38,9 @@ Say = Callable[[str], None]
 def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     """Write the merged model and its tokenizer into `folder`, readable by `from_pretrained`.
     Returns `max_difference` (in memory, fp32), `max_difference_saved` and `adapter_effect` (base
-    against adapter), as shares of the largest logit, and `merged_tensors`. Errors: `ConfigError` when the references are
-    no adapter and no full-precision base; `CheckpointError` when the logits differ, or other
-    tensors than those of the adapter have changed."""
+    against adapter), as shares of the largest logit, and `merged_tensors`. Errors: `ConfigError`
+    when the references are no adapter and no full-precision base; `CheckpointError` when the logits
+    differ, or other tensors than those of the adapter have changed."""
     source = adapters.fetch(config.adapter)
     if not adapters.is_adapter(source):
         raise ConfigError(
@@ -62,8 +62,9 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
         "max_difference": agree(logits(merged, prompts), before, torch.float32, "merged"),
     }
     say(
-        f"merged: {len(wanted)} tensors; logits differ by {facts['max_difference']:.1e} of the largest on {len(prompts)}"
-        f" texts; the adapter changes them by {facts['adapter_effect']:.1e}"
+        f"merged: {len(wanted)} tensors; logits differ by {facts['max_difference']:.1e} of the"
+        f" largest on {len(prompts)} texts; the adapter changes them by"
+        f" {facts['adapter_effect']:.1e}"
     )
     written = write_folder(merged.to(dtype), tokens, folder)
     again = load_pretrained(str(written), torch.float32, PLAIN_ATTENTION).eval()
@@ -85,7 +86,7 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
 
 def refuse_quantised(reference: str) -> None:
     """Errors: `ConfigError` for a model whose configuration or weights say that it is quantised.
-    MXFP4 is widened as it is loaded, without a loss, so that a model in it is a base like others."""
+    MXFP4 is widened as it is loaded, without a loss: a model in it is a base like others."""
     from transformers import AutoConfig
 
     name = resolve(reference)

@@ -70,7 +70,7 @@ def settle(model: nn.Module) -> str:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if is_nf4(getattr(module, "weight", None)):
-            count += elements(module.weight)  # type: ignore[arg-type]
+            count += elements(module.weight)
             held += _bytes(module.weight)
     whole = sum(elements(parameter) for parameter in model.parameters())
     return (
@@ -80,8 +80,8 @@ def settle(model: nn.Module) -> str:
 
 
 def mxfp4_options() -> dict[str, Any]:
-    """What `from_pretrained` is told so that MXFP4 experts are widened, which is exact (a value of 4
-    bits times a power of two): no gradient passes their packed form."""
+    """What `from_pretrained` is told so that MXFP4 experts are widened, which is exact (values of 4
+    bits times powers of two): no gradient passes their packed form."""
     from transformers import Mxfp4Config
 
     return {"quantization_config": Mxfp4Config(dequantize=True)}

@@ -265,7 +265,8 @@ def model_type(model: Model) -> str:
     except Exception:
         plain = name.lower().replace("-", "").replace(".", "")
         known = [kind for kind in CONFIG_MAPPING_NAMES if kind.replace("_", "") in plain]
-        return max(known, key=len) if known else "llama"
+        experts = model.adapter is not None and model.adapter.experts
+        return max(known, key=len) if known else "mixtral" if experts else "llama"
 
 
 def tiny(folder: Path, kind: str, tokenizer: str, weights: bool) -> str:

@@ -194,16 +194,17 @@ class _Making:
             )  # fmt: skip
             self.notes.append("model.architecture: 2 layers of width 64")
         elif model.name is not None:
-            changes["name"] = self._reference(model.name)
+            changes["name"] = self._reference(model.name, model)
         return replace(model, **changes)
 
-    def _reference(self, reference: str) -> str:
-        """A tiny model with its tokenizer in the place of one that no stage of the job makes."""
+    def _reference(self, reference: str, of: Optional[Model] = None) -> str:
+        """A tiny model with its tokenizer in the place of one that no stage of the job makes; `of`
+        says what is done with it."""
         if reference.split("@")[0] in self.made:
             return reference
         uri = f"{self.place}/models/{_slug(reference)}"
         if not self._local(uri).exists():
-            kind = model_type(Model(name=reference))
+            kind = model_type(of or Model(name=reference))
             self.notes.append(f"model {reference}: {words(kind)}, at {uri}")
             # A seed of its own: student and teacher are to differ, and every rehearsal to be alike.
             torch.manual_seed(sum(reference.encode()))

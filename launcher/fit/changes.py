@@ -18,8 +18,6 @@ from trainer.config import Adapter, Train
 #: Where a backend's machines are listed; others have no table to choose from.
 CLOUDS = {"vertex": "gcp"}
 _RANK = 16
-#: Experts are one tensor, which no adapter fits, and the trainer refuses to pass over them unasked.
-_ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
 _EMBEDDINGS = "model.embed_tokens.*"
 #: A machine outside the recipe's places counts this many times its price: data, quota and service
 #: accounts are in those places.
@@ -57,7 +55,8 @@ def changes(
 ) -> tuple[Change, ...]:
     """What makes the stage fit, best first. What keeps the training the same: smaller
     micro-batches, gradient checkpointing, or where neither is enough, both. Then what changes it:
-    frozen embeddings, an adapter, each with as few of the former as it needs. Last the accelerator
+    frozen embeddings, an adapter, each with as few of the former as it needs; where none of these
+    helps, an adapter on a base of 4 bits. Last the accelerator
     with more memory that costs least an hour by the table of prices, with as many rows in a step.
     Empty: it fits as it is, nothing is known, or nothing helps. `prefix`: of the keys, such as
     `pipeline.ID.`."""
@@ -65,16 +64,13 @@ def changes(
     if now is None or now.fits is not False:
         return ()
 
-    fused = "model" in shapes and shapes["model"].fused_experts
+    fused = "model" in shapes and shapes["model"].fused_experts  # 4 bits do not reach them
 
     def first(tries: Iterator[_Try]) -> Optional[Change]:
         for tried in tries:
             found = memory(tried.stage, tried.accelerator, nodes, shapes)
             if found is not None and found.fits:
-                given = dict(tried.settings)
-                if fused and "model.adapter.rank" in given:
-                    given["model.adapter.targets"] = _ATTENTION
-                settings = tuple(f"{prefix}{key}={value}" for key, value in given.items())
+                settings = tuple(f"{prefix}{key}={value}" for key, value in tried.settings.items())
                 return Change(" and ".join(tried.what), settings, found, "; ".join(tried.effect))
         return None
 
@@ -84,6 +80,8 @@ def changes(
         same = [first(_both(here))]
     ease = _eased if not any(same) else _plainly
     other = [first(ease(changed)) for step in (_frozen, _adapter) for changed in step(here)]
+    if not any(same) and not any(other) and not fused:
+        other += [first(ease(changed)) for changed in _nf4(here)]
     larger = first(rung for moved in _larger(here, nodes) for rung in _eased(moved))
     return tuple(change for change in (*same, *other, larger) if change is not None)
 
@@ -168,6 +166,21 @@ def _adapter(at: _Try) -> Iterator[_Try]:
     yield at.with_(
         stage, f"an adapter of rank {_RANK}", settings, "only the adapter learns, not the model"
     )
+
+
+def _nf4(at: _Try) -> Iterator[_Try]:
+    """An adapter, the one that is asked for or another, on a base of 4 bits."""
+    model = at.stage.model
+    for made in [at] if model is not None and model.adapter is not None else _adapter(at):
+        asked = made.stage.model
+        if at.stage.stage not in TRAINING or asked is None or asked.adapter is None:
+            continue
+        if asked.adapter.quantization == "nf4" or asked.adapter.experts:
+            continue
+        packed = replace(asked.adapter, quantization="nf4")
+        stage = replace(made.stage, model=replace(asked, adapter=packed))
+        settings = {"model.adapter.quantization": "nf4"}
+        yield made.with_(stage, "a base of 4 bits", settings, "the base is rounded to 4 bits")
 
 
 def _larger(at: _Try, nodes: int) -> list[_Try]:

@@ -69,7 +69,7 @@ def checkpoint_bytes(stage: Stage, shapes: Shapes) -> Optional[float]:
         return None
     model, shape = stage.model, shapes["model"]
     step = Step(shape, 1, 1, True, False, False, False, _learns(model, shape),
-                *_adapter(model, shape))  # fmt: skip
+                *_adapter(model, shape), experts=_experts(model))  # fmt: skip
     weights = step.adapted if model.adapter is not None else shape.parameters
     return 4.0 * weights + 8.0 * step.trained
 
@@ -96,6 +96,8 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
         learns=_learns(model, shape),
         rank=rank,
         targets=targets,
+        experts=_experts(model),
+        nf4=model.adapter is not None and model.adapter.quantization == "nf4",
         # `auto` may end with single rows that add up; what a teacher says of all is kept anyway.
         accumulate=max(1, (train.global_batch or 1) // workers) if automatic else train.accumulate,
         workers=workers,
@@ -131,12 +133,16 @@ def _learns(model: Model, shape: Shape) -> dict[str, tuple[int, ...]]:
 def _adapter(model: Model, shape: Shape) -> tuple[int, tuple[str, ...]]:
     if model.adapter is None:
         return 0, ()
-    there = {name.split(".")[-2] for name in shape.layer() if name.endswith("_proj.weight")}
+    there = shape.projections
     wanted = model.adapter.targets
     if wanted == "auto":
         return model.adapter.rank, tuple(name for name in _PROJECTIONS if name in there)
     ends = {target.rpartition(".")[2] for target in wanted}
     return model.adapter.rank, tuple(n for n in _PROJECTIONS if n in ends and n in there)
+
+
+def _experts(model: Model) -> bool:
+    return model.adapter is not None and model.adapter.experts
 
 
 def _notes(stage: Stage, step: Step) -> list[str]:

@@ -29,8 +29,9 @@ class Step:
     """What of a stage decides its memory. `half`: 16-bit autocast (or an adapter's 16-bit base);
     `masked`: packed rows through SDPA or eager attention, which need a mask; `learns`: the
     dimensions of the parameters that are trained, by name, without an adapter's; `targets`: the
-    linear layers of a block that have an adapter of `rank` (0: none); `heads`: passes through the
-    head whose gradients are held at once; `dense`: one of them compares with another's logits."""
+    linear layers of a block that have an adapter of `rank` (0: none); `experts`: fused ones have
+    one too; `nf4`: the linear layers of the blocks are 4 bits; `heads`: passes through the head
+    whose gradients are held at once; `dense`: one of them compares with another's logits."""
 
     shape: Shape
     rows: int
@@ -42,6 +43,8 @@ class Step:
     learns: Mapping[str, tuple[int, ...]]
     rank: int = 0
     targets: tuple[str, ...] = ()
+    experts: bool = False
+    nf4: bool = False
     accumulate: int = 1
     workers: int = 1
     heads: int = 1
@@ -62,8 +65,19 @@ class Step:
     @property
     def adapted(self) -> int:
         """Parameters of the adapters."""
-        sizes = _linear(self.shape)
-        return self.shape.layers * sum(self.rank * sum(sizes[name]) for name in self.targets)
+        sizes = self.shape.projections
+        each = sum(sum(sizes[name]) for name in self.targets)
+        if self.experts:  # an A and a B for each expert
+            each += sum(n * (one + other) for n, one, other in self.shape.expert_tensors.values())
+        return self.shape.layers * self.rank * each
+
+    @property
+    def widened(self) -> float:
+        """Bytes of the weights of one block's experts with their adapters added: PEFT makes them
+        whole in each pass, and the backward pass needs them."""
+        if not self.experts:
+            return 0.0
+        return self.base_bytes * sum(map(math.prod, self.shape.expert_tensors.values()))
 
     @property
     def trained(self) -> int:
@@ -160,6 +174,8 @@ def _held(step: Step) -> list[Part]:
     size = step.base_bytes
     why = "fp32" if size == 4 else "16 bits: an adapter's base"
     parts = [_product("weights", shape.parameters, size, f"parameters x {size} bytes ({why})")]
+    if step.nf4:
+        parts = [_packed(shape, size)]
     if step.rank:
         parts.append(_product("adapter", step.adapted, 4, "parameters x 4 bytes (fp32)"))
     parts.append(_product("optimizer", trained, 8, "parameters x 8 bytes (AdamW's moments, fp32)"))
@@ -182,25 +198,31 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     kept, copies = _kept(step), _copies(step)
     backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
     gradients = _gradients(step)
-    yield "the loss", [kept, *copies, *_tail(step), *_loss(step)]
+    widened = _widened(step)
+    of_all = [] if step.checkpointing else widened
+    yield "the loss", [kept, *copies, *of_all, *_tail(step), *_loss(step)]
     if step.rank and not step.checkpointing:
         hidden, inner = step.shape.hidden, step.shape.intermediate
         size = step.tokens * (8.5 * hidden + 6.5 * inner) * step.wide / 2
-        yield "the forward pass", [kept, *copies, Part("forward pass", size, "of the last block")]
+        last = Part("forward pass", size, "of the last block")
+        yield "the forward pass", [kept, *copies, *of_all, last]
     if step.checkpointing:
         again = Part(
             "activations of one block",
             step.tokens * (layer_activations(step) - _between(step)),
             f"computed again: {count(step.tokens)} tokens x {layer_activations(step):,.0f} bytes",
         )
-        one = [Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in copies]
+        one = [
+            Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in (*copies, *widened)
+        ]
         head = _head_gradients(step)
         yield "the last block's backward pass", [kept, again, *one, head, backward]
         rest = Part(kept.name, kept.bytes / layers, "the first block's input")
         most = _without(step, gradients, "model.layers.0.")
         yield "the first block's backward pass", [rest, again, *one, most, backward]
     else:
-        yield "the last block's backward pass", [kept, *copies, _head_gradients(step), backward]
+        head = _head_gradients(step)
+        yield "the last block's backward pass", [kept, *copies, *widened, head, backward]
     yield "the end of the backward pass", [gradients, *_embedding(step)]
     if step.workers > 1:
         flat = min(BUCKET, gradients.bytes or step.trained * 4)
@@ -247,6 +269,12 @@ def _copies(step: Step) -> list[Part]:
     return [_product("16-bit copies", shape.layers * block, 2, "weights of blocks x 2 bytes")]
 
 
+def _widened(step: Step) -> list[Part]:
+    """Experts with their adapters added, of all blocks."""
+    size = step.shape.layers * step.widened
+    return [Part("experts with adapters", size, "W + B A, whole")] if size else []
+
+
 def _loss(step: Step) -> list[Part]:
     """The loss in its forward pass, which sums the gradients."""
     shape = step.shape
@@ -281,7 +309,10 @@ def _working(step: Step) -> float:
         each = 8.0 * hidden + 4.0 * inner
         if step.checkpointing:
             each = 8.3 * hidden + 6.5 * inner
-        return step.tokens * each * step.wide / 2
+        whole = step.widened  # the gradient of W + B A, from which those of B and A follow
+        if step.nf4:  # a matrix as the product has it
+            whole += step.wide * max(map(math.prod, step.shape.projections.values()))
+        return step.tokens * each * step.wide / 2 + whole
     grows = 10 * matrix if step.checkpointing else 2 * matrix
     return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows
 
@@ -321,19 +352,24 @@ def _embedding(step: Step) -> list[Part]:
     return [_product("gradient of the embedding", table, 4, "parameters x 4 bytes"), stream]
 
 
-def _linear(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """The linear layers of one block by their last name: [out, in]."""
-    return {
-        name.split(".")[-2]: size
-        for name, size in shape.layer().items()
-        if len(size) == 2 and name.endswith("_proj.weight")
-    }
+def _packed(shape: Shape, size: int) -> Part:
+    """A base in NF4 (Dettmers et al. 2023): half a byte for a weight, one for the scale of 64, and
+    for 256 of these 4 bytes, and 4 for their mean; what is not among `projections` is as it was."""
+    held, inside = 0, 0
+    for matrix in map(math.prod, shape.projections.values()):
+        scales = -(-matrix // 64)
+        held += -(-matrix // 2) + scales + 4 * -(-scales // 256) + 4
+        inside += matrix
+    held, inside = held * shape.layers, inside * shape.layers
+    rest = shape.parameters - inside
+    how = f"{count(inside)} parameters x {held / max(inside, 1):.3f} bytes (nf4), {count(rest)}"
+    return Part("weights", held + rest * size, f"{how} x {size} bytes")
 
 
 def _adapter_input(step: Step, name: str) -> float:
     """Under autocast each A keeps a copy of its input. In fp32 there is none: q, k and v share
     one input, gate and up another, and that of o is attention's result, counted there."""
-    size = _linear(step.shape)[name][1]
+    size = step.shape.projections[name][1]
     if step.half:
         return 2 * size
     return 4 * size if name in ("q_proj", "gate_proj", "down_proj") else 0

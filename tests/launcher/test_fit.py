@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher import fit, hardware, recipe, shapes
+from launcher import fit, hardware, recipe, shapes, speed
 from launcher.fit.parts import usable
 from launcher.spec import Hardware, Stage, Vertex
 from trainer.config import (
@@ -209,15 +209,75 @@ def test_each_change_is_one_setting_that_gives_the_memory_it_says() -> None:
         assert found.fits
 
 
-def test_an_adapter_beside_experts_names_the_layers_that_it_can_adapt() -> None:
-    """The trainer refuses `targets: auto` there (trainer/adapters.py)."""
+def test_an_adapter_beside_experts_is_of_attention_alone() -> None:
+    """`targets: auto` reaches no experts (trainer/adapters.py)."""
     stage = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True)
     found = fit.changes(stage, H100, 1, shapes.of_stage(stage, (stage,), Path()))
     settings = next(c.settings for c in found if "model.adapter.rank=16" in c.settings)
-    assert "model.adapter.targets=[q_proj, k_proj, v_proj, o_proj]" in settings
-    layers = Adapter(rank=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-    named = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True, adapter=layers)
-    assert of(named).bytes == next(c.memory.bytes for c in found if c.settings == settings)
+    assert not any("targets" in setting or "nf4" in setting for setting in settings)
+    auto = sft("openai/gpt-oss-20b", rows=1, gradient_checkpointing=True, adapter=Adapter(rank=16))
+    assert of(auto).bytes == next(c.memory.bytes for c in found if c.settings == settings)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "count"),
+    [(Adapter(rank=64), 31_850_496), (Adapter(rank=64, experts=True), 739_639_296)],
+)
+def test_the_adapters_of_gpt_oss_20b_are_counted_as_the_trainer_does(
+    adapter: Adapter, count: int
+) -> None:
+    stage = sft("openai/gpt-oss-20b", rows=1, adapter=adapter, gradient_checkpointing=True)
+    memory = of(stage)
+    assert parts(memory)["adapter"] == 4 * count and parts(memory)["optimizer"] == 8 * count
+    known = shapes.of_stage(stage, (stage,), Path())
+    assert fit.checkpoint_bytes(stage, known) == 12 * count
+    assert stage.model is not None
+    assert speed.learned(known["model"], stage.model) == count
+    # W + B A of one block's 32 experts, in 16 bits, and its gradient.
+    whole = 2 * 32 * 3 * 2880 * 2880
+    name = "experts with adapters"
+    assert parts(memory).get(name, 0) == (whole if adapter.experts else 0)
+    plain = of(replace(stage, model=replace(stage.model, gradient_checkpointing=False)))
+    assert parts(plain).get(name, 0) == (24 * whole if adapter.experts else 0)
+
+
+def test_a_base_of_4_bits_is_counted_to_the_byte(tmp_path: Path) -> None:
+    from tests.trainer.test_adapters_families import tiny
+    from tests.trainer.test_qlora import NF4, SIZE, loaded
+    from trainer import quantized
+    from trainer.data.tokenizer import byte_tokenizer
+
+    tiny("llama", **SIZE).save_pretrained(tmp_path)
+    byte_tokenizer(tmp_path)
+    model = loaded(str(tmp_path), str(tmp_path))
+    held = sum(
+        quantized._bytes(p) if quantized.is_nf4(p) else p.nbytes
+        for name, p in model.named_parameters() if ".lora_" not in name
+    )  # fmt: skip
+    stage = sft(str(tmp_path), adapter=NF4, precision="fp32")
+    assert parts(of(stage))["weights"] == held
+    assert parts(of(stage))["adapter"] == 4 * sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_an_8b_on_4_bits_fits_where_an_adapter_alone_does_not() -> None:
+    t4 = hardware.parse("T4")
+    stage = replace(sft(EIGHT_B, rows=1, length=1024), hardware=Hardware(accelerator="T4:1"))
+    (change,) = changes_of(stage)
+    assert change.settings == ("model.adapter.rank=16", "model.adapter.quantization=nf4")
+    assert "4 bits" in change.what and "rounded to 4 bits" in change.effect
+    # 6.98 G weights in blocks at 0.516 bytes, 1.05 G of embedding and head at 2.
+    assert parts(change.memory)["weights"] == pytest.approx(
+        0.5159 * 6.979e9 + 2 * 1.051e9, rel=1e-3
+    )
+    assert not of(sft(EIGHT_B, rows=1, length=1024, gradient_checkpointing=True,
+                      adapter=Adapter()), t4).fits  # fmt: skip
+    own = replace(
+        sft(EIGHT_B, rows=1, length=1024, adapter=Adapter(rank=8)), hardware=stage.hardware
+    )
+    (change,) = changes_of(own)
+    assert change.settings[0] == "model.adapter.quantization=nf4"
 
 
 def test_the_largest_micro_batch_that_fits_keeps_the_global_batch() -> None:

@@ -174,7 +174,12 @@ def packed(tokenizer: str, tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]
         wanted[name] = wide.flatten(2).transpose(1, 2)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    kept = [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ]
     said = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
     return str(folder), wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -164,7 +165,7 @@ def test_gradient_checkpointing_and_bf16(
     half = replace(qlora, model=replace(qlora.model, precision="bf16"))
     outcome = run_stage(in_folder(half, tmp_path / "half"))
     assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.float32}
-    assert outcome.evaluation["val_loss"] == outcome.evaluation["val_loss"]
+    assert math.isfinite(outcome.evaluation["val_loss"])
 
 
 def test_an_adapter_of_nf4_is_merged_into_the_full_model(
