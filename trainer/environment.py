@@ -47,6 +47,12 @@ DIRECT: Mapping[str, tuple[int, ...]] = {
     "google-cloud-storage": (3, 17),
     "google-cloud-secret-manager": (2, 32),
 }
+#: What only some jobs need (`asked`): the extra `quantize`.
+ASKED: Mapping[str, tuple[int, ...]] = {
+    "torchao": (0, 15),
+    "bitsandbytes": (0, 48),
+    "gguf": (0, 17),
+}
 _GPU_ONLY = ("nvidia-ml-py",)
 _LOCKS = Path(__file__).parent / "locks"
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;]+)")
@@ -88,13 +94,17 @@ class Pin:
 
 
 def ensure(
-    folder: Path, wheels: list[dict[str, Any]], say: Say, packages: bool = True
+    folder: Path,
+    wheels: list[dict[str, Any]],
+    say: Say,
+    packages: bool = True,
+    beside: Iterable[str] = (),
 ) -> list[str]:
     """Make this interpreter able to run the trainer. What is missing is installed below `folder`,
-    never into the environment itself (without `packages` it is not looked for); `wheels` (`name`,
-    `url`, `sha256`) after that, one folder each. Returns the folders to put first on PYTHONPATH,
-    best first; they are first on this process's path already. A wheel that fails costs a warning,
-    through `say`. Errors: `Unfit`."""
+    never into the environment itself (without `packages` it is not looked for), `beside` (of
+    `ASKED`) too; `wheels` (`name`, `url`, `sha256`) after that, one folder each. Returns the
+    folders to put first on PYTHONPATH, best first; they are first on this process's path already. A
+    wheel that fails costs a warning, through `say`. Errors: `Unfit`."""
     torch, cuda = torch_found()
     say(f"environment: Python {_python()}, torch {torch}, CUDA {cuda or 'none'}")
     pins = lock("cuda" if cuda else "cpu")
@@ -104,6 +114,12 @@ def ensure(
         say(f"environment: {'; '.join(short)}: installing {len(wanted)} packages")
         paths.append(str(_packages(wanted, folder)))
         _first([paths[0]])
+    chosen = {name: ASKED[name] for name in beside}
+    if packages and (short := _short(chosen)):
+        say(f"environment: {'; '.join(short)}: the job asks for it, installing")
+        wanted = [pin for pin in lock("asked") if pin.name in chosen]
+        paths.insert(0, str(_packages(wanted, folder, "asked")))
+        _first(paths[:1])
     for wheel in wheels:
         added = _wheel(wheel, folder, paths, pins, say)
         paths = added + paths
@@ -130,12 +146,24 @@ def torch_found() -> tuple[str, str | None]:
     return found, facts.get("cuda")
 
 
+def asked(job: Mapping[str, Any]) -> set[str]:
+    """What of `ASKED` the stages of a job (as JSON has it) need."""
+    found = set()
+    for stage in job.get("stages") or ():
+        adapter = (stage.get("model") or {}).get("adapter") or {}
+        if adapter.get("quantization") == "nf4":
+            found.add("bitsandbytes")
+    return found
+
+
 def lacking(gpu: bool) -> list[str]:
     """What of `DIRECT` is missing here or too old, each in a few words."""
+    return _short({name: DIRECT[name] for name in DIRECT if gpu or name not in _GPU_ONLY})
+
+
+def _short(needed: Mapping[str, tuple[int, ...]]) -> list[str]:
     short = []
-    for name, least in DIRECT.items():
-        if name in _GPU_ONLY and not gpu:
-            continue
+    for name, least in needed.items():
         found = _installed(name)
         if found is None:
             short.append(f"{name} is missing")
@@ -159,7 +187,7 @@ def lock(name: str) -> list[Pin]:
     return pins
 
 
-def _packages(pins: list[Pin], folder: Path) -> Path:
+def _packages(pins: list[Pin], folder: Path, name: str = "packages") -> Path:
     """`pins`, whole, in a folder of their own. The whole lock and not only what is missing: its
     versions were tested together, next to the image's they were not."""
     if _python() not in PYTHONS:
@@ -167,7 +195,7 @@ def _packages(pins: list[Pin], folder: Path) -> Path:
             f"packages are missing, and are pinned for Python {', '.join(PYTHONS)} only, not "
             f"{_python()}; use an image that has them (docker/Dockerfile builds one)"
         )
-    target, staging = folder / "packages", folder / ".packages"
+    target, staging = folder / name, folder / f".{name}"
     if target.is_dir():  # a boot before this one: the rename below was its last word
         return target
     if failed := _install(pins, staging):

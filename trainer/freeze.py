@@ -2,8 +2,8 @@
 
 Names are those of the model without the wrapping of an adapter: what PEFT calls
 `base_model.model.model.norm.weight` is `model.norm.weight`, an adapted weight drops `.base_layer`,
-and the adapter's own are `...up_proj.lora_A.weight` and `...up_proj.lora_B.weight`; those of experts
-are `...mlp.experts.down_proj.lora_A.weight`, which PEFT names by how its modules are nested.
+and the adapter's own are `...up_proj.lora_A.weight` and `...up_proj.lora_B.weight`; so are those of
+experts, `...mlp.experts.down_proj.lora_A.weight`, which PEFT names by how its modules are nested.
 """
 
 from __future__ import annotations

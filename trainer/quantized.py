@@ -9,6 +9,7 @@ the arithmetic and is imported on use.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any, Optional
 
 import torch
@@ -20,6 +21,8 @@ from trainer.config import ConfigError
 #: What Transformers calls the format of gpt-oss's experts.
 MXFP4 = "mxfp4"
 _KEY = "model.adapter.quantization"
+# It warns, once imported, of a kernel for inference on CPUs that training does not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def method(configuration: Any) -> Optional[str]:

@@ -36,7 +36,7 @@ from trainer.boot import (
     write_json,
 )
 from trainer.cluster import ClusterError, Node, vertex_node
-from trainer.environment import Unfit, ensure
+from trainer.environment import Unfit, asked, ensure
 from trainer.store import Store, StoreError, Transient, open_store
 
 #: Seconds, at least, for what is left when the workers have taken the whole grace to leave.
@@ -190,8 +190,9 @@ class _Job:
         if self.paths is not None or not (packages or wheels):
             return
         try:
+            beside = asked(self.spec.job)
             self.paths = self._unless_asked(
-                lambda: ensure(folder, wheels, lambda line: say(self.spec, line), packages)
+                lambda: ensure(folder, wheels, lambda line: say(self.spec, line), packages, beside)
             )
         except Unfit as error:
             raise BootError(error.code, str(error)) from error

@@ -152,6 +152,10 @@ def _notes(stage: Stage, step: Step) -> list[str]:
         notes.append("micro_batch auto: counted as one row, the least; the job tries for more")
     if step.masked and not step.eager:
         notes.append("attention through SDPA with a mask; with flash-attn it takes less")
+    if step.nf4 and step.shape.fused_experts:
+        notes.append("the job will refuse nf4: it does not reach experts that are one tensor")
+    if step.experts and not step.shape.fused_experts:
+        notes.append("the job will refuse model.adapter.experts: this model has no experts")
     if step.shape.experts:
         notes.append("experts are counted roughly: each token's, with no room for uneven routing")
     if step.eager:

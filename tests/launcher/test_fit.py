@@ -241,6 +241,18 @@ def test_the_adapters_of_gpt_oss_20b_are_counted_as_the_trainer_does(
     assert parts(plain).get(name, 0) == (24 * whole if adapter.experts else 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "adapter", "said"),
+    [
+        ("openai/gpt-oss-20b", Adapter(quantization="nf4"), "the job will refuse nf4"),
+        (ONE_B, Adapter(experts=True), "the job will refuse model.adapter.experts"),
+    ],
+)
+def test_what_the_job_will_refuse_is_said_before(name: str, adapter: Adapter, said: str) -> None:
+    assert any(said in note for note in of(sft(name, rows=1, adapter=adapter)).notes)
+    assert not any("refuse" in note for note in of(sft(name, rows=1, adapter=Adapter())).notes)
+
+
 def test_a_base_of_4_bits_is_counted_to_the_byte(tmp_path: Path) -> None:
     from tests.trainer.test_adapters_families import tiny
     from tests.trainer.test_qlora import NF4, SIZE, loaded

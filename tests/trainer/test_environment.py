@@ -54,6 +54,7 @@ def pinned(
     folder.mkdir()
     (folder / "cpu.txt").write_text("".join(lines))
     (folder / "cuda.txt").write_text("-r cpu.txt\n")
+    (folder / "asked.txt").write_text("".join(lines))
     monkeypatch.setattr(environment, "_LOCKS", folder)
     monkeypatch.setattr(environment, "DIRECT", direct)
 
@@ -92,6 +93,26 @@ def test_what_is_missing_is_installed_beside_the_environment_by_its_hash(
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setattr(sys, "path", sys.path[1:])
     assert ensure(tmp_path / "made", [], said.append) == [path]
+
+
+def test_what_only_this_job_needs_is_installed_beside(
+    tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = {"type": "lora", "quantization": "nf4"}
+    job = {"stages": [{"id": "a", "model": None}, {"id": "b", "model": {"adapter": adapter}}]}
+    assert environment.asked(job) == {"bitsandbytes"} <= set(environment.ASKED)
+    plain = {"stages": [{"model": {"adapter": {"quantization": "none"}}}, {"model": {}}]}
+    assert environment.asked(plain) == environment.asked({}) == set()
+    wheel, other = build(offline, "rare-one", "2.1"), build(offline, "rare-two", "1.0")
+    pinned(tmp_path, monkeypatch, wheel, other)
+    monkeypatch.setattr(environment, "ASKED", {"rare-one": (2,), "rare-two": (1,)})
+    said: list[str] = []
+    assert ensure(tmp_path / "made", [], said.append) == []
+    (path,) = ensure(tmp_path / "made", [], said.append, beside={"rare-one"})
+    assert path == str(tmp_path / "made" / "asked") == sys.path[0]
+    assert [one.name for one in Path(path).glob("*.py")] == ["rare_one.py"]
+    assert "rare-one is missing: the job asks for it" in said[-1]
+    assert ensure(tmp_path / "made", [], said.append, beside={"rare-one"}) == []  # it is there
 
 
 def test_an_older_version_than_the_trainer_needs_is_replaced(
@@ -293,9 +314,14 @@ def test_what_the_trainer_needs_is_what_the_package_declares() -> None:
     expected = set(declared) - only_of_the_launcher - checked_apart
     assert {name: declared[name] for name in expected} == dict(DIRECT)
     assert declared["torch"] == environment.TORCH[0]
+    texts = extras["optional-dependencies"]["quantize"]
+    asked = {(one := Requirement(text)).name: one for text in texts}
+    for name, least in environment.ASKED.items():
+        assert str(asked.pop(name).specifier) == ">=" + ".".join(map(str, least))
+    assert not asked
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "asked"])
 def test_the_locks_hold_what_is_tested_with_hashes_for_every_python(name: str) -> None:
     text = (ROOT / "trainer" / "locks" / f"{name}.txt").read_text()
     tested = {}
@@ -305,9 +331,9 @@ def test_the_locks_hold_what_is_tested_with_hashes_for_every_python(name: str) -
             tested.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     pins = lock(name)
     found = {pin.name: pin.version for pin in pins}
-    assert len(found) == len(pins) > 50
+    assert len(found) == len(pins) > (2 if name == "asked" else 50)
     for version in environment.PYTHONS:
-        assert f'python_version == "{version}"' in text or name == "cuda"
+        assert f'python_version == "{version}"' in text or name in ("cuda", "asked")
     for pin in pins:
         assert " --hash=sha256:" in pin.text
         marked = [
@@ -315,7 +341,8 @@ def test_the_locks_hold_what_is_tested_with_hashes_for_every_python(name: str) -
             if one.marker is None or one.marker.evaluate()
         ]  # fmt: skip
         assert [str(one.specifier) for one in marked] == [f"=={pin.version}"]
-    missing = set(DIRECT) - set(found) - (set(environment._GPU_ONLY) if name == "cpu" else set())
+    wanted = set(environment.ASKED if name == "asked" else DIRECT)
+    missing = wanted - set(found) - (set(environment._GPU_ONLY) if name == "cpu" else set())
     assert not missing
     theirs = {"torch", "triton", "nvidia-cublas", "sympy", "networkx", "jinja2"}
     assert not theirs & set(found)
