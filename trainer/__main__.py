@@ -73,10 +73,11 @@ def run(job: Job) -> int:
     copies.use(job.copies)
     from transformers.utils import logging
 
-    from trainer import interrupts, runtime, stages
+    from trainer import interrupts, quantized, runtime, stages
     from trainer.context import stop_asked
 
     logging.disable_progress_bar()  # a log is read as lines
+    quantized.check_library(job.stages)
     made = {config.output for config in job.stages}
     with interrupts.listening() as signalled, runtime.start() as process:
         for config in job.stages:

@@ -10,19 +10,32 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from trainer import adapters
-from trainer.config import ConfigError
+from trainer.config import ConfigError, StageConfig
 
 #: What Transformers calls the format of gpt-oss's experts.
 MXFP4 = "mxfp4"
 _KEY = "model.adapter.quantization"
 # It warns, once imported, of a kernel for inference on CPUs that training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def check_library(stages: Iterable[StageConfig]) -> None:
+    """Errors: `ConfigError` when a stage asks for NF4 and bitsandbytes is not installed: said before
+    the stages ahead of it have cost anything."""
+    for stage in stages:
+        adapter = stage.model.adapter if stage.model is not None else None
+        if adapter is None or adapter.quantization != "nf4":
+            continue
+        if importlib.util.find_spec("bitsandbytes") is None:
+            fix = 'pip install "launch-llm[quantize]"'
+            raise ConfigError(f"stage {stage.id}: {_KEY}: nf4 needs bitsandbytes: {fix}")
 
 
 def method(configuration: Any) -> Optional[str]:
@@ -36,10 +49,8 @@ def method(configuration: Any) -> Optional[str]:
 
 def nf4_options(reference: str, configuration: Any, runtime: Any) -> dict[str, Any]:
     """What `from_pretrained` is told so that the model at `reference` comes with its base in NF4,
-    on the runtime's device. Errors: `ConfigError` without bitsandbytes, for a model that is
-    quantised already, and for one whose experts are one tensor, which bitsandbytes passes over."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f'{_KEY}: nf4 needs bitsandbytes: pip install "launch-llm[quantize]"')
+    on the runtime's device. Errors: `ConfigError` for a model that is quantised already, and for
+    one whose experts are one tensor, which bitsandbytes passes over."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     known = method(configuration)

@@ -81,6 +81,23 @@ def test_the_flops_are_those_that_the_trainer_counts(model: Model, shape: shapes
     assert speed.learned(shape, model) == learns
 
 
+def test_adapters_of_experts_cost_their_gradient_and_a_sum_in_each_pass() -> None:
+    shape = shapes.of_reference("openai/gpt-oss-20b", Path())
+    assert shape is not None
+    attention = Model(name="a/b", adapter=Adapter(rank=8))
+    experts = Model(name="a/b", adapter=Adapter(rank=8, experts=True))
+    weights = 24 * 3 * 2880 * 2880  # of one expert, in all blocks
+    more = speed.training_flops(shape, experts, 64) - speed.training_flops(shape, attention, 64)
+    assert more == 2 * 4 * weights  # 6 a weight instead of 4, of the four that a token meets
+
+    def in_a_step(model: Model) -> float:
+        return speed.work(stage(model=model), shape).flops
+
+    whole, tokens = stage(model=experts), speed.work(stage(model=experts), shape).tokens
+    sums = 3 * whole.train.accumulate * 2 * 8 * 32 * weights
+    assert in_a_step(experts) - in_a_step(attention) == pytest.approx(more * tokens + sums)
+
+
 def test_checkpointing_adds_a_forward_pass_of_the_blocks() -> None:
     plain, recomputed = flops(Model(name="a/b")), flops(Model("a/b", gradient_checkpointing=True))
     assert recomputed - plain == speed.forward_flops(SMALL, 128, head=False)

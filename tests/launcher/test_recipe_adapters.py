@@ -33,6 +33,9 @@ def test_targets_are_a_word_or_a_list(at: Path, written: str, read: object) -> N
         ("rank: 8", "targets: []", "model.adapter.targets: must name at least one layer"),
         ("rank: 8", "type: dora", "'dora' is not allowed; did you mean 'lora'"),
         ("name: org/model", "init: random, name: a/b", "model.adapter: needs `init: pretrained`"),
+        ("rank: 8", "experts: true, dropout: 0.1", "model.adapter.experts: needs `dropout: 0`"),
+        ("rank: 8", "experts: true, quantization: nf4", "quantization: nf4 does not reach experts"),
+        ("rank: 8", "quantization: nf8", "'nf8' is not allowed; did you mean 'nf4'"),
         ("adapter: {rank: 8}", "freeze: lm_head", "model.freeze: expected a list, got 'lm_head'"),
     ],
 )

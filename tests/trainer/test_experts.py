@@ -119,6 +119,15 @@ def test_experts_merge_export_and_reload(trained: Any, run_stage: Run, tmp_path:
         assert float((a - b).abs().max()) < 1e-6
 
 
+def test_experts_learn_in_fp32_on_a_bf16_base(trained: Any, run_stage: Run, tmp_path: Path) -> None:
+    config, _ = trained
+    half = replace(config, model=replace(config.model, precision="bf16"))
+    run_stage(in_folder(half, tmp_path / "half", steps=2))
+    stored = load_file(Path(resolve(str(tmp_path / "half"))) / adapters.WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert all(t.any() for name, t in stored.items() if ".experts." in name)
+
+
 def test_a_merge_that_misses_a_tensor_is_seen() -> None:
     before = {"a.weight": (1.0, 2.0), "b.weight": (1.0, 2.0)}
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False)})

@@ -14,11 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.conftest import in_folder
+from tests.trainer.conftest import in_folder, torchrun
 from tests.trainer.test_adapters_families import EXPERTS, tiny
 from trainer import adapters, quantized
+from trainer.__main__ import main
 from trainer.checkpoint import resolve
-from trainer.config import Adapter, ConfigError, Evaluate, Merge, Model, StageConfig
+from trainer.config import (
+    Adapter,
+    ConfigError,
+    Evaluate,
+    Job,
+    Merge,
+    Model,
+    StageConfig,
+    to_dict,
+)
+from trainer.merge import logits
 from trainer.models import load_model, load_pretrained, load_tokenizer, parameter_count
 from trainer.runtime import Runtime
 
@@ -74,6 +85,16 @@ def test_the_layers_that_an_adapter_reaches_are_4_bits_and_nothing_else(
     assert parameter_count(model) == parameter_count(full) + sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def test_an_evaluation_computes_what_training_does(base: str, tokenizer: str) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes would round an evaluated layer's scales, for good."""
+    model = load_model(
+        Model(name=base, adapter=replace(NF4, dropout=0.0)), load_tokenizer(tokenizer), CPU, 0
+    )
+    prompts = [torch.arange(2, 34).view(1, -1)]
+    (trained,), (evaluated,) = logits(model.train(), prompts), logits(model.eval(), prompts)
+    assert torch.equal(trained, evaluated)
 
 
 def test_a_block_of_64_shares_a_scale_that_is_quantised_again(base: str, tokenizer: str) -> None:
@@ -199,9 +220,31 @@ def test_experts_in_one_tensor_are_refused_with_their_number(
         loaded(str(tmp_path), tokenizer)
 
 
-def test_without_bitsandbytes_the_extra_is_named(
-    base: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_bitsandbytes_the_job_ends_before_its_first_stage(
+    stage: StageConfig, qlora: StageConfig, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r'nf4 needs bitsandbytes: pip install "launch-llm\[quan'):
-        loaded(base, tokenizer)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(to_dict(Job(run="r", stages=(stage, qlora)))))
+    assert main(["run", str(job)]) == 64
+    said = (
+        'stage tiny: model.adapter.quantization: nf4 needs bitsandbytes: pip install "launch-llm['
+    )
+    assert said in capsys.readouterr().err
+    assert not Path(stage.output).exists()
+
+
+def test_two_workers_train_as_one_does(qlora: StageConfig, run_stage: Run, tmp_path: Path) -> None:
+    assert qlora.model is not None
+    adapter = replace(NF4, dropout=0.0)
+    plain = replace(qlora, model=replace(qlora.model, adapter=adapter))
+    one = in_folder(plain, tmp_path / "one", steps=2, micro_batch=8)
+    run_stage(one)
+    two = in_folder(plain, tmp_path / "two", steps=2, micro_batch=4)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(to_dict(Job(run="r", stages=(two,)))))
+    done = torchrun("-m", "trainer", "run", str(job))
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = weights(one.output), weights(two.output)
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours)

@@ -12,6 +12,7 @@ import pytest
 from trainer import stand_ins
 from trainer.__main__ import main
 from trainer.config import (
+    Adapter,
     ConfigError,
     Data,
     Distill,
@@ -147,6 +148,15 @@ def test_what_belongs_to_real_data_is_refused(tmp_path: Path) -> None:
     merge = StageConfig(id="m", stage="merge", output="o", merge=Merge(adapter="org/adapter"))
     with pytest.raises(ConfigError, match=r"org/adapter"):
         made(merge, tmp_path)
+
+
+def test_a_model_whose_experts_learn_is_replaced_by_one_that_has_some(tmp_path: Path) -> None:
+    adapted = Model(name=f"{BUCKET}base", adapter=Adapter(rank=2, experts=True))
+    config, notes = made(stage(kd=None, stage="pretrain", model=adapted), tmp_path)
+    assert any("a random mixtral" in note for note in notes)
+    assert main(["run", str(here(config, tmp_path))]) == 0
+    learns = json.loads((tmp_path / "out" / "frozen_mask.json").read_text())["trainable"]["names"]
+    assert any(".experts." in name for name in learns)
 
 
 def test_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
