@@ -114,10 +114,10 @@ def training_flops(shape: Shape, model: Any, context: float) -> float:
     T tokens (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; `trainer.throughput` says the
     same of a model that is there). An embedding is looked up, unless it is the head too."""
     products = 0.0
-    experts = model.adapter is not None and model.adapter.experts
+    experts = tuple(shape.expert_tensors) if _has_experts(model) else ()
     for name, weights in _products(shape).items():
         frozen = model.adapter is not None or _frozen(name, shape, model)
-        if experts and ".experts." in name:  # adapters are added to them, and get their gradient
+        if experts and name.endswith(experts):  # adapters are added to them: they have a gradient
             frozen = False
         products += (4 if frozen else 6) * weights
     if model.adapter is not None:
@@ -203,10 +203,14 @@ def _adapted(shape: Shape, model: Any) -> float:
 
 def _expert_sums(shape: Shape, model: Any) -> float:
     """FLOPs of W + B A for all experts, which PEFT makes once in a pass, however many tokens."""
-    if model.adapter is None or not model.adapter.experts:
+    if not _has_experts(model):
         return 0.0
     weights = sum(map(math.prod, shape.expert_tensors.values()))
     return float(2 * model.adapter.rank * weights * shape.layers)
+
+
+def _has_experts(model: Any) -> bool:
+    return model.adapter is not None and bool(model.adapter.experts)
 
 
 def _targets(shape: Shape, adapter: Any) -> list[tuple[int, ...]]:

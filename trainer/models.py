@@ -92,14 +92,17 @@ def load_model(
     else:
         _refuse_adapter(config.name)
         dtype = torch.float32 if config.adapter is None else runtime.dtype
-        known, packed = _load_configuration(config.name), {}
         if config.adapter is not None and config.adapter.quantization == "nf4":
+            known = _load_configuration(config.name)
             packed = quantized.nf4_options(config.name, known, runtime)
-        elif quantized.method(known) == quantized.MXFP4:
-            say(f"mxfp4: the weights are widened to {dtype}, without a loss".replace("torch.", ""))
-        model = load_pretrained(config.name, dtype, attention, packed)
-        if packed:
+            model = load_pretrained(config.name, dtype, attention, packed)
             say(quantized.settle(model))
+        else:
+            model = load_pretrained(config.name, dtype, attention)
+        if quantized.was_widened(model):
+            say(
+                f"mxfp4: the weights are widened to {str(dtype).rpartition('.')[2]}, without a loss"
+            )
     _check(model, tokenizer, config.name or "model.architecture")
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on

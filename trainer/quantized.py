@@ -27,8 +27,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def check_library(stages: Iterable[StageConfig]) -> None:
-    """Errors: `ConfigError` when a stage asks for NF4 and bitsandbytes is not installed: said before
-    the stages ahead of it have cost anything."""
+    """Errors: `ConfigError` when a stage asks for NF4 and bitsandbytes is not there: before the
+    stages ahead of it have cost anything."""
     for stage in stages:
         adapter = stage.model.adapter if stage.model is not None else None
         if adapter is None or adapter.quantization != "nf4":
@@ -105,6 +105,12 @@ def forget(model: Any) -> None:
     """Let a widened model be saved under its own names: Transformers 5.23 would give its tensors
     those of the packed ones, under which nothing reads them back."""
     model._weight_conversions = None
+    model.was_mxfp4 = True
+
+
+def was_widened(model: Any) -> bool:
+    """Whether the files of a model that has been loaded were MXFP4."""
+    return getattr(model, "was_mxfp4", False) is True
 
 
 def is_nf4(parameter: Any) -> bool:
