@@ -30,12 +30,19 @@ _HASHED = 1 << 20
 
 class Rows:
     """Rows of at most `sequence_length` tokens, made of `chunks` as `packing` says. `fixed`: every
-    row is `sequence_length` long (packed rows); else a batch is cut to its longest row."""
+    row is `sequence_length` long (packed rows); else a batch is cut to its longest row. `pairs`:
+    chunks 2p and 2p + 1 are two answers to one prompt, side by side in their row."""
 
     def __init__(
-        self, chunks: Chunks, packing: Packing, sequence_length: int, *, fixed: bool
+        self,
+        chunks: Chunks,
+        packing: Packing,
+        sequence_length: int,
+        *,
+        fixed: bool,
+        pairs: bool = False,
     ) -> None:
-        self.chunks, self.packing = chunks, packing
+        self.chunks, self.packing, self.pairs = chunks, packing, pairs
         self.sequence_length, self.fixed = sequence_length, fixed
         self.summary: dict[str, Any] = self._summary()
 
