@@ -124,9 +124,11 @@ def _source(source: Source, split: Any, stage: str, notes: list[str]) -> Source:
     if source.hf is None and not _remote(source.path) and not _remote(source.manifest):
         return source
     chat = stage == "sft" or source.format in ("messages", "prompt")
-    name, words = source_name(source), "questions" if chat else "reference"
-    notes.append(f"data {name}: not on this machine, Python's own {words} instead")
-    return Source(builtin="python-questions" if chat else "python-reference", split=split)
+    kind: Any = "reference" if not chat else "questions"
+    if stage in ("dpo", "ipo"):
+        kind = "preferences"
+    notes.append(f"data {source_name(source)}: not on this machine, Python's own {kind} instead")
+    return replace(Source(builtin="python-reference", split=split), builtin=f"python-{kind}")
 
 
 def _remote(uri: Optional[str]) -> bool:

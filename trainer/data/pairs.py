@@ -47,7 +47,7 @@ def build_pairs(
     view: View,
 ) -> Rows:
     """Read, tokenise and lay out pairs: with `packing` several in a row of `sequence_length`
-    tokens, best fit first, else one. Both texts have positions from 0, and the same prompt's tokens.
+    tokens, best fit first, else one. Both texts have positions from 0.
 
     A pair that is too long loses the end of its longer answer, then, from half a row on, that of
     both. One of which no differing answer is left is left out and counted. `limit_rows`: read only

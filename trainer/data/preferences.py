@@ -5,6 +5,7 @@ The prompt stands in `prompt` or `messages`, or is what whole conversations begi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Union
 
@@ -85,11 +86,15 @@ def sides(record: dict[str, Any], at: str) -> Sides:
 
 def python_preferences(split: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(dotted name, {"prompt", "chosen", "rejected"}) of `split`, from the exchanges of
-    `python-questions`: the answer to a question is preferred to the one to the next question."""
-    found = list(python_questions(split))
-    for (name, asked), (_, other) in zip(found, [*found[1:], *found[:1]]):
-        question, answer = asked["messages"]
-        yield name, {"prompt": [question], "chosen": [answer], "rejected": other["messages"][1:]}
+    `python-questions`: the answer is preferred to its own words in another order."""
+    for name, exchange in python_questions(split):
+        question, answer = exchange["messages"]
+        parts = answer["content"].split(" ")
+        mixed = sorted(parts, key=lambda part: hashlib.sha256(f"{name}/{part}".encode()).digest())
+        if mixed == parts:
+            mixed.reverse()
+        worse = {"role": "assistant", "content": " ".join(mixed)}
+        yield name, {"prompt": [question], "chosen": [answer], "rejected": [worse]}
 
 
 def _texts(before: str | None, at: str, chosen: str, rejected: str) -> Sides:

@@ -59,9 +59,8 @@ class Prefer:
     def _compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probs of answers [2 P], the loss of each pair [P], and what is measured of it [P]."""
         beta, smooth, extra = self.config.beta, self.config.label_smoothing, batch.extra
-        reference = extra["reference"] if self.known else without_adapter(model, batch)
         logps = answer_logprobs(model, batch)
-        ratio = logps - reference
+        ratio = logps - (extra["reference"] if self.known else without_adapter(model, batch))
         if self.kind == "ipo":
             ratio = ratio / extra["tokens"]
         margin = ratio[0::2] - ratio[1::2]
