@@ -143,8 +143,9 @@ def _read(
 ) -> tuple[dict[int, float], int]:
     """The answers of these rows, and how many rows at a time fitted: 0, not even one."""
     found: dict[int, float] = {}
-    for first in range(0, len(places), fitting):
-        waiting = list(_batches(places[first : first + fitting]))
+    size = fitting
+    for first in range(0, len(places), size):
+        waiting = list(_batches(places[first : first + size]))
         while waiting:
             waiting = cut(waiting, fitting)
             fresh = unless_out_of_memory(_batch, model, waiting[0], runtime)

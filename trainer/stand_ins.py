@@ -41,6 +41,7 @@ from trainer.shrink import first_layer, model_type, tiny, words
 #: Enough to lose a machine after the first checkpoint and to have much left to do.
 STEPS, EVERY = 24, 4
 LENGTH, MICRO_BATCH, BATCHES, DOCUMENTS, CHARACTERS = 128, 2, 16, 300, 800
+PAIR_LENGTH = 2 * LENGTH
 #: Of a job that stores targets: enough shards that a machine, which is told of its end seconds
 #: after the first of them is in the bucket, still has some to make.
 CHARACTERS_OF_TARGETS = 5 * CHARACTERS
@@ -108,7 +109,9 @@ class _Making:
     # Data.
 
     def _data(self, data: Data, stage: str) -> Data:
-        length = min(data.sequence_length, LENGTH)
+        # The tiny tokenizer writes long texts, and of a pair both must fit.
+        paired = stage in ("dpo", "ipo")
+        length = PAIR_LENGTH if paired else min(data.sequence_length, LENGTH)
         self._say("data.sequence_length", length, data.sequence_length)
         template = data.chat_template
         if template is not None and "://" in template:

@@ -49,6 +49,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.packing)
 
+    def first(self, rows: int) -> Rows:
+        """The first `rows` of them; 0: all."""
+        if not 0 < rows < len(self):
+            return self
+        return Rows(
+            self.chunks, self.packing.first(rows), self.sequence_length, fixed=self.fixed,
+            pairs=self.pairs,
+        )  # fmt: skip
+
     @cached_property
     def digest(self) -> str:
         """Tells other texts, tokens or layouts apart: a checkpoint's position is of these rows. Of

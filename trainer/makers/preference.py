@@ -14,6 +14,7 @@ from trainer.context import Context
 from trainer.data import chat
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows
+from trainer.evaluate import held_out_rows
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
 from trainer.probe import first_cut
@@ -80,9 +81,12 @@ def _known(context: Context, tokens: Any) -> Any:
         "seed": settings.seed if plan.init == "random" else None,
         "precision": runtime.precision,
     }
+    read = [rows]
+    if context.held_out is not None:
+        read.append(context.held_out.first(held_out_rows(settings)))
     known = precompute(
         context.folder,
-        [rows] if context.held_out is None else [rows, context.held_out],
+        read,
         start,
         runtime,
         about=about,
