@@ -75,8 +75,13 @@ def answer_logprobs(model: nn.Module, batch: Batch) -> Tensor:
 
 def without_adapter(model: Any, batch: Batch) -> Tensor:
     """`answer_logprobs` of the base of a model with an adapter, without gradients or dropout."""
-    with torch.no_grad(), model.disable_adapter(), _reading(model):
-        return answer_logprobs(model, batch)
+    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with torch.no_grad(), model.disable_adapter(), _reading(model):
+            return answer_logprobs(model, batch)
+    finally:
+        for parameter, learned in learns:  # PEFT lets all of an adapter learn afterwards
+            parameter.requires_grad_(learned)
 
 
 def precompute(

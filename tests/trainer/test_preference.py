@@ -314,6 +314,30 @@ def test_the_adapter_switched_off_is_the_reference_that_is_computed_before(
     assert abs(found[0][-1]["val_margin"]) > 1e-3, "nothing was learned"
 
 
+def test_what_is_frozen_of_an_adapter_stays_so_when_it_was_switched_off(
+    packed: Rows, tokenizer: str
+) -> None:
+    from trainer import adapters
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    wrapped = adapters.attach(model, Adapter(rank=2, dropout=0.5), "base").train()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+        elif "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    before = {name: p.requires_grad for name, p in wrapped.named_parameters()}
+    batch = packed.batch([0]).to(torch.device("cpu"))
+    number_answers(batch)
+    found = reference.without_adapter(wrapped, batch)
+    assert {name: p.requires_grad for name, p in wrapped.named_parameters()} == before
+    assert any(before.values()) and wrapped.training and not found.requires_grad
+    base = gradients.model(tokenizer, torch.float32, seed=1).eval()
+    assert torch.equal(found, logprobs(base, packed.batch([0])))
+    with torch.no_grad():
+        assert not torch.allclose(found, answer_logprobs(wrapped, batch), atol=0.1)
+
+
 def plain_text(data: Data) -> Data:
     def text(source: Source) -> Source:
         return replace(source, format="text", field="chosen")

@@ -59,8 +59,9 @@ class Prefer:
     def _compare(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probs of answers [2 P], the loss of each pair [P], and what is measured of it [P]."""
         beta, smooth, extra = self.config.beta, self.config.label_smoothing, batch.extra
+        reference = extra["reference"] if self.known else without_adapter(model, batch)
         logps = answer_logprobs(model, batch)
-        ratio = logps - (extra["reference"] if self.known else without_adapter(model, batch))
+        ratio = logps - reference
         if self.kind == "ipo":
             ratio = ratio / extra["tokens"]
         margin = ratio[0::2] - ratio[1::2]
@@ -69,8 +70,7 @@ class Prefer:
             each = -(1 - smooth) * logsigmoid(beta * margin) - smooth * logsigmoid(-beta * margin)
         facts = {"preference_loss": each, "accuracy": (margin.sign() + 1) / 2, "margin": margin}
         for at, side in enumerate(("chosen", "rejected")):
-            facts[f"rewards_{side}"] = beta * ratio[at::2]
-            facts[f"logps_{side}"] = logps[at::2]
+            facts |= {f"rewards_{side}": beta * ratio[at::2], f"logps_{side}": logps[at::2]}
         return logps, each, facts
 
     def state_dict(self) -> dict[str, Any]:
