@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 from torch import nn
@@ -18,7 +19,7 @@ from trainer.evaluate import held_out_rows
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
 from trainer.probe import first_cut
-from trainer.reference import precompute
+from trainer.reference import Known, precompute
 
 #: Rows of the reference's forward pass, at most; halved when they do not fit.
 _ROWS = 8
@@ -56,7 +57,7 @@ def lay_out(
     )
 
 
-def _known(context: Context, tokens: Any) -> Any:
+def _known(context: Context, tokens: Any) -> Known:
     """The log-probs by the model as the stage found it, also where a run is resumed."""
     config, runtime, rows = context.config, context.runtime, context.rows
     assert config.model is not None and config.train is not None and rows is not None
@@ -76,7 +77,7 @@ def _known(context: Context, tokens: Any) -> Any:
 
     about = {
         "version": 1,
-        "model": copies.origin(plan.name) if plan.name is not None else None,
+        "model": _called(plan.name) if plan.name is not None else None,
         "architecture": to_dict(plan.architecture) if plan.architecture is not None else None,
         "seed": settings.seed if plan.init == "random" else None,
         "precision": runtime.precision,
@@ -96,3 +97,10 @@ def _known(context: Context, tokens: Any) -> Any:
     )
     runtime.release_memory()  # of the starting model, if it was read in again
     return known
+
+
+def _called(name: str) -> str:
+    """A model reference as it is on any machine: a run that moves keeps its stages, not the folder
+    that holds them."""
+    origin = copies.origin(name)
+    return Path(origin).name if Path(origin).is_absolute() else origin
