@@ -11,7 +11,7 @@ from launcher import backends, hardware, wheels
 from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
-from trainer.config import TRAINING, KeyPath, Problem, nearest, to_dict
+from trainer.config import TRAINING, KeyPath, Problem, nearest, preference_problems, to_dict
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
@@ -219,6 +219,9 @@ def _training(stage: Stage) -> Iterator[Problem]:
     again = stage.sdce and model and model.name and stage.sdce.surrogate == model.name
     if again and model and model.init == "pretrained":
         yield ("sdce", "surrogate"), "is the model itself: its targets would teach nothing"
+    if stage.preference and model:
+        for key, what in preference_problems(stage.stage, stage.preference, model):
+            yield ("preference", key), what
 
 
 def _references(stage: Stage, earlier: Collection[str], known: Sequence[str]) -> Iterator[Problem]:

@@ -94,16 +94,17 @@ def _data(name: str, summary: Mapping[str, Any], sources: tuple[Source, ...]) ->
         f" ({summary['supervised_tokens']:,} supervised), {summary['padding_share']:.2%} padding"
     ]
     for i, source in enumerate(summary["sources"]):
+        unit = source.get("unit", "document")
         samples = ", ".join(names.get((i, x), x) for x in source["sample_ids"])
         lines.append(
             f"  {source['name']}: {_many(source['shards'], 'shard')},"
-            f" {_many(source['documents'], 'document')}, {source['tokens']:,} tokens;"
+            f" {_many(source['documents'], unit)}, {source['tokens']:,} tokens;"
             f" samples {samples}"
         )
         if "truncated" in source:
-            lines.append(f"    {_many(source['truncated'], 'document')} cut at the end of a row")
+            lines.append(f"    {_many(source['truncated'], unit)} cut at the end of a row")
         if "unsupervised" in source:
-            count = _many(source["unsupervised"], "document")
+            count = _many(source["unsupervised"], unit)
             lines.append(f"    {count} left out: nothing to learn before the end of a row")
         if "skipped" in source:
             lines.append(f"    {_many(source['skipped'], 'bad line')} skipped:")

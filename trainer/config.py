@@ -26,6 +26,7 @@ from trainer.config_objectives import KeepLogits as KeepLogits
 from trainer.config_objectives import Preference as Preference
 from trainer.config_objectives import Sdce as Sdce
 from trainer.config_objectives import Targets as Targets
+from trainer.config_objectives import preference_problems as preference_problems
 from trainer.config_train import Train as Train
 from trainer.loading import FieldErrors as FieldErrors
 from trainer.loading import KeyPath as KeyPath

@@ -24,12 +24,14 @@ class Source(Strict):
     JSONL file of sources). `share` keeps that part of the documents, by hash."""
 
     path: Optional[str] = None
-    builtin: Optional[Literal["python-reference", "python-questions"]] = None
+    builtin: Optional[Literal["python-reference", "python-questions", "python-preferences"]] = None
     hf: Optional[Hub] = None
     manifest: Optional[str] = None
     split: Optional[Literal["train", "heldout"]] = None  # builtin sources: which topics
     #: None: what the stage reads by default; `auto`: seen in the first line of each file.
-    format: Optional[Literal["auto", "text", "messages", "prompt", "math_tool"]] = None
+    format: Optional[Literal["auto", "text", "messages", "prompt", "preference", "math_tool"]] = (
+        None
+    )
     field: str = "text"  # the JSONL key that holds the text
     weight: float = 1.0
     share: float = 1.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from trainer.config_model import Model
 from trainer.loading import Strict, require
 
 
@@ -113,6 +115,16 @@ class Preference(Strict):
             label_smoothing=(0 <= self.label_smoothing < 0.5, "must be in [0, 0.5)"),
             sft_weight=(self.sft_weight >= 0, "must not be negative"),
         )
+
+
+def preference_problems(
+    stage: str, preference: Preference, model: Model
+) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of a block beside its stage and model."""
+    if preference.reference == "adapter" and model.adapter is None:
+        yield "reference", "`adapter` needs a model.adapter that can be switched off"
+    if preference.label_smoothing and stage == "ipo":
+        yield "label_smoothing", "belongs to stage `dpo`: the loss of `ipo` has no labels"
 
 
 @dataclass(frozen=True)

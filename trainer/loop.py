@@ -40,6 +40,10 @@ SHOWN = (
     "kd_alpha",
     "logit_l2",
     "keep_l2",
+    "preference_loss",
+    "sft_loss",
+    "accuracy",
+    "margin",
     "grad_norm",
 )
 #: Facts of an evaluation that its line does not show.

@@ -35,6 +35,7 @@ from trainer.teacher_files import sample_files
 
 _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
 _TARGET_ROWS = 64
+_PAIR_LENGTH = 1024
 
 #: What in a pattern such as `model.layers.1[0-9].*` counts layers: numbers, and nothing else up to
 #: the next dot or star.
@@ -90,7 +91,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
 
 
 def _data(data: Data, stage: str, notes: list[str]) -> Data:
-    length = min(data.sequence_length, _LENGTH)
+    # A tokenizer of bytes writes long texts, and of a pair both must fit.
+    length = _PAIR_LENGTH if stage in ("dpo", "ipo") else min(data.sequence_length, _LENGTH)
     if length != data.sequence_length:
         notes.append(f"data.sequence_length: {length} instead of {data.sequence_length}")
     return replace(
@@ -124,9 +126,12 @@ def _source(source: Source, split: Any, stage: str, notes: list[str]) -> Source:
     if source.hf is None and not _remote(source.path) and not _remote(source.manifest):
         return source
     chat = stage == "sft" or source.format in ("messages", "prompt")
-    name, words = source_name(source), "questions" if chat else "reference"
-    notes.append(f"data {name}: not on this machine, Python's own {words} instead")
-    return Source(builtin="python-questions" if chat else "python-reference", split=split)
+    kind = "questions" if chat else "reference"
+    if stage in ("dpo", "ipo"):
+        kind = "preferences"
+    notes.append(f"data {source_name(source)}: not on this machine, Python's own {kind} instead")
+    builtin: Any = f"python-{kind}"
+    return Source(builtin=builtin, split=split)
 
 
 def _remote(uri: Optional[str]) -> bool:

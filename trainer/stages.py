@@ -24,7 +24,7 @@ from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import Left, score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
-from trainer.makers import distill, next_token
+from trainer.makers import distill, next_token, preference
 from trainer.metrics import Metrics, plain
 from trainer.model_files import ModelFiles
 from trainer.objective import Objective
@@ -120,6 +120,7 @@ def train(
 
     def run(context: Context) -> Outcome:
         config, runtime = context.config, context.runtime
+        started = time.perf_counter()
         assert config.model is not None and config.train is not None
         plan, settings = config.model, config.train
         reference = plan.tokenizer or plan.name
@@ -148,8 +149,14 @@ def train(
             plan, tokens, runtime, settings.seed, adapter_from=newest, say=context.say
         )
         name = (config.model.name if config.model.architecture is None else None) or "the model"
-        trial.check(model, runtime, name, packing=config.data.packing)
-        objective = make_objective(replace(context, rows=rows), tokens)
+        trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
+        found = replace(
+            context, rows=rows, held_out=held_out, model=model if newest is None else None
+        )
+        try:
+            objective = make_objective(found, tokens)
+        except Left:
+            return _left(context, newest, time.perf_counter() - started)
         horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
             context.say(line)
@@ -279,11 +286,22 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "sft": train(next_token.make),
     "targets": targets,
     "kd": train(distill.make),
+    "dpo": train(preference.make, preference.lay_out),
+    "ipo": train(preference.make, preference.lay_out),
     "evaluate": evaluate,
     "merge": merge,
     "export": export,
     "smoke": smoke,
 }
+
+
+def _left(context: Context, newest: Optional[Path], seconds: float) -> Outcome:
+    """The end of a stage that was asked to leave before its first step of this attempt."""
+    step = 0
+    if newest is not None:
+        state = load_state(newest)
+        step, seconds = state["step"], state["training_seconds"]
+    return Outcome("stop" if context.stop_asked() else "signal", step, seconds)
 
 
 def _say_what_learns(context: Context, model: Any) -> None:

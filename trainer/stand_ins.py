@@ -32,6 +32,7 @@ from trainer.config import (
     to_dict,
 )
 from trainer.data.corpus import python_reference
+from trainer.data.preferences import python_preferences
 from trainer.data.questions import python_questions
 from trainer.data.read import source_name
 from trainer.data.tokenizer import byte_tokenizer
@@ -40,10 +41,16 @@ from trainer.shrink import first_layer, model_type, tiny, words
 #: Enough to lose a machine after the first checkpoint and to have much left to do.
 STEPS, EVERY = 24, 4
 LENGTH, MICRO_BATCH, BATCHES, DOCUMENTS, CHARACTERS = 128, 2, 16, 300, 800
+PAIR_LENGTH = 2 * LENGTH
 #: Of a job that stores targets: enough shards that a machine, which is told of its end seconds
 #: after the first of them is in the bucket, still has some to make.
 CHARACTERS_OF_TARGETS = 5 * CHARACTERS
 _VOCABULARY, _TOP_K = 512, 16
+_KINDS = {
+    "text": "pieces of Python's own reference",
+    "messages": "questions about Python",
+    "preference": "questions about Python with two answers",
+}
 _MAGIC = re.compile(r"\[[^\]]*\]|[*?]+")
 
 
@@ -102,13 +109,15 @@ class _Making:
     # Data.
 
     def _data(self, data: Data, stage: str) -> Data:
-        length = min(data.sequence_length, LENGTH)
+        # The tiny tokenizer writes long texts, and of a pair both must fit.
+        paired = stage in ("dpo", "ipo")
+        length = PAIR_LENGTH if paired else min(data.sequence_length, LENGTH)
         self._say("data.sequence_length", length, data.sequence_length)
         template = data.chat_template
         if template is not None and "://" in template:
             self.notes.append(f"data.chat_template: chatml instead of {template}")
             template = "chatml"
-        elif template is None and stage == "sft":
+        elif template is None and stage in ("sft", "dpo", "ipo"):
             self.notes.append("data.chat_template: chatml, which the tiny tokenizer lacks")
             template = "chatml"
         return replace(
@@ -123,13 +132,14 @@ class _Making:
         if source.builtin is not None:
             return source
         chat = stage == "sft" or source.format in ("messages", "prompt", "math_tool")
-        count = self._documents(self._uri_of(source, split), source, split, chat)
-        kind = "questions about Python" if chat else "pieces of Python's own reference"
-        self.notes.append(f"data {source_name(source)}: {count} {kind}")
+        shape: Any = "messages" if chat else "text"
+        if stage in ("dpo", "ipo") or source.format == "preference":
+            shape = "preference"
+        count = self._documents(self._uri_of(source, split), source, split, shape)
+        self.notes.append(f"data {source_name(source)}: {count} {_KINDS[shape]}")
         if source.hf is None:
             return source
         path = self._uri_of(source, split)
-        shape: Any = "messages" if chat else "text"
         return Source(path=path, format=shape, field=source.field, weight=source.weight,
                       share=source.share)  # fmt: skip
 
@@ -138,17 +148,16 @@ class _Making:
             return f"{self.place}/data/{_slug(source.hf.name)}-{split}.jsonl"
         return str(source.path or source.manifest)
 
-    def _documents(self, uri: str, source: Source, split: str, chat: bool) -> int:
+    def _documents(self, uri: str, source: Source, split: str, shape: str) -> int:
         """A file at `uri`, or where a reader of `uri` looks; the number of its documents."""
         path = self._local(_MAGIC.sub(_chosen, uri))
         if source.manifest is not None:
-            kind = "messages" if chat else "text"
-            listed = {"path": f"{path.stem}-0.jsonl", "type": kind}
+            listed = {"path": f"{path.stem}-0.jsonl", "type": shape}
             _write(path, json.dumps(listed) + "\n")
             path = path.with_name(listed["path"])
         elif path.suffix not in (".jsonl", ".txt"):  # a folder
             path = path / "0.jsonl"
-        records = list(_records(split, chat, source.field, self.characters))
+        records = list(_records(split, shape, source.field, self.characters))
         if path.suffix == ".txt":
             _write(path, "\n\n".join(str(record[source.field]) for record in records))
             return 1
@@ -272,10 +281,11 @@ class _Making:
             self.notes.append(f"{what}: {now} instead of {before}")
 
 
-def _records(split: Any, chat: bool, key: str, characters: int) -> Iterator[dict[str, Any]]:
+def _records(split: Any, shape: str, key: str, characters: int) -> Iterator[dict[str, Any]]:
     """Some hundred documents that this Python brings."""
-    if chat:
-        found: Iterator[tuple[str, Any]] = python_questions(split)
+    if shape != "text":
+        brought = python_preferences if shape == "preference" else python_questions
+        found: Iterator[tuple[str, Any]] = brought(split)
         make: Callable[[Any], dict[str, Any]] = dict
     else:
         found, make = python_reference(split), lambda text: {key: text[:characters]}

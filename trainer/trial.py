@@ -37,9 +37,12 @@ RESCALED = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 _LARGE = 1000.0
 
 
-def check(model: nn.Module, runtime: Runtime, name: str, *, packing: bool) -> None:
+def check(
+    model: nn.Module, runtime: Runtime, name: str, *, packing: bool, pairs: bool = False
+) -> None:
     """Errors: `ConfigError` when `model` (called `name` there) rescales its logits, or lets the
-    documents of a row see each other, or without `packing` those of other rows. The model, its mode
+    documents of a row see each other, or without `packing` those of other rows. `pairs`: rows hold
+    two answers each, packed or not. The model, its mode
     and the random states are as before; no rank waits for another."""
     with _undisturbed(model, runtime.device):
         dtype = torch.float32 if _exact(model) else runtime.dtype
@@ -49,9 +52,15 @@ def check(model: nn.Module, runtime: Runtime, name: str, *, packing: bool) -> No
                 f"'{name}' rescales its logits: they differ by {off:.1g} from hidden states times"
                 " output embedding, which the losses compute; not supported"
             )
-        seen = leak(model, runtime, packing=packing)
-        if seen <= (APART[dtype] if packing else APART_UNPACKED):
+        shared = packing or pairs
+        seen = leak(model, runtime, packing=shared)
+        if seen <= (APART[dtype] if shared else APART_UNPACKED):
             return
+    if pairs:
+        raise ConfigError(
+            f"'{name}': the two answers of a pair share a row, and would see each other (a hidden"
+            f" state differs by {seen:.1g} from that of an answer alone); choose another model"
+        )
     if packing:
         raise ConfigError(
             f"'{name}': in packed rows its documents would see each other (a hidden state differs"

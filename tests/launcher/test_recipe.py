@@ -503,6 +503,16 @@ def test_impossible_hardware(at: Path, hardware: str, what: str) -> None:
         ("train: [{builtin: python-reference, split: train}]", "train: []", "at least one source"),
         ("steps: 100", "steps: 100, evaluate_every: 5", None),
         ("stage: pretrain", "stage: kd\nkd: {teacher: org/model}", "is the student itself"),
+        (
+            "stage: pretrain",
+            "stage: dpo\npreference: {reference: adapter}",
+            "4:25: preference.reference: `adapter` needs a model.adapter that can be switched off",
+        ),
+        (
+            "stage: pretrain",
+            "stage: ipo\npreference: {label_smoothing: 0.1}",
+            "4:31: preference.label_smoothing: belongs to stage `dpo`",
+        ),
         ("launch: 1\n", "", "missing key `launch`; write `launch: 1`"),
         ("launch: 1", "launch: true", "reads recipes of version 1, not True"),
         ("stage: pretrain\n", "", "missing key `stage` (or `pipeline`)"),

@@ -11,13 +11,26 @@ from typing import Any, Optional
 import torch
 
 from trainer import runtime as runtimes
-from trainer.config import Architecture, Distill, KeepLogits, Model, Source, Targets
+from trainer.config import (
+    Architecture,
+    Data,
+    Distill,
+    KeepLogits,
+    Model,
+    Preference,
+    Source,
+    Targets,
+)  # fmt: skip
+from trainer.data.chat import view_of
+from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.models import load_model, load_tokenizer
 from trainer.objectives.distill import DistillOnline
 from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
+from trainer.objectives.preference import Prefer
+from trainer.reference import precompute
 from trainer.runtime import Runtime
 from trainer.step import backward, normalisers, prepare
 from trainer.teacher import StoredAnswers
@@ -30,6 +43,32 @@ def model(tokenizer: str, dtype: torch.dtype, seed: int, hidden: int = 32) -> An
     architecture = Architecture(hidden_size=hidden, layers=2, heads=4, kv_heads=2)
     plan = Model(init="random", tokenizer=tokenizer, architecture=architecture)
     return load_model(plan, load_tokenizer(tokenizer), CPU, seed).to(dtype)
+
+
+def pairs(tokenizer: str, texts: str, packing: bool) -> Rows:
+    """Pairs of answers cut out of the texts: of each its second and its last part."""
+    lines = []
+    for line in Path(texts).read_text().splitlines():
+        text = json.loads(line)["text"]
+        one, two = len(text) // 4, len(text) // 2
+        parts = {"prompt": text[:one], "chosen": text[one:two], "rejected": text[two:]}
+        lines.append(json.dumps(parts) + "\n")
+    path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
+    path.write_text("".join(lines))
+    tokens = load_tokenizer(tokenizer)
+    view = view_of(Data(), "dpo", tokens)
+    sources = (Source(path=str(path)),)
+    return build_pairs(sources, tokens, sequence_length=192, packing=packing, view=view)
+
+
+def prefer(kind: Any, tokenizer: str, data: Rows, dtype: torch.dtype, runtime: Runtime) -> Prefer:
+    """The objective, with another model as its reference."""
+    folder = Path(tempfile.mkdtemp())
+    reference = model(tokenizer, dtype, seed=2)
+    known = precompute(
+        folder, [data], lambda: reference, runtime, about={}, micro_batch=3, say=lambda line: None
+    )
+    return Prefer(kind, Preference(beta=0.3, sft_weight=0.2), runtime, known)
 
 
 def rows(tokenizer: str, texts: str, packing: bool) -> Rows:
@@ -53,7 +92,8 @@ def of(
 ) -> torch.Tensor:
     """The flat gradient, with `scale` taken out again. `micro_batch` None: all rows at once.
     `wrong`: mean of means."""
-    data = rows(tokenizer, texts, packing)
+    preferred = name in ("dpo", "ipo")
+    data = (pairs if preferred else rows)(tokenizer, texts, packing)
     stream = Stream(
         data,
         micro_batch=micro_batch or len(data),
@@ -75,6 +115,8 @@ def of(
         objective = DistillOnline(Distill("t", temperature=2.0, alpha=0.3), teacher, runtime, keep)
     if name in ("top_k", "sample"):
         objective = stored(tokenizer, data, dtype, runtime, sampler=name, top_k=8)
+    if preferred:
+        objective = prefer(name, tokenizer, data, dtype, runtime)
     group = stream.next_group()
     batches = prepare(objective, group, runtime, 0)
     norm = normalisers(batches, runtime)
@@ -110,7 +152,7 @@ def stored(
 def main(tokenizer: str, texts: str, out: str) -> None:
     with runtimes.start() as runtime:
         for dtype in (torch.float64, torch.float32):
-            for name in ("next_token", "distill", "top_k"):
+            for name in ("next_token", "distill", "top_k", "dpo"):
                 gradient = of(
                     name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
                 )

@@ -141,6 +141,17 @@ def test_a_conversation_is_learned_from_conversations(tmp_path: Path) -> None:
     assert main(["run", str(here(config, tmp_path))]) == 0
 
 
+def test_pairs_are_learned_from_pairs(tmp_path: Path) -> None:
+    sources = (Source(path=f"{BUCKET}pairs/*.jsonl"), Source(hf=Hub("org/pairs")))
+    data = Data(train=sources, validation=(Source(manifest=f"{BUCKET}list.jsonl"),))
+    config, notes = made(stage(stage="dpo", kd=None, data=data), tmp_path)
+    assert config.data.chat_template == "chatml"
+    assert any("questions about Python with two answers" in note for note in notes)
+    assert config.data.train[1].format == "preference"
+    assert main(["run", str(here(config, tmp_path))]) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["val_count"] == 4
+
+
 def test_what_belongs_to_real_data_is_refused(tmp_path: Path) -> None:
     kd = Distill(mode="precompute", logits_dir=f"{BUCKET}logits")
     with pytest.raises(ConfigError, match=r"kd\.logits_dir.*kd\.teacher"):

@@ -92,6 +92,15 @@ def test_families_that_leak_between_packed_documents_are_refused(kind: str) -> N
         trial.check(model.bfloat16(), Runtime(CPU, "bf16"), "m", packing=True)
 
 
+def test_two_answers_share_a_row_with_packing_or_without() -> None:
+    runtime = Runtime(CPU, "fp32")
+    kind = sorted(LEAKY)[0]
+    for packing in (True, False):
+        trial.check(tiny("llama", **CLEAN["llama"]), runtime, "m", packing=packing, pairs=True)
+        with pytest.raises(ConfigError, match=r"'m': the two answers .* choose another model$"):
+            trial.check(tiny(kind, **LEAKY[kind]), runtime, "m", packing=packing, pairs=True)
+
+
 @pytest.mark.parametrize("kind", LEAKY)
 def test_the_leak_of_a_fresh_model_is_seen_too(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"set data\.packing: false$"):

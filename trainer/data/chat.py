@@ -30,6 +30,8 @@ CHATML = (
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 #: Stages whose sources are plain text unless they say otherwise; the others look at the keys.
 _PLAIN_STAGES = ("pretrain",)
+#: Stages that read pairs of answers.
+_PAIRED_STAGES = ("dpo", "ipo")
 
 Message = dict[str, Any]
 
@@ -45,6 +47,7 @@ def view_of(data: Data, stage: str, tokenizer: Any) -> View:
         renderer=Template(tokenizer) if tokenizer is not None else None,
         tool_ratio=data.tool_use.ratio if data.tool_use is not None else 0.0,
         skip_bad=data.skip_bad,
+        pairs=stage in _PAIRED_STAGES,
     )
 
 
@@ -146,9 +149,16 @@ def checked_messages(found: Any, name: str, at: str) -> list[Message]:
 def plain(record: dict[str, Any], at: str) -> str:
     """The words of a conversation without any mark, one message after another."""
     if "messages" in record:
-        return _words(record["messages"], "messages", at)
-    parts = [_words(record[name], name, at) for name in ("prompt", "completion")]
+        return words(record["messages"], "messages", at)
+    parts = [words(record[name], name, at) for name in ("prompt", "completion")]
     return ("\n" if isinstance(record["prompt"], list) else "").join(parts)
+
+
+def words(found: Any, name: str, at: str) -> str:
+    """A string, or what messages say, without any mark. Errors: `DataError`."""
+    if isinstance(found, str):
+        return checked_text(found, name, at)
+    return "\n".join(m["content"] for m in checked_messages(found, name, at) if m["content"])
 
 
 def _said(render: Any, messages: list[Message], turn: int, at: str) -> tuple[str, Span]:
@@ -230,9 +240,3 @@ def _tools(record: dict[str, Any], at: str) -> Optional[list[Any]]:
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{at}: 'tools' must be a list, got {kind(tools)}")
     return tools or None
-
-
-def _words(found: Any, name: str, at: str) -> str:
-    if isinstance(found, str):
-        return checked_text(found, name, at)
-    return "\n".join(m["content"] for m in checked_messages(found, name, at) if m["content"])

@@ -1,7 +1,8 @@
 """A manifest: a JSONL file of sources, one `{"path", "type", "weight"}` a line.
 
 `path` may be a folder or a glob over shards, relative to the manifest. `type` is the shape of the
-records: `lm` or `text` (the default), `messages`, `prompt`, `math_tool` or `auto`.
+records: `lm` or `text` (the default), `messages`, `prompt`, `preference`,
+`math_tool` or `auto`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from trainer.config import FieldErrors, Source, nearest
 from trainer.data import DataError
 from trainer.data.shapes import kind, parse
 
-Format = Literal["auto", "text", "messages", "prompt", "math_tool"]
+Format = Literal["auto", "text", "messages", "prompt", "preference", "math_tool"]
 _TYPES: dict[str, Format] = {"lm": "text", **{name: name for name in get_args(Format)}}
 _KEYS = ("path", "type", "weight", "field")
 

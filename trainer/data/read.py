@@ -23,6 +23,8 @@ from trainer.data import DataError, hub
 from trainer.data.chat import plain
 from trainer.data.corpus import python_reference
 from trainer.data.manifest import expand
+from trainer.data.preferences import pieces as answers_of
+from trainer.data.preferences import python_preferences
 from trainer.data.questions import python_questions
 from trainer.data.shapes import (
     TEXTS,
@@ -187,6 +189,8 @@ def _kept(source: Source, view: View, skipped: Optional[Skipped]) -> Iterator[tu
 
 
 def _pieces(record: _Record, view: View) -> list[Piece]:
+    if view.pairs or record.shape == "preference":
+        return answers_of(record.value, record.shape, view, record.at)
     if isinstance(record.value, str):
         if record.shape == "text":
             return [Piece(record.value)]
@@ -210,6 +214,9 @@ def _all(source: Source, shape: str, skipped: Optional[Skipped]) -> Iterator[_Re
     if source.builtin == "python-reference":
         for name, text in python_reference(source.split):
             yield _Record(name, name, "text", text)
+    elif source.builtin == "python-preferences":
+        for name, pair in python_preferences(source.split):
+            yield _Record(name, name, "preference", pair)
     elif source.builtin is not None:
         for name, exchange in python_questions(source.split):
             yield _Record(name, name, "messages", exchange)

@@ -1,7 +1,8 @@
 """What one record of a source says, and which part of it is to be learned.
 
 A record has a shape: `text` (a string), `math_tool` (text with tool calls), `prompt` (with its
-`completion`) or `messages`. Where records come from is read.py's business.
+`completion`), `preference` (two answers) or `messages`. Where records come from is read.py's
+business.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from typing import Any, NamedTuple, Optional, Protocol, Union
 from trainer.data import DataError
 
 Span = tuple[int, int]  # characters [start, end)
-#: A text, or the JSON object of a `prompt` or `messages` record.
+#: A text, or the JSON object of a record of another shape.
 Value = Union[str, dict[str, Any]]
 TEXTS = ("text", "math_tool")
+#: What a record of the other shapes must hold.
+KEYS = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
+}
 _EXAMPLES = 3
 
 
@@ -40,12 +47,14 @@ class Renderer(Protocol):
 @dataclass(frozen=True)
 class View:
     """How a stage sees records. `default`: the shape of sources that name none (`auto`: by their
-    keys). `renderer` None: conversations are plain text. `tool_ratio`: see `config.ToolUse`."""
+    keys). `renderer` None: conversations are plain text. `tool_ratio`: see `config.ToolUse`.
+    `pairs`: every record is one of two answers, and gives a piece for each."""
 
     default: str = "text"
     renderer: Optional[Renderer] = None
     tool_ratio: float = 0.0
     skip_bad: bool = False
+    pairs: bool = False
 
 
 @dataclass
@@ -76,22 +85,22 @@ def parse(content: str, key: str, at: str) -> dict[str, Any]:
 
 
 def shape_of(record: dict[str, Any], key: str, at: str) -> str:
-    """The shape that the keys of a record tell. Errors: `DataError` for none, or more than one."""
+    """The shape that the keys of a record tell; two answers do, whatever stands beside them.
+    Errors: `DataError` for none, or more than one."""
     found = [
         shape
-        for shape, keys in (
-            ("messages", ["messages"]),
-            ("prompt", ["prompt", "completion"]),
-            ("text", [key]),
-        )
+        for shape, keys in (*KEYS.items(), ("text", (key,)))
         if all(name in record for name in keys)
     ]
+    if "preference" in found:
+        return "preference"
     if len(found) == 1:
         return found[0]
     if found:
         raise DataError(f"{at}: could be {' or '.join(found)}; say which with `format`")
     raise DataError(
-        f"{at}: neither `messages`, nor `prompt` and `completion`, nor '{key}';"
+        f"{at}: neither `messages`, nor `prompt` and `completion`, nor '{key}', nor `chosen` and"
+        " `rejected`;"
         f" keys here: {_keys(record)}; name the one that holds text with `field`"
     )
 
@@ -104,7 +113,7 @@ def value_of(record: dict[str, Any], shape: str, key: str, at: str) -> Value:
                 f"{at}: no key '{key}'; keys here: {_keys(record)}; name one with `field`"
             )
         return checked_text(record[key], key, at)
-    for name in ("messages",) if shape == "messages" else ("prompt", "completion"):
+    for name in KEYS[shape]:
         if name not in record:
             raise DataError(f"{at}: no key '{name}'; keys here: {_keys(record)}")
     return record

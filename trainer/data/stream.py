@@ -30,17 +30,33 @@ _HASHED = 1 << 20
 
 class Rows:
     """Rows of at most `sequence_length` tokens, made of `chunks` as `packing` says. `fixed`: every
-    row is `sequence_length` long (packed rows); else a batch is cut to its longest row."""
+    row is `sequence_length` long (packed rows); else a batch is cut to its longest row. `pairs`:
+    chunks 2p and 2p + 1 are two answers to one prompt, side by side in their row."""
 
     def __init__(
-        self, chunks: Chunks, packing: Packing, sequence_length: int, *, fixed: bool
+        self,
+        chunks: Chunks,
+        packing: Packing,
+        sequence_length: int,
+        *,
+        fixed: bool,
+        pairs: bool = False,
     ) -> None:
-        self.chunks, self.packing = chunks, packing
+        self.chunks, self.packing, self.pairs = chunks, packing, pairs
         self.sequence_length, self.fixed = sequence_length, fixed
         self.summary: dict[str, Any] = self._summary()
 
     def __len__(self) -> int:
         return len(self.packing)
+
+    def first(self, rows: int) -> Rows:
+        """The first `rows` of them; 0: all."""
+        if not 0 < rows < len(self):
+            return self
+        return Rows(
+            self.chunks, self.packing.first(rows), self.sequence_length, fixed=self.fixed,
+            pairs=self.pairs,
+        )  # fmt: skip
 
     @cached_property
     def digest(self) -> str:
