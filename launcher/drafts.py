@@ -24,7 +24,7 @@ BLOCKS = (
 SHARED = (*BLOCKS, "hardware", "forecast")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate", "infra",
-       "budget", "retry", "env", "secrets", "artifacts", "tensorboard", "notify",
+       "budget", "retry", "env", "secrets", "code", "artifacts", "tensorboard", "notify",
        *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)
 NAME_RULE = "write a lower-case letter, then at most 39 of a-z, 0-9 and -"
