@@ -20,6 +20,7 @@ from trainer.config import ConfigError, Export, StageConfig, build
 from trainer.data.corpus import python_reference
 from trainer.export import export_model
 from trainer.models import load_tokenizer
+from trainer.shrink import shrink
 
 gguf = pytest.importorskip("gguf")
 SIZE = 400
@@ -436,3 +437,12 @@ def test_a_stage_writes_the_file_and_goes_on_after_it_was_killed(
     before = (to / "mine-Q8_0.gguf").read_bytes()
     run_stage(stage, attempt=2)  # the same bytes again, or it would be taken for another's
     assert (to / "mine-Q8_0.gguf").read_bytes() == before
+
+
+def test_a_dry_run_writes_a_small_file_here(run_stage: Callable[..., Any], tmp_path: Path) -> None:
+    settings = Export("org/model", to="hub:me/mine", format="gguf", quantize="q4_0")
+    asked = StageConfig(id="e", stage="export", output=str(tmp_path / "e"), export=settings)
+    small, notes = shrink(asked, set())
+    assert any("org/model" in note for note in notes)
+    run_stage(small)
+    assert [path.name for path in (tmp_path / "e").glob("*.gguf")] == ["model-Q4_0.gguf"]
