@@ -71,6 +71,7 @@ class Source:
         if self.configuration.hidden_act != "silu":
             self._refuse(f"'{reference}' has the activation {self.configuration.hidden_act}")
         self._files = _weights(self.folder, reference)
+        self._names = _names(self.family.architecture, self.configuration.num_hidden_layers)
 
     @property
     def rope_type(self) -> str:
@@ -154,17 +155,11 @@ class Source:
 
     def _name(self, name: str) -> Optional[str]:
         """llama.cpp's name for a tensor; None for what it makes itself."""
-        import gguf
-
         if name.endswith(".rotary_emb.inv_freq"):
             return None
         if name == "lm_head.weight" and self.configuration.tie_word_embeddings:
             return None
-        architecture = next(
-            key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == self.family.architecture
-        )
-        names = gguf.get_tensor_name_map(architecture, self.configuration.num_hidden_layers)
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        new = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             self._refuse(f"'{self.reference}' has a tensor {name}, for which there is no place")
         return str(new)
@@ -217,6 +212,14 @@ class Source:
             f"export.format: gguf: {what}. For others write `format: huggingface` and run"
             f" llama.cpp's own converter on the folder: {CONVERTER}"
         )
+
+
+def _names(architecture: str, layers: int) -> Any:
+    """The library's table from Transformers' names to llama.cpp's."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[architecture], layers)
 
 
 def _folder(reference: str) -> Path:
