@@ -1,7 +1,8 @@
 """Writing a model as one GGUF file, the form that llama.cpp and what is built on it read.
 
-Tensor by tensor, so that memory holds a few copies of the largest and not the model. What was written is read back: every
-tensor within what its kind of number can hold, every sample text to the same token ids.
+Tensor by tensor, so that memory holds a few copies of the largest and not the model. What was
+written is read back: every tensor within what its kind of number can hold, every sample text to the
+same token ids.
 """
 
 from __future__ import annotations
