@@ -49,13 +49,13 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create, whether it fits, how long it takes and what it costs. Creates nothing
     outside $LAUNCH_HOME/bundles."""
-    from launcher import forecast, wheels
+    from launcher import code, forecast, wheels
     from launcher.artifacts import missing_client
     from launcher.plan import make
     from launcher.start import commit_of
 
-    loaded = wheels.resolved(validate(path, overrides, on))
     here = env()
+    loaded = code.resolved(wheels.resolved(validate(path, overrides, on)), here.home)
     made = make(loaded.recipe, here, commit=commit_of(loaded.path))
     made = forecast.added(made, loaded.recipe, here.home)
     missing = missing_client(made.root)
@@ -83,9 +83,10 @@ def difference(
     """How a recipe differs from the newest live run of its name, owner and cloud project, or from
     the run `against`; None: there is none. Errors: those of a journal or store that cannot be
     read."""
-    from launcher import amend, bundle, wheels
+    from launcher import amend, bundle, code, wheels
 
     here, loaded = env(), wheels.resolved(validate(path, overrides, on))
+    loaded = code.resolved(loaded, here.home)
     packed = bundle.build(here.home)
     if against is not None:
         return amend.differ(here, status(against), loaded, packed)
@@ -105,13 +106,13 @@ def up(
     Errors: `UsageError` where such a change would end it at once; those of the plan too, before
     anything is created: no place, a backend that only plans.
     """
-    from launcher import amend, bundle, driver, forecast, start, wheels
+    from launcher import amend, bundle, code, driver, forecast, start, wheels
     from launcher.plan import make, refuse
 
     here, loaded = env(), validate(path, overrides, on)
     packed = bundle.build(here.home)
     with home.up_lock(here.home):
-        loaded = wheels.resolved(loaded)
+        loaded = code.resolved(wheels.resolved(loaded), here.home)
         found = None if new else amend.find(here, loaded, packed, requests=False)
         if found is not None and found.stops:
             raise found.refusal()

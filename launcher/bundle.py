@@ -11,6 +11,7 @@ import hashlib
 import io
 import tarfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -40,31 +41,48 @@ def build(home: Path, package: Optional[Path] = None) -> Bundle:
     digest = hashlib.sha256(tar).hexdigest()
     path = home / "bundles" / f"{digest}.tar.gz"
     bundle = Bundle(path, digest, len(tar))
-    if _whole(path, digest):
+    if whole(path, digest):
         return bundle
-    packed = gzip.compress(tar, compresslevel=9, mtime=0)
-    if len(packed) > LIMIT:
-        raise LaunchError(f"the trainer's bundle is {len(packed)} bytes; at most {LIMIT}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, packed)
-    except StoreError as error:
-        raise Unwritable(f"cannot write the bundle: {error}") from error
-    except OSError as error:
-        raise unwritable(path.parent, error) from error
+    small = gzip.compress(tar, compresslevel=9, mtime=0)
+    if len(small) > LIMIT:
+        raise LaunchError(f"the trainer's bundle is {len(small)} bytes; at most {LIMIT}")
+    store(path, small)
     return bundle
 
 
 def archive(package: Path) -> bytes:
-    """A tar of the package's sources: sorted names, no times, no owners, fixed modes."""
+    """A tar of the package's sources."""
+    return packed((name, path.read_bytes()) for name, path in sorted(_sources(package)))
+
+
+def packed(files: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar of (name, content), in that order: no times, no owners, fixed modes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, path in sorted(_sources(package)):
-            data = path.read_bytes()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in files:
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(data), 0o644
             tar.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def store(path: Path, content: bytes) -> None:
+    """Write an archive. Errors: `Unwritable`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, content)
+    except StoreError as error:
+        raise Unwritable(f"cannot write the bundle: {error}") from error
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+
+
+def whole(path: Path, digest: str) -> bool:
+    """Whether the archive is there, and the tar in it has this sha256."""
+    try:
+        return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == digest
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def _sources(package: Path) -> list[tuple[str, Path]]:
@@ -77,10 +95,3 @@ def _installed() -> Path:
     import trainer
 
     return Path(trainer.__file__).parent
-
-
-def _whole(path: Path, digest: str) -> bool:
-    try:
-        return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == digest
-    except (OSError, EOFError, zlib.error):
-        return False

@@ -86,6 +86,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     "merge": ("resume", _AGAIN),
     "export": ("resume", _AGAIN),
     "smoke": ("resume", _AGAIN),
+    "code": ("new run", "a run keeps the code that it began with, also when it is resumed"),
     "bundle": ("new run", "a run keeps the trainer that it began with, also when it is resumed"),
 }
 #: What holds for a key that has no row, of a block that this table does not know.

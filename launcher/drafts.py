@@ -24,7 +24,7 @@ BLOCKS = (
 SHARED = (*BLOCKS, "hardware", "forecast")
 #: Keys of a recipe, and of an entry of its pipeline.
 TOP = ("launch", "name", "description", "extends", "stage", "pipeline", "gate", "infra",
-       "budget", "retry", "env", "secrets", "artifacts", "tensorboard", "notify",
+       "budget", "retry", "env", "secrets", "code", "artifacts", "tensorboard", "notify",
        *SHARED)  # fmt: skip
 ENTRY = ("id", "stage", "recipe", "needs", "gate", *SHARED)
 NAME_RULE = "write a lower-case letter, then at most 39 of a-z, 0-9 and -"
@@ -92,12 +92,14 @@ def backends_of(stages: list[Draft]) -> set[str]:
 
 
 def written(stages: list[Draft]) -> Written:
-    """What the stages write that others may name: folders of exports, and adapters."""
+    """What the stages write that others may name: folders of exports, adapters, GGUF files."""
     exports = ((stage.id, stage.node.get("export", "to")) for stage in stages)
     folders = {i: str(to.value) for i, to in exports if to is not None and to.value is not None}
     adapters = (stage for stage in stages if stage.kind in TRAINING)
     trained = ((stage.id, stage.node.get("model", "adapter")) for stage in adapters)
-    return Written(folders, {i for i, node in trained if node is not None and node.value})
+    formats = ((stage.id, stage.node.get("export", "format")) for stage in stages)
+    files = {i for i, node in formats if node is not None and node.value == "gguf"}
+    return Written(folders, {i for i, node in trained if node is not None and node.value}, files)
 
 
 def absolute(text: str, at: Position) -> str:

@@ -31,7 +31,9 @@ def dry_run(path: Union[str, Path], overrides: Iterable[str] = (), on: Optional[
     that says how it ended. Returns 0.
     Errors: those of the recipe; `Denied` without the trainer's packages; `JobFailed`."""
     from launcher import console, recipe
+    from launcher.code import archive
     from launcher.plan import stage_configs
+    from trainer.boot import unpack
 
     loaded = recipe.load(path, overrides, on)
     missing = [name for name in _NEEDED if find_spec(name) is None]
@@ -45,9 +47,14 @@ def dry_run(path: Union[str, Path], overrides: Iterable[str] = (), on: Optional[
         job = Job(run="dry-run", stages=stages, dry_run=True)
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(to_dict(job)))
+        given = {**os.environ, **loaded.recipe.env, **_QUIET}
+        if loaded.recipe.code is not None:
+            own = Path(folder) / "code"
+            unpack(archive(loaded.recipe.code), own, "code")
+            given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own), given.get("PYTHONPATH")]))
         code = subprocess.run(
             [sys.executable, "-m", "trainer", "run", str(file)],
-            env={**os.environ, **loaded.recipe.env, **_QUIET},
+            env=given,
             check=False,
         ).returncode
     if code in _CONFIGURATION:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher import backends, hardware, wheels
+from launcher import backends, code, hardware, wheels
 from launcher.artifacts import missing_client
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer, Phase
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
@@ -178,6 +178,8 @@ def job_spec(
     }
     if shipped := wheels.shipped(asked.environment):
         boot["wheels"] = shipped
+    if recipe.code is not None:
+        boot["code"] = code.shipped(recipe.code, home)
     if recipe.tensorboard is not None:
         boot["tensorboard"] = of_run(recipe.tensorboard, run_name)
     labels = {"launch-run": run_id, "launch-owner": owner}
@@ -242,7 +244,7 @@ def make(
         bundle = build(env.home)
     run_name = f"{recipe.name}-{run_id[-6:]}"
     root = artifact_root(recipe, run_id, run_name, env.home)
-    notes: list[str] = []
+    notes = [] if recipe.code is None else [code.line(recipe.code)]
     refusals: list[Refusal] = []
     planned = []
     for index, stages in enumerate(jobs(recipe)):

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +22,7 @@ from launcher.drafts import NAME_RULE, Draft, absolute
 from launcher.errors import RecipeErrors
 from launcher.positions import Node, Position, Problems, locate, looks_secret, plain
 from launcher.sources import Sources
-from launcher.spec import NAME, Budget, Infra, Notify, Recipe, Retry, Stage
+from launcher.spec import NAME, Budget, Code, Infra, Notify, Recipe, Retry, Stage
 from trainer.config import STAGES, KeyPath, Problem, build, dotted, missing_blocks, to_dict
 
 VERSION = 1
@@ -180,7 +180,7 @@ def _whole(
     top: dict[str, Any] = {}
     for key, kind in (("description", str), ("budget", Budget), ("retry", Retry),
                       ("env", Mapping[str, str]), ("artifacts", str),
-                      ("tensorboard", str), ("infra", Infra),
+                      ("tensorboard", str), ("infra", Infra), ("code", Code),
                       ("notify", tuple[Notify, ...])):  # fmt: skip
         node = tree.get(key)
         if node is not None and node.value is not None:
@@ -188,6 +188,8 @@ def _whole(
             top[key] = build(kind, plain(node), (key,), found)
             found = [(path, _untold(path, what)) for path, what in found]
             _report((p for p in found if not looks_secret(str(p[0][-1]))), tree, sources)
+    if top.get("code") is not None:
+        top["code"] = replace(top["code"], path=absolute(top["code"].path, tree.map["code"].at))
     empty = Node({}, tree.at)
     secrets, env = tree.get("secrets") or empty, tree.get("env") or empty
     sources.problems += rules.secret_problems(secrets, env)

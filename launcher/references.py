@@ -15,16 +15,18 @@ from typing import Optional
 from launcher.spec import Stage
 from trainer.config import KeyPath, Problem
 
-_ADAPTER = re.compile(r"\$\{stage:([^}]*)\}(@best|@last)?")
+_STAGE = re.compile(r"\$\{stage:([^}]*)\}(@best|@last)?")
 
 
 @dataclass(frozen=True)
 class Written:
     """What the other stages of the recipe will write: `folders` (stage id -> the `export.to` of a
-    stage, absolute) and `adapters`, the ids of stages that train one."""
+    stage, absolute), `adapters`, the ids of stages that train one, and `files`, the ids of those
+    that write a GGUF file."""
 
     folders: Mapping[str, str] = field(default_factory=dict)
     adapters: Collection[str] = ()
+    files: Collection[str] = ()
 
 
 def reference_problems(
@@ -33,6 +35,13 @@ def reference_problems(
     """Local folders that are not there, and an adapter where a whole model is needed. `earlier`:
     the stages that this one waits for."""
     for path, given in references(stage):
+        match = _STAGE.fullmatch(given)
+        if match and match[1] in written.files:
+            yield (
+                path,
+                f"stage '{match[1]}' writes a GGUF file, which is not read here; "
+                "name the model that it exports",
+            )
         stores = path[-1] in ("targets", "logits_dir", "resume")
         place = _local(given, named=not stores)
         if place is None:
@@ -47,7 +56,7 @@ def reference_problems(
             if what is not None:
                 yield path, what
     if stage.export is not None:
-        match = _ADAPTER.fullmatch(stage.export.model)
+        match = _STAGE.fullmatch(stage.export.model)
         if match and match[1] in written.adapters:
             yield (
                 ("export", "model"),

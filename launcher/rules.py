@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import backends, hardware, wheels
+from launcher import backends, code, hardware, wheels
 from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
@@ -101,6 +101,8 @@ def recipe_problems(
                 "a Vertex AI job reads secret-manager://PROJECT/NAME only: "
                 "its environment is shown to everybody who may list jobs",
             )
+    if top.get("code") is not None and (found := code.problem(top["code"])) is not None:
+        yield ("code", found[0]), found[1]
     for name in top.get("env") or ():
         if not _VARIABLE.fullmatch(name):
             yield ("env", name), "is not the name of a variable"

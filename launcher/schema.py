@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from launcher import drafts
-from launcher.spec import NAME, Budget, Expected, Gate, Hardware, Infra, Notify, Retry
+from launcher.spec import NAME, Budget, Code, Expected, Gate, Hardware, Infra, Notify, Retry
 from trainer.config import (
     STAGES,
     Data,
@@ -46,6 +46,7 @@ _BLOCKS = {
     "budget": Budget,
     "retry": Retry,
     "infra": Infra,
+    "code": Code,
 }
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}
 _SECRET_REFERENCE = "^(env://|secret-manager://|\\$\\{)"

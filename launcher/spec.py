@@ -241,6 +241,30 @@ class Notify(Strict):
 
 
 @dataclass(frozen=True)
+class Code(Strict):
+    """The user's own files below the folder `path`, for jobs to import. `include`: patterns of
+    paths below it. `sha256` and `bytes` are of the archive that is sent: launch fills them in."""
+
+    path: str
+    include: tuple[str, ...] = ("**/*.py",)
+    sha256: Optional[str] = None
+    bytes: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        plain = all(p and not p.startswith("/") and ".." not in p.split("/") for p in self.include)
+        both = (self.sha256 is None) == (self.bytes is None)
+        require(
+            self,
+            path=(bool(self.path) and "://" not in self.path, "must be a folder of this machine"),
+            include=(bool(self.include) and plain, "must be patterns below `path`: rewards/**"),
+            sha256=(self.sha256 is None or bool(_SHA256.match(self.sha256)),
+                    "must be 64 hexadecimal digits"),
+            bytes=(both and (self.bytes is None or self.bytes > 0),
+                   "is what launch writes beside `sha256`; leave both out"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Gate(Strict):
     """One condition on recorded evaluation. `metric` and `below`/`above` are names in this stage's
     evaluation.json, or `STAGE.NAME` for another stage. A missing or NaN value fails."""
@@ -320,6 +344,7 @@ class Recipe(Strict):
     tensorboard: Optional[str] = None  # gs:// or s3://; None: below `artifacts`, as the rest
     infra: Optional[Infra] = None
     notify: tuple[Notify, ...] = ()
+    code: Optional[Code] = None
     launch: int = 1
 
     @property

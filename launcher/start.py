@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import yaml
 
-from launcher import changes, forecast, home
+from launcher import changes, code, forecast, home
 from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Env, Phase
 from launcher.bundle import Bundle
@@ -222,11 +222,13 @@ def _revised(fold: Fold, place: Path, overrides: tuple[str, ...], env: Env) -> R
     draft = place / "resume.yaml"
     home.write(draft, as_yaml(before))
     try:
-        after = resolved(load(draft, overrides, None, env.environ)).recipe
+        loaded = resolved(load(draft, overrides, None, env.environ))
+        after = code.resolved(loaded, env.home).recipe
     finally:
         draft.unlink(missing_ok=True)
     fixed = {"name": (before.name, after.name),
              "artifacts": (before.artifacts, after.artifacts),
+             "code": (before.code, after.code),
              "stages": (_stages(before, ""), _stages(after, "")),
              "hardware.backend": (_jobs(before, ""), _jobs(after, ""))}  # fmt: skip
     for what, (old, new) in fixed.items():

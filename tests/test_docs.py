@@ -19,6 +19,7 @@ from launcher.cli import app
 from launcher.errors import Exit
 from launcher.spec import (
     Budget,
+    Code,
     Environment,
     Expected,
     Gate,
@@ -85,6 +86,7 @@ SECTIONS = {
     "hardware.vertex": Vertex,
     "budget": Budget,
     "retry": Retry,
+    "code": Code,
     "infra": Infra,
     "notify": Notify,
     "gate": Gate,

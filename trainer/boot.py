@@ -46,7 +46,7 @@ _KINDS: dict[str, Any] = {
     "schema": int, "run": str, "job": dict, "bundle": dict, "bundle.url": str,
     "bundle.sha256": str, "bundle.bytes": int, "root": str, "work": str, "job_index": int,
     "attempt": int, "workers": int, "nodes": int, "python": str | None, "env": dict | None,
-    "secrets": dict | None, "wheels": list | None, "deadline_seconds": _NUMBER,
+    "secrets": dict | None, "wheels": list | None, "code": dict | None, "deadline_seconds": _NUMBER,
     "grace_seconds": _NUMBER, "join_seconds": _NUMBER,
 }  # fmt: skip
 
@@ -106,6 +106,7 @@ class Spec:
         self.part = f"{raw['job_index']:02d}-{raw['attempt']:04d}"
         self.python = raw.get("python") or sys.executable
         self.code = self.work / "bundle"
+        self.own = self.work / "code"  # the user's own, where the run brings some
         self.boot = str(Path(__file__).resolve())
         grace, deadline = raw.get("grace_seconds"), raw.get("deadline_seconds")
         self.grace = 600.0 if grace is None else float(grace)
@@ -205,20 +206,28 @@ def fetch(spec: Spec, bundle: Optional[str] = None) -> None:
     """Put the verified bundle into `<work>/bundle`, from the file `bundle` or else from its URL.
     `sha256` and `bytes` are those of the tar inside the gzip. Errors: `BootError` 78; nothing
     outside the folder is ever written."""
-    url, size, digest = bundle or spec.bundle["url"], spec.bundle["bytes"], spec.bundle["sha256"]
+    unpack_verified(local_path(bundle or spec.bundle["url"]), spec.bundle, spec.code)
+
+
+def unpack_verified(
+    path: Path, facts: Mapping[str, Any], folder: Path, what: str = "bundle"
+) -> None:
+    """Put a packed tar with the `sha256` and `bytes` of `facts` into `folder`, in place of what is
+    there. Errors: as `fetch`."""
+    size, digest = facts["bytes"], facts["sha256"]
     try:
-        with gzip.open(local_path(url)) as file:
+        with gzip.open(path) as file:
             data = file.read(size + 1)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             raise EOFError(f"not the {size} bytes with sha256 {digest[:12]}")
     except (OSError, EOFError, zlib.error) as error:
-        what = getattr(error, "strerror", None) or f"damaged: {error}"
-        raise BootError(ENVIRONMENT, f"bundle {url}: {what}") from error
-    shutil.rmtree(spec.code, ignore_errors=True)
-    unpack(data, spec.code)
+        why = getattr(error, "strerror", None) or f"damaged: {error}"
+        raise BootError(ENVIRONMENT, f"{what} {facts['url']}: {why}") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    unpack(data, folder, what)
 
 
-def unpack(data: bytes, folder: Path) -> None:
+def unpack(data: bytes, folder: Path, what: str = "bundle") -> None:
     """Unpack regular files below `folder`. Errors: `BootError` 78 for anything else,
     before the first of them is written."""
     try:
@@ -228,14 +237,14 @@ def unpack(data: bytes, folder: Path) -> None:
                 parts = Path(member.name).parts
                 inside = parts and parts[0] != "/" and ".." not in parts
                 if not inside or not member.isfile():
-                    raise BootError(ENVIRONMENT, f"bundle: refused entry {member.name!r}")
+                    raise BootError(ENVIRONMENT, f"{what}: refused entry {member.name!r}")
             for member in members:
                 target = folder / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(member) or io.BytesIO() as source:
                     target.write_bytes(source.read())
     except (tarfile.TarError, ValueError) as error:
-        raise BootError(ENVIRONMENT, f"bundle: not an archive: {error}") from error
+        raise BootError(ENVIRONMENT, f"{what}: not an archive: {error}") from error
 
 
 def environment(
@@ -260,7 +269,8 @@ def environment(
         else:
             given[name] = environ[source]
     # First on sys.path: before an installed `trainer`, and without PYTHONSAFEPATH's leave.
-    paths = [str(spec.code), {**environ, **given}.get("PYTHONPATH", "")]
+    own = str(spec.own) if spec.raw.get("code") else ""
+    paths = [str(spec.code), own, {**environ, **given}.get("PYTHONPATH", "")]
     fixed = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",

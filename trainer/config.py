@@ -95,23 +95,43 @@ class Merge(Strict):
         require(self, prompts=(all(self.prompts), "must not be empty texts"))
 
 
+#: Kinds of numbers that a GGUF file may get here.
+QUANTIZE = ("auto", "f32", "f16", "bf16", "q8_0", "q4_0")
+
+
 @dataclass(frozen=True)
 class Export(Strict):
-    """A model to be written as a plain Hugging Face folder: to `to` (default: the stage's own
-    folder; a URI gets a copy), or to the Hub with `to: hub:NAME`."""
+    """A model to be written as a plain Hugging Face folder, or as one GGUF file (llama.cpp): to
+    `to` (default: the stage's own folder; a URI gets a copy), or to the Hub with `to: hub:NAME`."""
 
     model: str
     to: Optional[str] = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as it is
+    format: Literal["huggingface", "gguf"] = "huggingface"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of `huggingface`; auto: as it is
+    quantize: str = "auto"  # of `gguf`: one of QUANTIZE; auto: as it is
     private: bool = True  # a new repository on the Hub
 
     def __post_init__(self) -> None:
+        folder = self.format == "huggingface"
         require(
             self,
             to=(self.to is None or self.to.startswith(("gs://", "s3://"))
                 or (self.to not in ("", "hub:") and "://" not in self.to),
                 "must be a folder, gs://BUCKET/FOLDER, s3://BUCKET/FOLDER or hub:NAME"),
+            precision=(folder or self.precision == "auto",
+                       "belongs to `format: huggingface`; write `quantize`"),
+            quantize=(self.quantize == "auto" if folder else self.quantize in QUANTIZE,
+                      "belongs to `format: gguf`" if folder else _kinds(self.quantize)),
         )  # fmt: skip
+
+
+def _kinds(given: str) -> str:
+    """What to do about a kind of numbers that is not written here."""
+    kind = given.upper()
+    return (
+        f"must be one of {', '.join(QUANTIZE)}; llama.cpp makes others: write `quantize: f16`, then"
+        f" llama-quantize NAME-F16.gguf NAME-{kind}.gguf {kind}"
+    )
 
 
 @dataclass(frozen=True)

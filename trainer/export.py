@@ -1,5 +1,5 @@
-"""Exporting: a model and its tokenizer as a plain Hugging Face folder, read back before it is
-shown, and sent to a store or to the Hub when asked."""
+"""Exporting: a model and its tokenizer as a plain Hugging Face folder, or as one GGUF file, read
+back before it is shown, and sent to a store or to the Hub when asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from trainer import adapters, copies
 from trainer.checkpoint import CheckpointError, resolve
 from trainer.config import ConfigError, Export
+from trainer.gguf_export import write_gguf
 from trainer.merge import encode_prompts, publish, stored_dtype, write_folder
 from trainer.models import PLAIN_ATTENTION, load_pretrained, load_tokenizer, parameter_count
 from trainer.store import StoreError, open_store, sha256_file
@@ -26,9 +27,10 @@ Say = Callable[[str], None]
 
 def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
     """Write the model at `config.model` to `config.to`; without `to`, and for a store or the Hub,
-    to the stage's `folder`. Returns `parameters` and `bytes`. Errors: `ConfigError` for a reference
-    that is no model, a target that is taken, a missing token; `CheckpointError` when what was
-    written does not read back the same, or the Hub refuses it; `StoreError`."""
+    to the stage's `folder`. Returns `parameters` and `bytes`, and what `write_gguf` adds. Errors:
+    `ConfigError` for a reference that is no model, a target that is taken, a missing token;
+    `CheckpointError` when what was written does not read back the same, or the Hub
+    refuses it; `StoreError`."""
     name = config.to.removeprefix(HUB) if config.to and config.to.startswith(HUB) else None
     remote = copies.REMOTE.match(config.to or "") is not None
     if name is not None:
@@ -36,12 +38,9 @@ def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
     source = resolve(config.model)
     if adapters.is_adapter(source):
         raise ConfigError(f"export.model: '{config.model}' is an adapter; merge it first")
-    dtype = _DTYPES.get(config.precision) or stored_or_error(config.model)
-    model = load_pretrained(config.model, dtype, PLAIN_ATTENTION)
-    tokens = load_tokenizer(config.model)
-    written = write_folder(model, tokens, folder)
+    write = write_gguf if config.format == "gguf" else _write_plain
+    written, facts = write(config, folder, say)
     try:
-        _check_written(model, tokens, written)
         size = sum(path.stat().st_size for path in written.iterdir())
         if name is not None:
             _upload(written, name, config.private)
@@ -58,7 +57,22 @@ def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
     else:
         _move(written, Path(config.to).expanduser())
         say(f"exported: {config.to} ({size:,} bytes)")
-    return {"parameters": float(parameter_count(model)), "bytes": float(size)}
+    return {**facts, "bytes": float(size)}
+
+
+def _write_plain(config: Export, folder: Path, say: Say) -> tuple[Path, dict[str, float]]:
+    """A Hugging Face folder inside `folder`, hidden, and what is to be said of it."""
+    del say
+    dtype = _DTYPES.get(config.precision) or stored_or_error(config.model)
+    model = load_pretrained(config.model, dtype, PLAIN_ATTENTION)
+    tokens = load_tokenizer(config.model)
+    written = write_folder(model, tokens, folder)
+    try:
+        _check_written(model, tokens, written)
+    except CheckpointError:
+        shutil.rmtree(written)
+        raise
+    return written, {"parameters": float(parameter_count(model))}
 
 
 def stored_or_error(reference: str) -> torch.dtype:

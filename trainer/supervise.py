@@ -30,9 +30,11 @@ from trainer.boot import (
     Spec,
     environment,
     leave,
+    local_path,
     note_process,
     reserve,
     say,
+    unpack_verified,
     write_json,
 )
 from trainer.cluster import ClusterError, Node, vertex_node
@@ -143,6 +145,7 @@ class _Job:
             _refuse_chain(spec)
         self._install()
         given = self._unless_asked(lambda: environment(spec, os.environ, secret_manager.read))
+        self._unless_asked(self._own_code)
         given["PYTHONPATH"] = os.pathsep.join([*(self.paths or ()), given["PYTHONPATH"]])
         facts: dict[str, Any] = {"restart": start.restart} if start.restart else {}
         if spec.remote:  # what a stage keeps of the others' places must hold on the next machine
@@ -196,6 +199,20 @@ class _Job:
             )
         except Unfit as error:
             raise BootError(error.code, str(error)) from error
+
+    def _own_code(self) -> None:
+        """The user's code, verified, in its folder. Errors: `BootError`, `StoreError`."""
+        spec, code = self.spec, self.spec.raw.get("code")
+        if not code:
+            return
+        path, url = spec.work / "code.tar.gz", str(code["url"])
+        if url.partition("://")[0] in _CLIENTS:
+            parent, _, key = url.rpartition("/")
+            open_store(parent).get_file(key, path)
+        else:
+            path = local_path(url)
+        unpack_verified(path, code, spec.own, "code")
+        say(spec, f"code: {str(code['sha256'])[:12]} in {spec.own}")
 
     def _fetch_inputs(self, given: dict[str, str]) -> None:
         """What the job reads from object stores comes to this machine first."""

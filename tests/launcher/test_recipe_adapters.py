@@ -57,6 +57,20 @@ def test_an_export_goes_to_a_folder_beside_its_recipe_or_to_the_hub(at: Path) ->
     assert "export.to: must be a folder" in problem
 
 
+def test_a_gguf_file_is_no_model_for_another_stage(at: Path) -> None:
+    (at / "m").mkdir()
+    text = """launch: 1
+name: two
+pipeline:
+  - {id: file, stage: export, export: {model: ./m, format: gguf, quantize: q8_0}}
+  - {id: again, stage: export, export: {model: "${stage:file}"}}
+"""
+    (problem,) = problems(text)
+    assert problem.startswith("r.yaml:5:") and "writes a GGUF file, which is not read" in problem
+    (problem,) = problems((EXPORT % "out").replace("to:", "format: gguf, quantize: q4_k_m, to:"))
+    assert problem.startswith("r.yaml:4:") and "llama-quantize NAME-F16.gguf NAME-Q4_K_M" in problem
+
+
 def test_a_merge_may_say_its_base_as_a_path(at: Path) -> None:
     text = "launch: 1\nname: one\nstage: merge\nmerge: {adapter: a/lora, base: ./base}\n"
     (at / "base").mkdir()

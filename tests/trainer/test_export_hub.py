@@ -139,6 +139,16 @@ def test_the_hub_gets_the_model_and_nothing_else(job: Job, hub: Hub, tmp_path: P
     assert TOKEN.encode() not in written and TOKEN not in done.stdout + done.stderr
 
 
+def test_the_hub_gets_a_gguf_file(job: Job, hub: Hub, tmp_path: Path) -> None:
+    (asked,) = job.stages
+    assert asked.export is not None
+    settings = Export(model=asked.export.model, to="hub:tiny", format="gguf", quantize="q8_0")
+    done = trainer(replace(job, stages=(replace(asked, export=settings),)), tmp_path, hub, TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert list(hub.files) == ["tiny-Q8_0.gguf"]
+    assert hub.files["tiny-Q8_0.gguf"] == (tmp_path / "out" / "tiny-Q8_0.gguf").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("token", "said"),
     [(TOKEN, "403 Forbidden"), ("hf_of_somebody_else", "Invalid user token")],

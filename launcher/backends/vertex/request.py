@@ -115,8 +115,9 @@ def offers(spec: Hardware) -> Iterator[Offer]:
 
 
 def plan(spec: JobSpec, offer: Offer) -> Plan:
-    """Two objects in the run's bucket (bundle, boot specification), then the custom job, which
-    is what bills. The bundle lies outside the run, so that the next run need not send it."""
+    """The objects in the run's bucket (bundle, wheels, the user's code, boot specification), then
+    the custom job, which is what bills. All but the specification lie outside the run, so that the
+    next run need not send them."""
     if spec.hours is not None and spec.hours > _LONGEST_HOURS:
         raise BadRequest("budget.hours", f"a Vertex AI job ends after {_LONGEST_HOURS} hours",
                          "set fewer; the run goes on from its last checkpoint")  # fmt: skip
@@ -132,6 +133,10 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
     boot = {
         **spec.boot, "bundle": {**bundle, "url": bundle_uri}, "environment": True, **wheels,
     }  # fmt: skip
+    if (code := spec.boot.get("code")) is not None:
+        uri = f"gs://{bucket}/launch/code/{code['sha256']}.tar.gz"
+        uploads[uri] = {"file": code["url"], "sha256": code["sha256"]}
+        boot["code"] = {**code, "url": uri}
     facts = {"project": project_of(spec.hardware), "labels": labels(spec)}
     sha256 = {"sha256": bundle["sha256"]}
     intents = (

@@ -1,0 +1,178 @@
+"""The user's own code (`code:`): rewards, formatters and the like, as an archive beside the
+trainer's. Which files, what never travels, and the archive's place in a recipe.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from launcher.bundle import Bundle, packed, store, whole
+from launcher.errors import UsageError
+from launcher.spec import Code
+from trainer.config import to_dict
+
+if TYPE_CHECKING:
+    from launcher.recipe import Loaded
+
+#: Bytes of all files together: code is small, and what is large is data.
+LIMIT = 5 * 1000 * 1000
+IGNORE = ".launchignore"
+#: Never sent, whatever `include` says: what a machine makes itself, and what is nobody else's.
+_NEVER = ("__pycache__", "*.pyc", "node_modules", "venv", "*.egg-info")
+_SECRETS = ("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "id_ecdsa*",
+            "credentials*.json", "service-account*.json", "service_account*.json")  # fmt: skip
+
+
+class Wrong(ValueError):
+    """What is wrong with a `code` block, and with which of its keys."""
+
+    def __init__(self, key: str, what: str) -> None:
+        super().__init__(what)
+        self.key = key
+
+
+def files(code: Code) -> dict[str, Path]:
+    """Name in the archive -> file, sorted. Errors: `Wrong`."""
+    root = Path(code.path)
+    if not root.is_dir():
+        raise Wrong("path", f"no such folder: {root}")
+    ignored = _ignored(root)
+    includes = [_pattern(text) for text in code.include]
+    found: dict[str, Path] = {}
+    for name, path in _below(root, ignored):
+        if any(pattern.fullmatch(name) for pattern in includes):
+            if path.is_symlink():
+                raise Wrong("include", f"{name} is a link, which does not travel; copy the file")
+            found[name] = path
+    if not found:
+        raise Wrong("include", f"no file below {root} fits {', '.join(code.include)}")
+    if own := next((name for name in found if re.match(r"trainer(/|\.py\Z)", name)), None):
+        raise Wrong("include", f"{own}: the module `trainer` is launch's own; give it another name")
+    sizes = {name: path.stat().st_size for name, path in found.items()}
+    if (total := sum(sizes.values())) > LIMIT:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise Wrong(
+            "include",
+            f"{len(found)} files of {total:,} bytes in all, at most {LIMIT:,}; the largest is"
+            f" {largest}: narrow `include`, or name it in {root / IGNORE}",
+        )
+    return dict(sorted(found.items()))
+
+
+def resolved(loaded: Loaded, home: Path) -> Loaded:
+    """`loaded` with the sha256 and the size of its code, whose archive is then in `home/bundles`,
+    and with a fingerprint of both. One that has a sha256 stays as it is, while the archive is there
+    or the files still are what they were. Errors: `UsageError`, `LaunchError`, `Unwritable`."""
+    code = loaded.recipe.code
+    if code is None:
+        return loaded
+    if code.sha256 is None or not whole(place(code, home), code.sha256):
+        code = _built(code, home)
+    recipe = replace(loaded.recipe, code=code)
+    digest = hashlib.sha256(f"{loaded.fingerprint}\n{code.sha256}".encode()).hexdigest()
+    return replace(loaded, recipe=recipe, canonical=to_dict(recipe), fingerprint=digest)
+
+
+def archive(code: Code) -> bytes:
+    """The tar of the user's files. Errors: `UsageError`."""
+    try:
+        return packed((name, path.read_bytes()) for name, path in files(code).items())
+    except Wrong as error:
+        raise UsageError(f"code.{error.key}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"code: cannot read {error.filename}: {error.strerror}") from error
+
+
+def shipped(code: Code, home: Path) -> dict[str, Any]:
+    """The key `code` of a boot specification. Errors: `ValueError` for one not resolved."""
+    if code.sha256 is None or code.bytes is None:
+        raise ValueError("the recipe's code is not resolved yet")
+    return {"url": str(place(code, home)), "sha256": code.sha256, "bytes": code.bytes}
+
+
+def line(code: Code) -> str:
+    """What a plan says of it."""
+    return f"code of {code.path} travels with the run (sha256 {str(code.sha256)[:12]}...)"
+
+
+def place(code: Code, home: Path) -> Path:
+    """Where the archive of resolved code is."""
+    return home / "bundles" / f"{code.sha256}.tar.gz"
+
+
+def _built(code: Code, home: Path) -> Code:
+    tar = archive(code)
+    digest = hashlib.sha256(tar).hexdigest()
+    if code.sha256 not in (None, digest):
+        raise UsageError(
+            f"code.sha256: the files of {code.path} are {digest[:12]}..., not"
+            f" {str(code.sha256)[:12]}...",
+            "leave `sha256` out to take them as they are",
+        )
+    made = Bundle(home / "bundles" / f"{digest}.tar.gz", digest, len(tar))
+    if not whole(made.path, digest):
+        store(made.path, gzip.compress(tar, compresslevel=9, mtime=0))
+    return replace(code, sha256=digest, bytes=len(tar))
+
+
+def _below(root: Path, ignored: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Files that may travel. Hidden ones never do: they hold settings and secrets."""
+    for folder, folders, names in os.walk(root):
+        here = Path(folder).relative_to(root)
+        kept = [n for n in sorted(folders) if not _left_out((here / n).as_posix(), ignored)]
+        folders[:] = [name for name in kept if not (Path(folder) / name).is_symlink()]
+        for name in sorted(names):
+            at = (here / name).as_posix()
+            if not _left_out(at, ignored):
+                yield at, Path(folder) / name
+
+
+def _left_out(name: str, ignored: Sequence[str]) -> bool:
+    last = name.rpartition("/")[2]
+    if last.startswith(".") or any(fnmatchcase(last, p) for p in (*_NEVER, *_SECRETS)):
+        return True
+    return any(_pattern(p).fullmatch(name if "/" in p.rstrip("/") else last) for p in ignored)
+
+
+def _ignored(root: Path) -> list[str]:
+    """Patterns of `.launchignore`: one a line, of a name at any depth or, with a slash, of a path
+    from its folder. Errors: `Wrong`."""
+    try:
+        lines = (root / IGNORE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise Wrong("path", f"cannot read {root / IGNORE}: {error}") from error
+    wanted = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
+    if odd := next((text for text in wanted if text.startswith("!")), None):
+        raise Wrong("path", f"{root / IGNORE}: {odd}: nothing is taken back in; use `include`")
+    return [text.lstrip("/") if "/" in text.strip("/") else text.strip("/") for text in wanted]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """`*` and `?` within a name, `**` over folders; a folder's name stands for all below it."""
+    text = text.removeprefix("./").rstrip("/")
+    written = ""
+    for part in re.split(r"(\*\*/|\*\*|\*|\?)", text):
+        written += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(
+            part, re.escape(part)
+        )
+    return re.compile(f"{written}(?:/.*)?")
+
+
+def problem(code: Code) -> Optional[tuple[str, str]]:
+    """(key, what is wrong) as far as the files say; one that names its archive is not asked."""
+    try:
+        if code.sha256 is None:
+            files(code)
+    except Wrong as error:
+        return error.key, str(error)
+    return None
