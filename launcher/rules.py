@@ -243,8 +243,8 @@ def _kernels(stage: Stage) -> Iterator[Problem]:
     if model.float8 not in ("off", "auto") and kind.capability < _FLOAT8:
         yield (
             ("model", "float8"),
-            f"'{model.float8}' needs a GPU of compute capability {_FLOAT8} or higher, such as L4 or "
-            f"H100; {asked}; take off or auto",
+            f"'{model.float8}' needs a GPU of compute capability {_FLOAT8} or higher, such as L4 "
+            f"or H100; {asked}; take off or auto",
         )
 
 

@@ -49,8 +49,7 @@ def banner(
     lines = [
         f"stage {config.id} ({config.stage}): {length}, output {copies.origin(config.output)}",
         f"seed {train.seed}  precision {runtime.precision}  device {device} x {runtime.world_size}",
-        f"attention {kind_of(model)}"
-        f"  flash-attn {flash_attention_status(runtime)}",
+        f"attention {kind_of(model)}  flash-attn {flash_attention_status(runtime)}",
         f"model {copies.origin(config.model.name or 'random') if config.model else '?'}:"
         f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
         f"{batch} x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
