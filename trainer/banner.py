@@ -21,7 +21,8 @@ from trainer.probe import first_cut
 from trainer.runtime import Runtime
 from trainer.schedule import Horizon
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn",
+             "torchao", "transformer-engine")  # fmt: skip
 
 
 def banner(

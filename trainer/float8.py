@@ -108,7 +108,7 @@ def gain(sides: Iterable[tuple[int, int]], tokens: int) -> float:
     """Time of layers of (inputs, outputs) in bf16 over that in float8, for `tokens` at a time:
     three products each, against what it costs to look for the largest number of input, weight and
     gradient and to cast them (twice 2 bytes read, 2 written each). After the derivation in
-    torchao's documentation (M, K, N); of its two examples, 0.80 and 1.39, it gives 0.82 and 1.53.
+    torchao's documentation (M, K, N); of its two examples, 0.80 and 1.39, it gives 0.82 and 1.52.
     """
     plain = narrow = 0.0
     for inputs, outputs in sides:

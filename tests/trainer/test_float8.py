@@ -76,7 +76,7 @@ def test_what_it_learns_is_what_float32_learns() -> None:
             optimizer.step()
         losses.append(float(loss))
     assert losses[0] < 2.0  # from 4.2
-    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_checkpoints_are_the_same_with_and_without(tmp_path: Path, tokenizer: str) -> None:
