@@ -25,7 +25,7 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(VARLEN, varlen)
-    AttentionMaskInterface.register(VARLEN, no_mask)
+    AttentionMaskInterface.register(VARLEN, mask_where_needed)
     AttentionInterface.register(FLEX, flex)
     AttentionMaskInterface.register(FLEX, block_mask)
 
@@ -56,13 +56,14 @@ def varlen(
     """Causal attention within documents by `torch.nn.attention.varlen.varlen_attn`. `query`
     [rows, heads, length, width], `key` and `value` with as many heads or fewer. `cu_seq_lens_q`
     [documents + 1], int32: where documents begin in the flat row of all tokens, and its end;
-    without it each row is one. `sliding_window`: tokens that one sees, itself included. Returns
+    without it each row is one. A mask, or more keys than queries, means that text is generated:
+    SDPA does that. `sliding_window`: tokens that one sees, itself included. Returns
     [rows, length, heads, width], of the dtype of the products. Errors: `ConfigError`."""
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse("varlen", module, dropout, others, ("softcap", "s_aux", "position_bias"))
-    if attention_mask is not None:
-        raise ConfigError("model.attention: varlen takes no mask, the model makes one; use sdpa")
+    if attention_mask is not None or key.shape[2] != query.shape[2]:
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling)
     rows, _, length, _ = query.shape
     query, key, value = (
         t.transpose(1, 2).flatten(0, 1) for t in _of_one_kind(query, key, value)
@@ -129,11 +130,18 @@ def flex(
     return found.transpose(1, 2).contiguous(), None
 
 
-def no_mask(attention_mask: Optional[Tensor] = None, **others: Any) -> None:
-    """The mask of `varlen`: it has none. Errors: `ConfigError` when padding is to be masked."""
-    del others
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ConfigError("model.attention: varlen cannot mask padding; use sdpa")
+def mask_where_needed(
+    q_length: int, kv_length: int, attention_mask: Optional[Tensor] = None, **others: Any
+) -> Optional[Tensor]:
+    """The mask of `varlen`: none for whole rows, SDPA's where text is generated."""
+    if q_length == kv_length and (attention_mask is None or bool(attention_mask.all())):
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    mask: Optional[Tensor] = sdpa_mask(
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others
+    )
+    return mask
 
 
 def block_mask(
@@ -141,19 +149,26 @@ def block_mask(
     q_length: int,
     kv_length: int,
     mask_function: Callable[..., Any],
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
     attention_mask: Optional[Tensor] = None,
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Any:
     """The mask of `flex`, made once a forward pass: which blocks of scores are computed, and inside
-    them which scores. `mask_function(row, head, query, key)`: whether one token sees another."""
+    them which scores. `mask_function(row, head, query, key)`: whether one token sees another.
+    Offsets: of the first query and key, where text is generated; `attention_mask`: False where a
+    row is padded."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     del others
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ConfigError("model.attention: flex is not set up to mask padding; use sdpa")
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Any:
+        found = mask_function(row, head, query + q_offset, key + kv_offset)
+        return found if attention_mask is None else found & attention_mask[row, key + kv_offset]
+
     return create_block_mask(
-        mask_function, batch_size, None, q_length, kv_length, device=str(device),
+        sees, batch_size, None, q_length, kv_length, device=str(device),
         # Compiled, the whole matrix of the mask is never held.
         _compile=torch.device(device).type == "cuda",
     )  # fmt: skip
@@ -175,6 +190,23 @@ def _flex(device: str) -> Callable[..., Any]:
         return (plain if inside else compiled)(*tensors, **options)
 
     return run
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Optional[Tensor],
+    dropout: float,
+    scaling: Optional[float],
+) -> tuple[Tensor, None]:
+    from transformers import AttentionInterface
+
+    function = AttentionInterface()["sdpa"]
+    query, key, value = _of_one_kind(query, key, value)
+    output, _ = function(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+    return output, None
 
 
 def _of_one_kind(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

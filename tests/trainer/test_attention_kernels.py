@@ -11,9 +11,9 @@ import torch
 
 from tests.trainer import flash_on_cpu
 from tests.trainer.test_trial import CPU, LEAKY, WINDOW, tiny
-from trainer import attention, attention_kernels, trial
+from trainer import adapters, attention, attention_kernels, trial
 from trainer.batch import Batch
-from trainer.config import ConfigError
+from trainer.config import Adapter, ConfigError
 from trainer.models import hidden_states
 from trainer.runtime import Runtime
 
@@ -169,7 +169,6 @@ def test_a_kernel_that_passes_over_sinks_or_borders_fails_the_trial(
         (attention_kernels.varlen, {"s_aux": torch.zeros(2)}, "varlen has no attention sinks"),
         (attention_kernels.varlen, {"softcap": 30.0}, "varlen has no capped scores"),
         (attention_kernels.varlen, {"dropout": 0.1}, "varlen has no dropout"),
-        (attention_kernels.varlen, {"attention_mask": torch.ones(1)}, "varlen takes no mask"),
         (attention_kernels.flex, {"dropout": 0.1}, "flex has no dropout"),
         (attention_kernels.flex, {"position_bias": torch.ones(1)}, "flex has no position bias"),
         (attention_kernels.flex, {}, "the model makes its own masks"),
@@ -184,8 +183,43 @@ def test_what_a_function_does_not_have_is_refused(
         function(torch.nn.Linear(1, 1).train(), q, q, q, **given)
 
 
-@pytest.mark.parametrize("mask", [attention_kernels.no_mask, attention_kernels.block_mask])
-def test_padding_to_be_masked_is_refused(mask: Any) -> None:
-    options = {"batch_size": 1, "q_length": 2, "kv_length": 2, "mask_function": None}
-    with pytest.raises(ConfigError, match=r"mask padding; use sdpa$"):
-        mask(attention_mask=torch.tensor([[True, False]]), **options)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["flex", "varlen"])
+def test_text_is_generated_as_on_eager_attention(
+    kind: str, name: str, flash: list[tuple[int, ...]]
+) -> None:
+    """Two questions, the shorter one padded at its left; then one alone."""
+    ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    ours, eager = (on(way, name, **FAMILIES[name]).eval() for way in (kind, "eager"))
+    for given in (ids, mask), (ids[:1], mask[:1]):
+        found, wanted = (
+            model.generate(given[0], attention_mask=given[1], **options) for model in (ours, eager)
+        )
+        assert found.shape[1] == 13 and torch.equal(found, wanted)
+    assert bool(flash) == (kind == "varlen")
+
+
+@pytest.mark.usefixtures("flex_gradient", "flash")
+@pytest.mark.parametrize("kind", ["flex", "varlen"])
+def test_borders_and_masks_reach_layers_that_are_computed_twice_and_adapters(kind: str) -> None:
+    found = []
+    for again in (False, True):
+        model = on(kind, "llama", **WIDE)
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model = adapters.attach(model.train(), Adapter(rank=2), "base")
+        for parameter in adapters.tensors(model).values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        hidden, gradient = gradients(model, rows())
+        found.append((hidden, gradient))
+        assert gradient and all(".lora_" in name for name in gradient)
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+    batch = rows()
+    given = attention.decoder_inputs(model, batch)
+    assert ("cu_seq_lens_q" in given) == (kind == "varlen")
