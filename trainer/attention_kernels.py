@@ -86,7 +86,7 @@ def varlen(
         **options,
     )  # fmt: skip
     assert isinstance(found, Tensor)
-    return found.view(rows, length, *found.shape[1:]), None
+    return found.reshape(rows, length, *found.shape[1:]), None
 
 
 def flex(

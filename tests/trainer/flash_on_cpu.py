@@ -28,7 +28,7 @@ def registered() -> Iterator[list[tuple[int, ...]]]:
         seen = _seen(cum_q, causal, window_size_left, window_size_right)
         output, lse = _attend(query, key, value, seen, scale)
         none = torch.zeros(2, dtype=torch.uint64)
-        return output.to(query.dtype), lse, none, none.clone(), torch.empty(0)
+        return torch.empty_like(query).copy_(output), lse, none, none.clone(), torch.empty(0)
 
     def backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
@@ -45,8 +45,8 @@ def registered() -> Iterator[list[tuple[int, ...]]]:
         found = [change @ k, change.transpose(1, 2) @ q, share.transpose(1, 2) @ g]
         heads = (query.shape[1], key.shape[1], key.shape[1])
         return tuple(
-            t.unflatten(0, (count, -1)).sum(1).transpose(0, 1).to(query.dtype)
-            for t, count in zip(found, heads)
+            torch.empty_like(like).copy_(t.unflatten(0, (count, -1)).sum(1).transpose(0, 1))
+            for t, count, like in zip(found, heads, (query, key, value))
         )
 
     library = torch.library.Library("aten", "IMPL")

@@ -11,9 +11,9 @@ import torch
 
 from tests.trainer import flash_on_cpu
 from tests.trainer.test_trial import CPU, LEAKY, WINDOW, tiny
-from trainer import adapters, attention, attention_kernels, trial
+from trainer import adapters, attention, attention_kernels, float8, trial
 from trainer.batch import Batch
-from trainer.config import Adapter, ConfigError
+from trainer.config import Adapter, ConfigError, Model
 from trainer.models import hidden_states
 from trainer.runtime import Runtime
 
@@ -223,3 +223,26 @@ def test_borders_and_masks_reach_layers_that_are_computed_twice_and_adapters(kin
     batch = rows()
     given = attention.decoder_inputs(model, batch)
     assert ("cu_seq_lens_q" in given) == (kind == "varlen")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("narrow", [False, True])
+def test_blocks_may_be_compiled_around_both(narrow: bool) -> None:
+    """With varlen and emulated float8, without a compiler of machine code; a second batch has other
+    borders."""
+    plan = Model(name="m", float8="torchao" if narrow else "off")
+    found = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = on("varlen", "llama", **WIDE)
+        float8.convert(model, plan, FP32, tokens=36, steady=False, emulate=True)
+        if compiled:
+            for block in model.model.layers:
+                block.compile(backend="aot_eager", fullgraph=True)
+        whole = rows()
+        assert whole.host is not None
+        half = whole.host.split()[1].to(CPU)
+        found.append([*gradients(model, whole), gradients(model, half)[0]])
+    for plain, made in zip(*found):
+        torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-5)
