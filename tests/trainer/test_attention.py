@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from tests.trainer.conftest import in_folder
 from tests.trainer.test_trial import LEAKY, tiny
+from trainer import attention_kernels
 from trainer.attention import FAST, OWN, attention_implementations, pick_attention, status
 from trainer.config import (
     Adapter,
@@ -113,20 +114,20 @@ def test_what_would_be_wrong_is_refused_with_its_reason(
     assert "\n" not in str(error.value)
 
 
-def test_what_can_run_depends_on_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_can_run_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: what torch says of it, and which packages there are, is given here."""
     card = Runtime(torch.device("cuda"), "bf16")
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").touch()
+    there, find = {"triton"}, importlib.util.find_spec
+    assert attention_kernels.has_varlen()
+
+    def found(name: str, package: str | None = None) -> Any:
+        return object() if name in there else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
     assert attention_implementations(None, card) == WITHOUT_FLASH
-    for name in ("flash_attn", "flash_attn_interface"):
-        (tmp_path / f"{name}.py").touch()
-    importlib.invalidate_caches()
+    there |= {"flash_attn", "flash_attn_interface"}
     assert attention_implementations(None, card) == (*FAST, *PLAIN_ATTENTION)
     fp32 = replace(card, precision="fp32")
     assert attention_implementations(None, fp32) == ("flex", *PLAIN_ATTENTION)
