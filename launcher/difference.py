@@ -58,6 +58,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     "model": ("new run", "its checkpoints are of this model, and refused for another"),
     "model.precision": ("resume", _LATER),
     "model.attention": ("resume", _LATER),
+    "model.float8": ("resume", _LATER),
     "model.gradient_checkpointing": ("resume", "the same numbers in other memory"),
     "data": ("new run", _ROWS),
     "data.validation": ("resume", "the best checkpoint so far was judged by the old ones"),

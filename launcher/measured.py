@@ -106,8 +106,8 @@ def _work(stage: Stage) -> tuple[Any, ...]:
         stage.stage, str(hardware.parse(asked.accelerator)), asked.nodes, asked.backend == "local",
         # Rows that are not packed are as long as the texts are.
         stage.data.sequence_length, stage.data.packing or stage.data.train,
-        model and (model.precision, model.attention, model.gradient_checkpointing, model.adapter,
-                   model.freeze),
+        model and (model.precision, model.attention, model.float8, model.gradient_checkpointing,
+                   model.adapter, model.freeze),
         kd and (kd.mode, kd.top_k),
         train and (train.micro_batch, train.accumulate, train.global_batch),
         stage.targets and (stage.targets.top_k, stage.targets.sampler, stage.targets.micro_batch),

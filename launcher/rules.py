@@ -18,6 +18,7 @@ STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
 #: What each backend can be asked for; backends that are not listed judge for themselves.
 CAPACITY = {"local": ("standard",), "vertex": ("spot", "standard", "flex")}
 _CLOUD = {"vertex": "gcp"}
+_FLOAT8 = 8.9  # compute capability from which a GPU multiplies in float8 (Ada)
 _SECRET = re.compile(
     r"env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
     r"(?:/[A-Za-z0-9_-]+)?"
@@ -54,6 +55,7 @@ def stage_problems(
     yield from wheels.problems(stage.hardware)
     if complete:
         yield from _training(stage)
+        yield from _kernels(stage)
     yield from _references(stage, earlier, known)
     yield from reference_problems(stage, earlier, written)
     yield from _schemes(stage)
@@ -224,6 +226,31 @@ def _training(stage: Stage) -> Iterator[Problem]:
     if stage.preference and model:
         for key, what in preference_problems(stage.stage, stage.preference, model):
             yield ("preference", key), what
+
+
+def _kernels(stage: Stage) -> Iterator[Problem]:
+    """What a model asks of a GPU, and the recipe's accelerator does not have."""
+    try:
+        kind = hardware.parse(stage.hardware.accelerator).kind
+    except ValueError:  # said where it is written
+        return
+    model = stage.model
+    if model is None:
+        return
+    wanted, asked = model.attention, f"hardware.accelerator is {stage.hardware.accelerator}"
+    lowest = {"flash_attention_2": 8.0, "flash_attention_3": 9.0, "varlen": 8.0, "flex": 8.0}
+    if kind.capability < lowest.get(wanted, 0) or (
+        wanted == "flash_attention_3" and kind.capability != 9.0
+    ):
+        needs = "an H100 or H200" if wanted == "flash_attention_3" else (
+            f"a GPU of compute capability {lowest[wanted]} or higher")  # fmt: skip
+        yield ("model", "attention"), f"'{wanted}' needs {needs}; {asked}; take auto or sdpa"
+    if model.float8 not in ("off", "auto") and kind.capability < _FLOAT8:
+        yield (
+            ("model", "float8"),
+            f"'{model.float8}' needs a GPU of compute capability {_FLOAT8} or higher, such as L4 "
+            f"or H100; {asked}; take off or auto",
+        )
 
 
 def _references(stage: Stage, earlier: Collection[str], known: Sequence[str]) -> Iterator[Problem]:

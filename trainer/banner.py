@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from trainer import copies
+from trainer.attention import flash_attention_status, kind_of
 from trainer.config import Job, Source, StageConfig
 from trainer.data.read import sample_names
 from trainer.data.stream import Rows
-from trainer.models import flash_attention_status, parameter_count
+from trainer.models import parameter_count
 from trainer.probe import first_cut
 from trainer.runtime import Runtime
 from trainer.schedule import Horizon
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "flash-attn",
+             "torchao", "transformer-engine")  # fmt: skip
 
 
 def banner(
@@ -48,8 +50,7 @@ def banner(
     lines = [
         f"stage {config.id} ({config.stage}): {length}, output {copies.origin(config.output)}",
         f"seed {train.seed}  precision {runtime.precision}  device {device} x {runtime.world_size}",
-        f"attention {getattr(model.config, '_attn_implementation', '?')}"
-        f"  flash-attn {flash_attention_status(runtime)}",
+        f"attention {kind_of(model)}  flash-attn {flash_attention_status(runtime)}",
         f"model {copies.origin(config.model.name or 'random') if config.model else '?'}:"
         f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
         f"{batch} x {runtime.world_size} workers, of {config.data.sequence_length} tokens",

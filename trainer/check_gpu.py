@@ -33,7 +33,7 @@ def flash_attn(facts: Facts) -> Row:
     if flash is None:
         if not able:
             return Row("flash-attn", "skip", "not installed; no GPU here could use it")
-        return Row("flash-attn", "warn", "not installed: attention runs with torch's SDPA",
+        return Row("flash-attn", "warn", "not installed: attention runs on torch's own, or SDPA",
                    "name a wheel for this torch and CUDA in hardware.environment")  # fmt: skip
     detail = f"{flash.version}" + (f", built for {flash.built}" if flash.built else "")
     if wrong := _misbuilt(flash, torch):

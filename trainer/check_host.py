@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.check_facts import Facts
-from trainer.check_gpu import BF16, flash_attn
+from trainer.check_gpu import BF16, FP8, flash_attn
 from trainer.check_row import GIB, Result, Row, dots, numbers
 from trainer.config import Job
 from trainer.environment import DIRECT
@@ -141,6 +141,9 @@ def _job(facts: Facts, job: Job) -> Iterator[Row]:
         if model.precision == "bf16" and known and min(known) < BF16:
             wrong.append((f"{stage.id}: model.precision is bf16, and {facts.gpus[0].name} has none",
                           "set model.precision to fp16 or fp32"))  # fmt: skip
+        if model.float8 in ("torchao", "transformer_engine") and known and min(known) < FP8:
+            wrong.append((f"{stage.id}: model.float8 is {model.float8}, and {facts.gpus[0].name} "
+                          "has none", "set model.float8 to off or auto"))  # fmt: skip
         if model.attention == "flash_attention_2" and flash_attn(facts).result != "pass":
             wrong.append((f"{stage.id}: model.attention is flash_attention_2: see `flash-attn`",
                           "set model.attention to auto or sdpa"))  # fmt: skip

@@ -78,14 +78,27 @@ class Model(Strict):
     architecture: Optional[Architecture] = None
     tokenizer: Optional[str] = None  # default: the one beside the model
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, else fp32
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "varlen", "flex"
+    ] = "auto"
+    float8: Literal["off", "auto", "torchao", "transformer_engine"] = "off"
     gradient_checkpointing: bool = False
     adapter: Optional[Adapter] = None
     freeze: tuple[str, ...] = ()  # patterns (`*`, `?`, `[...]`) on names of parameters
 
     def __post_init__(self) -> None:
+        flat = self.attention.startswith("flash") or self.attention == "varlen"
+        bare = self.attention in ("flash_attention_3", "varlen", "flex")
+        drops = self.architecture is not None and self.architecture.dropout > 0
         require(
             self,
+            attention=(not (bare and drops),
+                       f"{self.attention} has no dropout; set architecture.dropout to 0, or take "
+                       "sdpa"),
+            precision=(not (flat and self.precision == "fp32"),
+                       f"{self.attention} computes in bf16 or fp16 only; set attention to auto"),
+            float8=(self.float8 in ("off", "auto") or self.precision in ("auto", "bf16"),
+                    "needs precision bf16"),
             architecture=(self.architecture is None or self.init == "random",
                           "needs `init: random` (a pretrained model brings its own architecture)"),
             tokenizer=(self.architecture is None or self.tokenizer is not None,

@@ -226,7 +226,7 @@ def _wheel(
         _try_import(_module(name, target), [*added, *paths])
     except (_WheelFailed, OSError) as error:
         shutil.rmtree(target, ignore_errors=True)
-        instead = " (attention: auto takes SDPA)" if _plain(name) == "flash-attn" else ""
+        instead = " (attention: auto takes torch's own)" if _plain(name) == "flash-attn" else ""
         say(f"warning: wheel {name} {error}; training goes on without it{instead}")
         return []
     say(f"environment: wheel {name} is installed and can be imported")

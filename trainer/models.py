@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -11,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer import adapters, quantized
+from trainer.attention import PLAIN_ATTENTION as PLAIN_ATTENTION
+from trainer.attention import attention_implementations as attention_implementations
+from trainer.attention import decoder_inputs
+from trainer.attention import pick_attention as pick_attention
 from trainer.batch import Batch
 from trainer.checkpoint import resolve
 from trainer.config import Architecture, ConfigError, Model
@@ -28,18 +31,12 @@ _LOGIT_CHANGES = (
     "logits_soft_cap",
     "lm_head_multiplier",
 )
-#: What the library can run attention on everywhere, best first.
-PLAIN_ATTENTION = ("sdpa", "eager")
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """The last hidden states [n, hidden] at the supervised positions of `batch`."""
-    ids, positions = batch.input_ids, batch.position_ids
-    if getattr(model.config, "_attn_implementation", "") == "flash_attention_2":
-        # Its variable-length path sees documents only in one flat row.
-        ids, positions = ids.view(1, -1), positions.view(1, -1)
     # No mask and no cache: anything else lets documents of a packed row see each other.
-    output = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+    output = model.get_decoder()(**decoder_inputs(model, batch), use_cache=False)
     hidden: Tensor = output.last_hidden_state.flatten(0, 1)
     assert batch.supervised is not None
     hidden = hidden.index_select(0, batch.supervised)
@@ -165,59 +162,6 @@ def load_pretrained(
     if widened:
         quantized.forget(model)
     return model
-
-
-def attention_implementations(config: Optional[Model], runtime: Runtime) -> tuple[str, ...]:
-    """What may run attention, best first. `auto`: flash-attn on CUDA in bf16 or fp16 when it is
-    installed, then SDPA, then eager. Errors: `ConfigError` for flash-attn where it cannot run."""
-    wanted = config.attention if config else "auto"
-    flash = flash_attention_status(runtime)
-    usable = flash.startswith("usable")
-    if wanted == "auto":
-        return ("flash_attention_2", *PLAIN_ATTENTION) if usable else PLAIN_ATTENTION
-    if wanted == "flash_attention_2" and not usable:
-        raise ConfigError(f"model.attention: flash_attention_2 is {flash}; use auto or sdpa")
-    return (wanted,)
-
-
-def pick_attention(configuration: Any, wanted: str | Sequence[str]) -> str:
-    """The first of `wanted` that models of this configuration have. A class with flash-attn but
-    without SDPA has attention sinks, which flash-attn's version 2 leaves out and gives no gradient.
-    Errors: `ConfigError` when a model has none of them, or is no causal language model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    choices = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    # The one place that says which class a configuration gives, composite ones too.
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(configuration), None)
-    if found is None:
-        raise ConfigError(
-            f"cannot load the model '{configuration.name_or_path}': Transformers has no causal"
-            f" language model of the kind {configuration.model_type}; choose another"
-        )
-    has = {
-        "eager": True,
-        "sdpa": bool(found._supports_sdpa),
-        "flash_attention_2": bool(found._supports_flash_attn and found._supports_sdpa),
-    }
-    for choice in choices:
-        if has.get(choice, True):
-            return choice
-    sinks = choices == ("flash_attention_2",) and found._supports_flash_attn
-    raise ConfigError(
-        f"model.attention: {found.__name__} does not run on {' or '.join(choices)}"
-        f"{' (its attention sinks would be left out)' if sinks else ''}; use auto or eager"
-    )
-
-
-def flash_attention_status(runtime: Runtime) -> str:
-    """One phrase for the banner: `usable`, or why not."""
-    if runtime.device.type != "cuda":
-        return "not usable (no CUDA device)"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "not installed"
-    if runtime.precision == "fp32":
-        return "not usable (precision is fp32)"
-    return "usable"
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:

@@ -70,6 +70,7 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
             # A tiny model has no layer 17: patterns that count layers mean its first.
             freeze=tuple(first_layer(pattern) for pattern in config.model.freeze),
             attention="auto",  # what needs a GPU is not tried here
+            float8="off",
         )
         if config.kd is not None:
             _check_logits(config.kd, config.data.train, data.train)

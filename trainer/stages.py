@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import copies, models, probe, resume, sinks, trial
+from trainer import copies, float8, models, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
@@ -150,6 +150,12 @@ def train(
         )
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
+        size, steady = float8.micro_batch_tokens(settings, config.data)
+        compiled = bool(getattr(plan, "compile", False))
+        for line in float8.convert(
+            model, plan, runtime, tokens=size, steady=steady, compiled=compiled
+        ):
+            context.say(line)
         found = replace(
             context, rows=rows, held_out=held_out, model=model if newest is None else None
         )

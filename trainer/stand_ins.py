@@ -191,6 +191,7 @@ class _Making:
     def _model(self, model: Model) -> Model:
         changes: dict[str, Any] = {
             "attention": "auto",  # what needs a GPU is not there
+            "float8": "off",
             "freeze": tuple(str(first_layer(pattern)) for pattern in model.freeze),
         }
         if model.tokenizer is not None:

@@ -1,10 +1,12 @@
 """A trial of a loaded model, at the start of a stage: what we ask of models, and what architectures
 break without an error, is tried with a few tokens on the model itself.
 
-Two things are asked. Documents that share a row must not see each other: recurrent and convolution
-layers know no position ids, and some models build their masks without them. And the logits must be
-the product of the last hidden states and the output embedding: the losses compute them so, and a
-model that scales or caps its logits would be given wrong ones.
+Three things are asked. Documents that share a row must not see each other: recurrent and
+convolution layers know no position ids, and some models build their masks without them. The logits
+must be the product of the last hidden states and the output embedding: the losses compute them so,
+and a model that scales or caps its logits would be given wrong ones. And whatever attention runs on
+must give what eager attention gives: a kernel may pass over what a model asks for (sinks, a cap, a
+scale) without a word. A window is not tried: documents of the trial are shorter.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.attention import kind_of, needs_16_bits
 from trainer.batch import Batch
 from trainer.config import ConfigError
 from trainer.models import head_weight, hidden_states
@@ -40,9 +43,10 @@ _LARGE = 1000.0
 def check(
     model: nn.Module, runtime: Runtime, name: str, *, packing: bool, pairs: bool = False
 ) -> None:
-    """Errors: `ConfigError` when `model` (called `name` there) rescales its logits, or lets the
-    documents of a row see each other, or without `packing` those of other rows. `pairs`: rows hold
-    two answers each, packed or not. The model, its mode
+    """Errors: `ConfigError` when `model` (called `name` there) rescales its logits, gets another
+    result from its attention than from eager attention, or lets the documents of a row see each
+    other, or without `packing` those of other rows. `pairs`: rows hold two answers each, packed or
+    not. The model, its mode
     and the random states are as before; no rank waits for another."""
     with _undisturbed(model, runtime.device):
         dtype = torch.float32 if _exact(model) else runtime.dtype
@@ -51,6 +55,13 @@ def check(
             raise ConfigError(
                 f"'{name}' rescales its logits: they differ by {off:.1g} from hidden states times"
                 " output embedding, which the losses compute; not supported"
+            )
+        apart = from_eager(model, runtime)
+        if apart > APART[dtype]:
+            raise ConfigError(
+                f"'{name}': attention on {kind_of(model)} is not what the model means (a hidden"
+                f" state differs by {apart:.1g} from that of eager attention); set model.attention:"
+                " eager"
             )
         shared = packing or pairs
         seen = leak(model, runtime, packing=shared)
@@ -85,6 +96,24 @@ def leak(model: nn.Module, runtime: Runtime, *, packing: bool) -> float:
         rows, alone = [[one], [other, other.new_zeros(2)]], torch.cat([first, second])
     together = _hidden(model, runtime, rows)[: len(alone)]  # without the padding at the end
     gaps = (together - alone).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-30)
+    return float(gaps.nan_to_num(nan=math.inf).max())
+
+
+def from_eager(model: Any, runtime: Runtime) -> float:
+    """The largest relative difference, over positions, between the hidden states of a document as
+    the model computes them and on eager attention, |x - y| / |y|; 0 where that is the same."""
+    if kind_of(model) == "eager":
+        return 0.0
+    rows = [[document] for document in documents(model)]
+    found = _hidden(model, runtime, rows)
+    settings = model.get_decoder().config
+    before = settings._attn_implementation
+    settings._attn_implementation = "eager"
+    try:
+        wanted = _hidden(model, runtime, rows)
+    finally:
+        settings._attn_implementation = before
+    gaps = (found - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-30)
     return float(gaps.nan_to_num(nan=math.inf).max())
 
 
@@ -136,9 +165,9 @@ def _precision(model: nn.Module, runtime: Runtime) -> contextlib.AbstractContext
 
 
 def _exact(model: Any) -> bool:
-    """Whether the trial can run in fp32: flash-attn cannot."""
-    flash = getattr(model.config, "_attn_implementation", "") == "flash_attention_2"
-    return not flash and all(p.dtype == torch.float32 for p in model.parameters())
+    """Whether the trial can run in fp32: flash-attn and varlen cannot."""
+    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return exact and not needs_16_bits(model)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
         length=stage.data.sequence_length,
         half=_half(model, accelerator),
         checkpointing=model.gradient_checkpointing,
-        masked=stage.data.packing and model.attention != "flash_attention_2",
+        masked=stage.data.packing and model.attention in ("auto", "sdpa", "eager"),
         eager=eager,
         learns=_learns(model, shape),
         rank=rank,

@@ -495,6 +495,51 @@ def test_impossible_hardware(at: Path, hardware: str, what: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "accelerator", "what"),
+    [
+        (
+            "attention: varlen",
+            "cpu:2",
+            "model.attention: 'varlen' needs a GPU of compute capability "
+            "8.0 or higher; hardware.accelerator is cpu:2; take auto or sdpa",
+        ),
+        ("attention: flash_attention_2", "T4:1", "needs a GPU of compute capability 8.0 or higher"),
+        (
+            "attention: flash_attention_3",
+            "B200:1",
+            "needs an H100 or H200; hardware.accelerator is",
+        ),
+        (
+            "float8: torchao",
+            "A100:1",
+            "model.float8: 'torchao' needs a GPU of compute capability 8.9",
+        ),
+        ("float8: torchao, precision: fp16", "H100:1", "model.float8: needs precision bf16"),
+        (
+            "attention: varlen, precision: fp32",
+            "H100:1",
+            "model.precision: varlen computes in bf16",
+        ),
+        ("float8: torchao, attention: flash_attention_3", "H100:1", None),
+        ("float8: auto, attention: auto", "cpu:1", None),
+        ("float8: off", "T4:1", None),
+    ],
+)
+def test_kernels_that_the_accelerator_does_not_have(
+    at: Path, model: str, accelerator: str, what: str | None
+) -> None:
+    text = SINGLE.replace("{name: org/model}", f"{{name: org/model, {model}}}")
+    assert text != SINGLE
+    text += f"hardware: {{accelerator: '{accelerator}'}}\n"
+    if what is None:
+        made = load(text).stages[0].model
+        assert made and f"float8: {made.float8}" in model
+        return
+    (found,) = problems(text)
+    assert what in found
+
+
+@pytest.mark.parametrize(
     ("old", "new", "what"),
     [
         ("steps: 100", "steps: 100, warmup: 100", "8:29: train.warmup: 100 steps of warm-up leave"),

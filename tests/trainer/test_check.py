@@ -260,6 +260,10 @@ def test_a_job_that_asks_for_what_the_gpus_lack_fails() -> None:
     old = machine(gpus=check_facts.read_gpus(T4))
     assert row("job", old, job(precision="bf16")).result == "fail"
     assert row("job", old, job(attention="flash_attention_2")).result == "fail"
+    assert row("job", old, job(float8="torchao")).detail == (
+        "s: model.float8 is torchao, and Tesla T4 has none"
+    )
+    assert row("job", old, job(float8="auto")).result == "pass"
     assert row("job", machine(), job(precision="bf16")).result == "pass"
     assert row("hub token", machine(hub_token=False), job()).result == "warn"
     assert row("hub token", machine(hub_token=False), job(name="/models/m")).result == "skip"

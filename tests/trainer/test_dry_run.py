@@ -57,12 +57,13 @@ def test_a_hub_name_that_is_not_on_disk_keeps_its_architecture(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert stage.model is not None
     model = replace(stage.model, name="Qwen/Qwen3-0.6B", init="pretrained", architecture=None,
-                    tokenizer=None)  # fmt: skip
+                    tokenizer=None, attention="varlen", float8="torchao")  # fmt: skip
     config, notes = shrink(replace(stage, model=model), set())
     assert config.model is not None and config.model.name is not None
     written = json.loads((Path(config.model.name) / "config.json").read_text())
     assert written["model_type"] == "qwen3" and written["hidden_size"] == 64
     assert any("byte-level" in note for note in notes)
+    assert (config.model.attention, config.model.float8) == ("auto", "off")  # those need a GPU
 
 
 @pytest.mark.parametrize(

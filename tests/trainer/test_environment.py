@@ -195,7 +195,7 @@ def test_a_wheel_that_does_not_work_costs_one_warning(
     assert [Path(path).name for path in paths] == ["other"]
     (warning,) = (line for line in said if line.startswith("warning: "))
     assert warning.startswith("warning: wheel flash-attn ") and words in warning
-    assert warning.endswith("training goes on without it (attention: auto takes SDPA)")
+    assert warning.endswith("training goes on without it (attention: auto takes torch's own)")
 
 
 def test_a_wheel_is_read_from_a_bucket(
