@@ -34,6 +34,7 @@ class Train(Strict):
     log_every: int = 10
     keep: int = 3  # newest checkpoints kept, besides the best one
     save_async: bool = True  # write a checkpoint while the next steps run
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # each worker holds the model, or a part
     sharded: bool = False  # all workers write the optimizer's state, each a part
     seed: int = 0
     limit_batches: Optional[int] = None  # read at most this many micro-batches of the data

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import copies, models, probe, resume, sinks, trial
+from trainer import alarm, copies, models, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
@@ -145,8 +145,9 @@ def train(
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(
-            plan, tokens, runtime, settings.seed, adapter_from=newest, say=context.say
-        )
+            plan, tokens, runtime, settings.seed,
+            adapter_from=newest, share=settings.parallel, say=context.say,
+        )  # fmt: skip
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing)
         objective = make_objective(replace(context, rows=rows), tokens)
@@ -173,12 +174,17 @@ def train(
             say=context.say,
             measure=Meter(model, rows, runtime, context.job.peak_tflops).facts,
         )
-        if settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fitted
-            largest = probe.largest_micro_batch(
-                model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
-            )
-            loop.limit_micro_batch(largest)
-        outcome = loop.run()
+        with alarm.listening(model, runtime, context.folder):
+            fewer = probe.noted(context.folder, runtime)
+            if fewer is not None and fewer < stream.micro_batch:
+                loop.limit_micro_batch(fewer, tried=False)
+                context.say(f"at most {fewer} rows at a time: more ran out of memory before")
+            elif settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fits
+                largest = probe.largest_micro_batch(
+                    model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
+                )
+                loop.limit_micro_batch(largest)
+            outcome = loop.run()
         outcome.evaluation["parameters"] = float(models.parameter_count(model))
         return outcome
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer import parallel
 from trainer.batch import Batch
 from trainer.config import ConfigError
 from trainer.models import head_weight, hidden_states
@@ -42,7 +43,7 @@ def check(model: nn.Module, runtime: Runtime, name: str, *, packing: bool) -> No
     documents of a row see each other, or without `packing` those of other rows. The model, its mode
     and the random states are as before; no rank waits for another."""
     with _undisturbed(model, runtime.device):
-        dtype = torch.float32 if _exact(model) else runtime.dtype
+        dtype = torch.float32 if _exact(model, runtime) else runtime.dtype
         off = logits_off(model, runtime)
         if off > RESCALED[dtype]:
             raise ConfigError(
@@ -123,13 +124,14 @@ def _hidden(model: nn.Module, runtime: Runtime, rows: list[list[Tensor]]) -> Ten
 
 def _precision(model: nn.Module, runtime: Runtime) -> contextlib.AbstractContextManager[Any]:
     """That of training only where it is needed: fp32 shows smaller leaks."""
-    return contextlib.nullcontext() if _exact(model) else runtime.autocast()
+    return contextlib.nullcontext() if _exact(model, runtime) else runtime.autocast()
 
 
-def _exact(model: Any) -> bool:
-    """Whether the trial can run in fp32: flash-attn cannot."""
+def _exact(model: Any, runtime: Runtime) -> bool:
+    """Whether the trial can run in fp32: flash-attn cannot, nor what is sharded for 16 bits."""
     flash = getattr(model.config, "_attn_implementation", "") == "flash_attention_2"
-    return not flash and all(p.dtype == torch.float32 for p in model.parameters())
+    narrow = parallel.is_sharded(model) and runtime.precision != "fp32"
+    return not flash and not narrow and all(p.dtype == torch.float32 for p in model.parameters())
 
 
 @contextlib.contextmanager
@@ -142,4 +144,5 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
+            parallel.settle(model)
             model.train(training)
