@@ -46,7 +46,8 @@ def choose(model: nn.Module, runtime: Runtime, wanted: Parallel) -> tuple[str, s
 def replicated_bytes(model: nn.Module) -> int:
     """Of the weights, and where they learn, of fp32 gradients and AdamW's two moments, in bytes."""
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return sum(int(p.nbytes) for p in model.parameters()) + 12 * learning
+    held: int = sum(p.nbytes for p in model.parameters())
+    return held + 12 * learning
 
 
 def place(
