@@ -12,6 +12,7 @@ from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
 from trainer.config import TRAINING, KeyPath, Problem, nearest, to_dict
+from trainer.config_train import refused
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
@@ -219,6 +220,8 @@ def _training(stage: Stage) -> Iterator[Problem]:
     again = stage.sdce and model and model.name and stage.sdce.surrogate == model.name
     if again and model and model.init == "pretrained":
         yield ("sdce", "surrogate"), "is the model itself: its targets would teach nothing"
+    if train is not None and (what := refused(stage.stage, train.parallel)):
+        yield ("train", "parallel"), what
 
 
 def _references(stage: Stage, earlier: Collection[str], known: Sequence[str]) -> Iterator[Problem]:

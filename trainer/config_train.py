@@ -8,6 +8,13 @@ from typing import Literal, Optional, Union
 from trainer.loading import Strict, require
 
 
+def refused(stage: str, parallel: str) -> str:
+    """Why a stage's model cannot be shared so; empty where it can."""
+    if stage == "grpo" and parallel == "fsdp":
+        return "fsdp: grpo writes answers of any length, which needs the whole model; use ddp"
+    return ""
+
+
 @dataclass(frozen=True)
 class Train(Strict):
     """Length, batch and optimizer. Exactly one of `steps`, `epochs`, `seconds_of` sets the horizon

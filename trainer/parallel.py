@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.config import ConfigError
 from trainer.guard import Guard, Retry
 from trainer.runtime import Runtime
 from trainer.smaller import Leave
@@ -37,6 +38,8 @@ def choose(model: nn.Module, runtime: Runtime, wanted: Parallel) -> tuple[str, s
         return "ddp", "one worker"
     if runtime.device.type != "cuda":
         return "ddp", "no GPU"
+    if _quantised(model):
+        return "ddp", "quantised weights"
     total = torch.cuda.get_device_properties(runtime.device).total_memory
     share = replicated_bytes(model) / total
     what = f"weights, gradients and moments take {share:.0%} of a GPU"
@@ -46,8 +49,7 @@ def choose(model: nn.Module, runtime: Runtime, wanted: Parallel) -> tuple[str, s
 def replicated_bytes(model: nn.Module) -> int:
     """Of the weights, and where they learn, of fp32 gradients and AdamW's two moments, in bytes."""
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held: int = sum(p.nbytes for p in model.parameters())
-    return held + 12 * learning
+    return sum(int(p.nbytes) for p in model.parameters()) + 12 * int(learning)
 
 
 def place(
@@ -70,7 +72,8 @@ def shard(model: Any, runtime: Runtime) -> None:
     """Shard `model`, a causal language model that may be on the CPU, over all ranks, in place: each
     block a unit of its own, the rest another. Parameters keep their precision; blocks compute in
     the runtime's. Gradients are summed over the ranks, not averaged: the losses are shares of the
-    global batch. One block at a time is whole on the device. All ranks must call it."""
+    global batch. One block at a time is whole on the device. All ranks must call it. Errors:
+    `ConfigError` for quantised weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         FSDPModule,
@@ -79,6 +82,11 @@ def shard(model: Any, runtime: Runtime) -> None:
         register_fsdp_forward_method,
     )
 
+    if name := _quantised(model):
+        raise ConfigError(
+            f"train.parallel: fsdp cannot share quantised weights ({name}); use ddp, or leave them"
+            " as they are"
+        )
     if not dist.is_initialized():  # one process, asked to shard all the same
         backend = "nccl" if runtime.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -216,6 +224,12 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     mesh, placements = parameter.device_mesh, parameter.placements
     part: Tensor = distribute_tensor(value, mesh, placements, src_data_rank=None)
     return part
+
+
+def _quantised(model: nn.Module) -> str:
+    """The name of the first parameter that holds no numbers of its own; empty where none is."""
+    packed = (n for n, p in model.named_parameters() if not p.is_floating_point())
+    return next(packed, "")
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -12,10 +12,11 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import alarm, copies, models, probe, resume, sinks, trial
+from trainer import alarm, copies, models, parallel, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
+from trainer.config_train import refused
 from trainer.context import Context
 from trainer.data import chat, read
 from trainer.data.shapes import Skipped
@@ -146,7 +147,7 @@ def train(
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(
             plan, tokens, runtime, settings.seed,
-            adapter_from=newest, share=settings.parallel, say=context.say,
+            adapter_from=newest, share=_share(config), say=context.say,
         )  # fmt: skip
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing)
@@ -290,6 +291,15 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "export": export,
     "smoke": smoke,
 }
+
+
+def _share(config: StageConfig) -> parallel.Parallel:
+    """How workers hold the stage's model. Errors: `ConfigError`."""
+    assert config.train is not None
+    wanted = config.train.parallel
+    if why := refused(config.stage, wanted):
+        raise ConfigError(f"stage {config.id}: train.parallel: {why}")
+    return "ddp" if wanted == "auto" and refused(config.stage, "fsdp") else wanted
 
 
 def _say_what_learns(context: Context, model: Any) -> None:

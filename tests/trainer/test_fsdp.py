@@ -24,7 +24,17 @@ from tests.trainer.test_loop import lines
 from tests.trainer.test_recovery import Ran, apart, same
 from trainer import parallel, smaller
 from trainer.checkpoint import load_state
-from trainer.config import Adapter, Job, Model, StageConfig, to_dict
+from trainer.config import (
+    Adapter,
+    ConfigError,
+    Distill,
+    Job,
+    KeepLogits,
+    Model,
+    StageConfig,
+    to_dict,
+)
+from trainer.config_train import refused
 from trainer.manifest import verify
 from trainer.models import load_pretrained
 from trainer.runtime import Runtime
@@ -59,11 +69,13 @@ def begin(
     def run(
         name: str, ranks: int, fault: Optional[dict[str, Any]] = None, *,
         go_on: Optional[Ran] = None, model: Optional[dict[str, Any]] = None, packing: bool = True,
-        **train: Any,
+        kd: Optional[Distill] = None, **train: Any,
     ) -> Ran:  # fmt: skip
         config = tiny(out / name, tokenizer, texts, model or {}, packing)
         settings = {"steps": STEPS, "micro_batch": ROWS // ranks, "report_to": (), **train}
         config = in_folder(config, out / name, **settings)
+        if kd is not None:
+            config = replace(config, stage="kd", kd=kd)
         if go_on is not None:
             shutil.copytree(go_on.folder, out / name)
         attempt = next(attempts)
@@ -117,6 +129,8 @@ def test_two_sharded_workers_train_as_one_process_and_as_two_whole_ones(
     assert [line["val_loss"] for line in lines(one.folder, "eval")] == pytest.approx(
         [line["val_loss"] for line in lines(fsdp.folder, "eval")], rel=1e-6
     )
+    alone = begin("alone", 1, parallel="fsdp", micro_batch=4, accumulate=2)
+    assert alone.codes == [0] and same(one.weights(), alone.weights())
     for other in (one, whole):
         assert apart(other.weights(), fsdp.weights()) < 1e-6
         for column in ("train_loss", "grad_norm"):
@@ -172,6 +186,19 @@ def test_the_saved_adapter_is_whole_and_reads_back(begin: Start, one: Ran) -> No
         )
     assert float((first - second).abs().max()) < 1e-4 < float((first - base).abs().max())
     assert shared.column("train_loss") == pytest.approx(calm.column("train_loss"), rel=1e-6)
+
+
+def test_distillation_has_the_head_of_a_shared_student(begin: Start, one: Ran) -> None:
+    """Its teacher and the copy of its start are whole."""
+    kd = Distill(teacher=str(one.folder), keep_logits=KeepLogits(weight=0.5))
+    calm = begin("kd-one", 1, kd=kd)
+    shared = begin("kd-fsdp", 2, kd=kd, parallel="fsdp")
+    assert shared.codes == [0, 0], shared.said
+    assert apart(calm.weights(), shared.weights()) < 1e-6
+    for column in ("train_loss", "kd_loss", "keep_l2", "grad_norm"):
+        assert shared.column(column) == pytest.approx(
+            calm.column(column), rel=1e-5, abs=1e-8
+        )
 
 
 def test_a_run_goes_on_with_its_state_however_it_is_shared(
@@ -281,7 +308,9 @@ if rows > {fits}:
 """
 
 
-@pytest.mark.parametrize(("workers", "starts"), [(1, [8, 4, 2]), (2, [8, 4])])
+@pytest.mark.parametrize(
+    ("workers", "starts"), [(1, [8, 4, 2]), pytest.param(2, [8, 4], marks=pytest.mark.slow)]
+)
 def test_boot_starts_the_workers_again_with_fewer_rows(
     tmp_path: Path, workers: int, starts: list[int]
 ) -> None:
@@ -337,3 +366,17 @@ def test_auto_shards_what_would_take_too_much_of_a_gpu(monkeypatch: pytest.Monke
 def _moments(ran: Ran) -> dict[str, torch.Tensor]:
     state = ran.moments()
     return {name: value for name, value in state.items() if value.ndim}
+
+
+def test_quantised_weights_are_not_shared() -> None:
+    model = nn.Linear(10, 10, bias=False).requires_grad_(False)
+    model.weight = nn.Parameter(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)
+    cuda = Runtime(torch.device("cuda"), "fp32", 0, 2)
+    assert parallel.choose(model, cuda, "auto") == ("ddp", "quantised weights")
+    with pytest.raises(ConfigError, match=r"fsdp cannot share quantised weights \(weight\)"):
+        parallel.shard(model, Runtime(torch.device("cpu"), "fp32"))
+
+
+def test_a_stage_that_writes_answers_needs_the_whole_model() -> None:
+    assert "needs the whole model" in refused("grpo", "fsdp")
+    assert not refused("grpo", "auto") and not refused("dpo", "fsdp")
