@@ -12,6 +12,7 @@ from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
 from trainer.config import TRAINING, KeyPath, Problem, nearest, preference_problems, to_dict
+from trainer.config_train import refused
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
@@ -226,6 +227,8 @@ def _training(stage: Stage) -> Iterator[Problem]:
     if stage.preference and model:
         for key, what in preference_problems(stage.stage, stage.preference, model):
             yield ("preference", key), what
+    if train is not None and (what := refused(stage.stage, train.parallel)):
+        yield ("train", "parallel"), what
 
 
 def _kernels(stage: Stage) -> Iterator[Problem]:

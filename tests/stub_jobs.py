@@ -50,7 +50,7 @@ def write(stage, **meta):
 #: What boot itself needs of the bundle.
 BOOTS = (
     "attempts", "boot", "cluster", "environment", "manifest", "mirror", "mirror_parts",
-    "remote_root", "restore", "secret_manager", "secret_words", "store", "store_gcs",
+    "remote_root", "restore", "secret_manager", "secret_words", "smaller", "store", "store_gcs",
     "store_remote", "store_s3", "supervise", "workers",
 )  # fmt: skip
 

@@ -143,6 +143,7 @@ def print_error(line: str) -> None:
 def _explain(error: Exception) -> int:
     from trainer.checkpoint import CheckpointError
     from trainer.loop import NonFiniteError
+    from trainer.smaller import Leave
     from trainer.smoke import FAILED, GroupError, SmokeFailed
 
     if isinstance(error, SmokeFailed):
@@ -154,6 +155,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, NonFiniteError):
         print_error(str(error))
         return ERROR
+    if isinstance(error, Leave):
+        print_error(str(error))
+        return error.code
     traceback.print_exception(error)
     print_error(f"{type(error).__name__}: {error}")
     return ERROR

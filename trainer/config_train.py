@@ -8,6 +8,13 @@ from typing import Literal, Optional, Union
 from trainer.loading import Strict, require
 
 
+def refused(stage: str, parallel: str) -> str:
+    """Why a stage's model cannot be shared so; empty where it can."""
+    if stage == "grpo" and parallel == "fsdp":
+        return "fsdp: grpo writes answers of any length, which needs the whole model; use ddp"
+    return ""
+
+
 @dataclass(frozen=True)
 class Train(Strict):
     """Length, batch and optimizer. Exactly one of `steps`, `epochs`, `seconds_of` sets the horizon
@@ -34,6 +41,7 @@ class Train(Strict):
     log_every: int = 10
     keep: int = 3  # newest checkpoints kept, besides the best one
     save_async: bool = True  # write a checkpoint while the next steps run
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # each worker holds the model, or a part
     sharded: bool = False  # all workers write the optimizer's state, each a part
     seed: int = 0
     limit_batches: Optional[int] = None  # read at most this many micro-batches of the data

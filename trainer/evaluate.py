@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from trainer import parallel
 from trainer.batch import Batch
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, batches_a_rank, validation_batches
@@ -17,7 +18,7 @@ from trainer.losses.heads import head_for
 from trainer.losses.linear import sparse_target
 from trainer.models import head_weight, hidden_states
 from trainer.runtime import Runtime
-from trainer.step import cut, unless_out_of_memory
+from trainer.step import cut
 
 #: Bins of equal width for the calibration error, as Guo et al. have them.
 BINS = 15
@@ -214,9 +215,12 @@ def _sums(
             if runtime.any(leave())[0]:
                 raise Left
             batch = next(batches, None)
+            if batch is None and parallel.is_sharded(model):
+                # The others need this rank's part of the model.
+                parallel.attempt(model, 1, batch_sums, rows.batch([0]))
             waiting = cut([batch], fitting) if batch is not None and fitting else []
             while waiting:
-                found = unless_out_of_memory(batch_sums, waiting[0])
+                found = parallel.attempt(model, waiting[0].rows, batch_sums, waiting[0])
                 if found is not None:
                     count += found[0]
                     totals += found[1]
@@ -226,6 +230,7 @@ def _sums(
                 fitting = waiting[0].rows // 2
                 waiting = cut(waiting, fitting) if fitting else []
     finally:
+        parallel.settle(model)
         model.train(training)
     smallest = -int(runtime.largest(-float(fitting)))
     if smallest == 0:

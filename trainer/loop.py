@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from trainer import copies, probe
+from trainer import copies, parallel, probe
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
 from trainer.config import ConfigError, Train
@@ -29,7 +29,7 @@ from trainer.scaler import Scaler
 from trainer.schedule import Horizon, learning_rate
 from trainer.sharded import PARAMETERS, Shards, parameter_shapes
 from trainer.shards import optimizer_state
-from trainer.step import Accumulated, backward, cut, normalisers, prepare, unless_out_of_memory
+from trainer.step import Accumulated, backward, cut, normalisers, prepare
 from trainer.window import Window
 
 #: Facts of a step that its line shows, in this order.
@@ -98,7 +98,7 @@ class Loop:
         self.measure = measure  # rows a second -> further facts of a logged step
         self.optimizer = make_optimizer(model, config)
         shards = None
-        if config.sharded and runtime.world_size > 1:
+        if parallel.is_sharded(model) or (config.sharded and runtime.world_size > 1):
             shards = Shards(model, self.optimizer, runtime, folder)
         self.saver = Saver(checkpoints, files, runtime, shards, config.save_async)
         self.guard = Guard()
@@ -150,10 +150,11 @@ class Loop:
         self._save(wait=True)
         return Outcome(stopped, self.step, self.training_seconds, self.evaluation)
 
-    def limit_micro_batch(self, rows: int) -> None:
-        """At most `rows` in a micro-batch, of the same global batch; checkpoints remember it."""
+    def limit_micro_batch(self, rows: int, tried: bool = True) -> None:
+        """At most `rows` in a micro-batch, of the same global batch; checkpoints remember it.
+        `tried`: that many fit."""
         self._resize(rows)
-        self._has_room = True
+        self._has_room = tried
         self._event("micro_batch", micro_batch=rows)
 
     def make_room(self) -> None:
@@ -188,7 +189,7 @@ class Loop:
         if self.scaler is not None and state.get("scaler") is not None:
             self.scaler.load_state_dict(state["scaler"])
         if state["micro_batch"] is not None:
-            self._largest = state["micro_batch"]
+            self._largest = min(state["micro_batch"], self._largest or state["micro_batch"])
             self.stream.resize(min(self._largest, self.stream.micro_batch))
         self._saved_at = self.step
         self._evaluated_at = state.get("evaluated_at", self.step)
@@ -247,8 +248,9 @@ class Loop:
         rank, again in halves."""
         progress = self.horizon.progress(self.step, self.training_seconds)
         while True:
-            batches = unless_out_of_memory(
-                prepare, self.objective, group, self.runtime, self.step, progress
+            rows = max(batch.rows for batch in group)
+            batches = parallel.attempt(
+                self.model, rows, prepare, self.objective, group, self.runtime, self.step, progress
             )
             if not self.runtime.any(batches is None)[0] and batches is not None:
                 found = self._backward(batches, log)
@@ -257,7 +259,7 @@ class Loop:
             batches = None
             self.optimizer.zero_grad(set_to_none=True)
             self.runtime.release_memory()
-            group = cut(group, self._smaller(max(batch.rows for batch in group)))
+            group = cut(group, self._smaller(rows))
 
     def _backward(self, batches: list[Batch], log: bool) -> Optional[tuple[Accumulated, Tensor]]:
         """What `_gradients` returns, from a prepared group; None after an out-of-memory on any
@@ -267,11 +269,12 @@ class Loop:
         random = rng_state() if self.scaler is not None else {}
         while True:
             scale = self.scaler.scale if self.scaler is not None else 1.0
-            done = unless_out_of_memory(
-                backward, self.model, self.objective, batches, weights, self.runtime, log, scale
-            )
-            parameters = self.model.parameters()
-            if not self.runtime.reduce_gradients(parameters, done is not None) or done is None:
+            done = parallel.attempt(
+                self.model, max(batch.rows for batch in batches),
+                backward, self.model, self.objective, batches, weights, self.runtime, log, scale,
+            )  # fmt: skip
+            ready = parallel.reduce_gradients(self.model, self.runtime, done is not None)
+            if not ready or done is None:
                 return None
             norm = unscale(self.model, scale)
             if self.scaler is None or not self._overflowed(self.scaler, done, norm):
@@ -335,9 +338,10 @@ class Loop:
 
     def _crash(self, reason: str) -> None:
         where = self.folder / "crash_dump.pt"
+        model = self.saver.files.tensors()  # all ranks: each may hold a part
         if self.runtime.main:
             shape = [self.stream.micro_batch, self.stream.rows.sequence_length]
-            state = {**self._state([]), "model": self.model.state_dict(), "batch_shape": shape}
+            state = {**parallel.local_parts(self._state([])), "model": model, "batch_shape": shape}
             where = crash_dump(self.folder, state)
         self.runtime.barrier()  # a rank that leaves first would have torchrun end the others
         raise NonFiniteError(f"step {self.step}: {reason}; state and batch shapes are in {where}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import adapters
+from trainer import adapters, parallel
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,11 @@ class ModelFiles:
     adapter: bool
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is to be written: the model's own tensors, or copies of them later."""
-        if self.adapter:
-            return adapters.tensors(self.model)
-        return dict(self.model.state_dict())
+        """What is to be written: the model's own tensors, or copies of them later. Of a sharded
+        model they are copies, and all on rank 0; all ranks must ask for them then."""
+        adapter = adapters.tensors(self.model) if self.adapter else None
+        tensors = dict(self.model.state_dict()) if adapter is None else adapter
+        return parallel.whole(self.model, tensors) if parallel.is_sharded(self.model) else tensors
 
     def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint's files; the numbers are those of `tensors`, not of the model now."""

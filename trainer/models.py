@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from trainer import adapters, quantized
+from trainer import adapters, parallel, quantized
 from trainer.attention import PLAIN_ATTENTION as PLAIN_ATTENTION
 from trainer.attention import attention_implementations as attention_implementations
 from trainer.attention import decoder_inputs
@@ -36,8 +36,11 @@ _LOGIT_CHANGES = (
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """The last hidden states [n, hidden] at the supervised positions of `batch`."""
     # No mask and no cache: anything else lets documents of a packed row see each other.
-    output = model.get_decoder()(**decoder_inputs(model, batch), use_cache=False)
-    hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+    inputs = {**decoder_inputs(model, batch), "use_cache": False}
+    if parallel.is_sharded(model):
+        hidden: Tensor = getattr(model, parallel.DECODE)(**inputs).flatten(0, 1)
+    else:
+        hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
     assert batch.supervised is not None
     hidden = hidden.index_select(0, batch.supervised)
     kind = hidden.device.type
@@ -73,11 +76,13 @@ def load_model(
     seed: int,
     *,
     adapter_from: Optional[Path] = None,
+    share: parallel.Parallel = "ddp",
     say: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """The model to be trained, on the runtime's device, in training mode: what learns is fp32, the
-    base of an adapter has the runtime's dtype. `adapter_from`: a checkpoint of the adapter.
-    Errors: `ConfigError` for a model that is not there or that the losses cannot serve."""
+    base of an adapter has the runtime's dtype. `adapter_from`: a checkpoint of the adapter;
+    `share`: how several workers hold it. Errors: `ConfigError` for a model that is not there or
+    that the losses cannot serve."""
     torch.manual_seed(seed)
     attention = attention_implementations(config, runtime)
     if config.architecture is not None:
@@ -113,8 +118,8 @@ def load_model(
             say(line)
     for line in freeze(model, config.freeze):
         say(line)
-    model.to(runtime.device).train()
-    runtime.broadcast([*model.parameters(), *model.buffers()])
+    model.train()
+    parallel.place(model, runtime, share, say)
     return model
 
 

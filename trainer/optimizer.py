@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from trainer import parallel
 from trainer.config import Train
 
 
@@ -25,11 +26,13 @@ def make_optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
 
 
 def unscale(model: nn.Module, scale: float) -> Tensor:
-    """Take the loss scale out of the gradients; their norm [0-dim], all of them as one vector."""
+    """Take the loss scale out of the gradients; their norm [0-dim], all of them as one vector. All
+    ranks must call it."""
     grads = _gradients(model)
     if scale != 1.0:
         torch._foreach_mul_(grads, 1 / scale)
-    return torch.nn.utils.get_total_norm(grads, foreach=True)
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    return parallel.total_norm(norm) if parallel.is_sharded(model) else norm
 
 
 def clip(model: nn.Module, norm: Tensor, largest: float) -> None:
@@ -40,4 +43,5 @@ def clip(model: nn.Module, norm: Tensor, largest: float) -> None:
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters() if p.grad is not None]
+    """Of a sharded model, this rank's parts."""
+    return [parallel.local(p.grad) for p in model.parameters() if p.grad is not None]

@@ -7,14 +7,17 @@ Nothing of training changes: no weight, no optimizer state, no random number, no
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer import parallel, smaller
 from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows
@@ -36,6 +39,14 @@ def first_cut(config: Train, world_size: int) -> tuple[int, int]:
             f" {world_size} workers"
         )
     return config.global_batch // world_size, 1
+
+
+def noted(folder: Path, runtime: Runtime) -> Optional[int]:
+    """The smallest micro-batch that any rank's `folder` asks for, since more ran out of memory in
+    an earlier start; None where none does. All ranks must call it."""
+    found = smaller.noted(folder)
+    fewest = -runtime.largest(-math.inf if found is None else -float(found))
+    return None if math.isinf(fewest) else int(fewest)
 
 
 def largest_micro_batch(
@@ -146,11 +157,12 @@ def _moments(model: nn.Module, optimizer: Optional[torch.optim.Optimizer]) -> li
 
 def _fits(model: nn.Module, objective: Objective, rows: Rows, count: int, runtime: Runtime) -> bool:
     """One group of one micro-batch, as a step has it, up to the sum of its gradients; whether no
-    rank ran out of memory. The exchanges keep one that did from leaving the others waiting."""
+    rank ran out of memory. The exchanges keep one that did from leaving the others waiting. Errors:
+    `Leave` where the model is sharded: one that did can tell them no more."""
     group = [rows.batch(longest(rows, count))]
-    batches = unless_out_of_memory(prepare, objective, group, runtime, 0)
+    batches = parallel.attempt(model, count, prepare, objective, group, runtime, 0)
     if runtime.any(batches is None)[0] or batches is None:
         return False
     norm = normalisers(batches, runtime)
-    done = unless_out_of_memory(backward, model, objective, batches, norm, runtime)
-    return runtime.reduce_gradients(model.parameters(), done is not None)
+    done = parallel.attempt(model, count, backward, model, objective, batches, norm, runtime)
+    return parallel.reduce_gradients(model, runtime, done is not None)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import ConfigError
+from trainer.smaller import Leave
 
 #: Gradients are reduced in flat pieces of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
@@ -177,6 +178,9 @@ def start() -> Iterator[Runtime]:
         yield Runtime(device, "fp32", rank, world_size, flags)
         if world_size > 1:
             dist.barrier(group=flags)  # a rank that tears down early can abort its peers
+    except Leave:
+        cuda = False  # the group is in a collective that will not end
+        raise
     finally:
         if world_size > 1 and cuda:
             dist.destroy_process_group()

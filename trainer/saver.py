@@ -143,7 +143,13 @@ class Saver:
         if self.checkpoints is None:  # rank 0 writes these
             tensors, state = {}, {}
         taken = (tensors, state, part)
-        return self._snapshot.copy(taken) if beside else taken
+        if not beside:
+            return taken
+        if self.shards is not None and self.shards.parts:  # those tensors are copies already
+            taken = (tensors, *self._snapshot.copy((state, part)))
+        else:
+            taken = self._snapshot.copy(taken)
+        return taken
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -11,6 +11,7 @@ import errno
 import heapq
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer import parallel
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.manifest import Known
@@ -37,6 +39,9 @@ PARAMETERS = "parameters"
 #: Before the name of a parameter, as in torch's own flattened state of an optimizer.
 PREFIX = "state."
 
+#: What needs no folder that all workers see, by what does.
+_INSTEAD = {"train.sharded": "`sharded: false`", "train.parallel: fsdp": "`parallel: ddp`"}
+
 
 class Shards:
     """How this worker takes part. All workers make one, in the same order, before any saves: it
@@ -45,25 +50,34 @@ class Shards:
     def __init__(self, model: nn.Module, optimizer: Any, runtime: Runtime, folder: Path) -> None:
         self.names = parameter_names(model, optimizer)
         self.rank, self.world_size = runtime.rank, runtime.world_size
-        check_one_folder(folder, runtime)
+        self.parts = parallel.is_sharded(model)  # each worker has a part of every tensor
+        check_one_folder(folder, runtime, "train.parallel: fsdp" if self.parts else "train.sharded")
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._layouts: dict[str, _Layout] = {}  # of what the last state has in parts
 
     def take(self, state: dict[str, Any], beside: int) -> dict[str, Tensor]:
         """This worker's part of the optimizer's state, by name; the whole of it is taken out of
         `state`. `beside`: bytes that rank 0 writes besides."""
         optimizer = state["optimizer"]
         whole: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         left: dict[int, dict[str, Any]] = {}
         for index, entries in optimizer["state"].items():
             for key, value in entries.items():
-                if isinstance(value, Tensor):
+                if hasattr(value, "to_local"):
+                    parts[f"{PREFIX}{self.names[index]}.{key}"] = value
+                elif isinstance(value, Tensor):
                     whole[f"{PREFIX}{self.names[index]}.{key}"] = value
                 else:
                     left.setdefault(index, {})[key] = value
         state["optimizer"] = {**optimizer, "state": left}
         state[NAMES] = list(self.names)
+        # Where each has its parts, rank 0 alone knows what it writes besides.
+        beside = 0 if self.parts else beside
         writers = balance({n: v.nbytes for n, v in whole.items()}, self.world_size, beside)
-        return {name: value for name, value in whole.items() if writers[name] == self.rank}
+        mine = {name: value for name, value in whole.items() if writers[name] == self.rank}
+        self._layouts = {name: _Layout.of(value) for name, value in parts.items()}
+        return {**mine, **{name: parallel.local(value) for name, value in parts.items()}}
 
     def write(self, folder: Path, part: dict[str, Tensor], error: str = "") -> Known:
         """Write this worker's part into `folder`/`state`, with all the others; what is known of
@@ -75,7 +89,7 @@ class Shards:
         save: Callable[[], None] = _nothing
         if not error:
             try:
-                save = _dcp_save(into, part, self._group)
+                save = _dcp_save(into, self._placed(part), self._group)
             except Exception as failed:
                 error = f"rank {self.rank}: {described(failed)}"
         self._agree(into, error)
@@ -100,6 +114,22 @@ class Shards:
         dist.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
 
+    def _placed(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`part`, with each tensor that is a part of one as that, on the host."""
+        if not self._layouts:
+            return part
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor
+
+        mesh = DeviceMesh.from_group(self._group, "cpu")
+        placed = dict(part)
+        for name, layout in self._layouts.items():
+            placed[name] = DTensor.from_local(
+                part[name].cpu(), mesh, layout.placements, run_check=False,
+                shape=layout.shape, stride=layout.stride,
+            )  # fmt: skip
+        return placed
+
     def _agree(self, into: Path, error: str) -> None:
         if failed := [line for line in self._gather(error) if line]:
             raise CheckpointError(f"{into}: {failed[0]}")
@@ -121,6 +151,19 @@ class Shards:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A tensor of which every worker has a part."""
+
+    shape: Any
+    stride: Any
+    placements: Any
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Layout:
+        return cls(tensor.shape, tensor.stride(), tensor.placements)
 
 
 def parameter_names(model: nn.Module, optimizer: Any) -> list[str]:
@@ -148,8 +191,9 @@ def balance(sizes: Mapping[str, int], world_size: int, beside: int = 0) -> dict[
     return writers
 
 
-def check_one_folder(folder: Path, runtime: Runtime) -> None:
-    """Errors: `ConfigError` on every rank when one does not see what rank 0 writes in `folder`."""
+def check_one_folder(folder: Path, runtime: Runtime, key: str = "train.sharded") -> None:
+    """Errors: `ConfigError` on every rank when one does not see what rank 0 writes in `folder`;
+    `key` asks for that."""
     token = runtime.gather(f".seen-{secrets.token_hex(8)}")[0]
     if runtime.main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,8 +204,8 @@ def check_one_folder(folder: Path, runtime: Runtime) -> None:
         (folder / token).unlink()
     if blind := [str(rank) for rank, sees in enumerate(seen) if not sees]:
         raise ConfigError(
-            f"train.sharded: rank {', '.join(blind)} does not see the folder {folder} of rank 0;"
-            " put the output on a disk that all workers share, or set `sharded: false`"
+            f"{key}: rank {', '.join(blind)} does not see the folder {folder} of rank 0; put the"
+            f" output on a disk that all workers share, or set {_INSTEAD[key]}"
         )
 
 

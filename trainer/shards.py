@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import CheckpointError
+from trainer.parallel import like
 from trainer.sharded import (
     FOLDER,
     NAMES,
@@ -52,10 +53,10 @@ def optimizer_state(
     parameters. Errors: `CheckpointError`, also where other parameters learn now."""
     plain: dict[str, Any] = state["optimizer"]
     _check_parameters(found, state, model, optimizer)
-    if NAMES not in state:
-        return plain
-    names = parameter_names(model, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if NAMES not in state:
+        return {**plain, "state": _placed(plain["state"], parameters)}
+    names = parameter_names(model, optimizer)
     tensors = _read(found / FOLDER, dict(zip(names, parameters)))
     entries: dict[int, dict[str, Any]] = {i: dict(held) for i, held in plain["state"].items()}
     numbers = {name: index for index, name in enumerate(names)}
@@ -63,6 +64,17 @@ def optimizer_state(
         name, key = _split(full)
         entries.setdefault(numbers[name], {})[key] = value
     return {**plain, "state": entries}
+
+
+def _placed(entries: dict[int, dict[str, Any]], parameters: list[Any]) -> dict[int, dict[str, Any]]:
+    """State that is whole, as the parameters are that it belongs to."""
+    return {
+        index: {
+            key: like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for key, value in held.items()
+        }
+        for index, held in entries.items()
+    }
 
 
 def _check_parameters(
@@ -103,7 +115,10 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor
         if parameter is None or described.size not in (parameter.shape, torch.Size([])):
             raise CheckpointError(f"{folder}: {name} is not of this model's optimizer")
         dtype = described.properties.dtype
-        targets[name] = torch.empty(described.size, dtype=dtype, device=parameter.device)
+        if described.size == parameter.shape:  # of one that is sharded, this rank's part alone
+            targets[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            targets[name] = torch.empty(described.size, dtype=dtype, device=parameter.device)
 
     class Reader(dcp.FileSystemReader):  # type: ignore[misc]
         def read_metadata(self, *arguments: Any, **options: Any) -> Any:

@@ -12,10 +12,11 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import copies, float8, models, probe, resume, sinks, trial
+from trainer import alarm, copies, float8, models, parallel, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
+from trainer.config_train import refused
 from trainer.context import Context
 from trainer.data import chat, read
 from trainer.data.shapes import Skipped
@@ -146,8 +147,9 @@ def train(
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(
-            plan, tokens, runtime, settings.seed, adapter_from=newest, say=context.say
-        )
+            plan, tokens, runtime, settings.seed,
+            adapter_from=newest, share=_share(config), say=context.say,
+        )  # fmt: skip
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
         size, steady = float8.micro_batch_tokens(settings, config.data)
@@ -186,12 +188,17 @@ def train(
             say=context.say,
             measure=Meter(model, rows, runtime, context.job.peak_tflops).facts,
         )
-        if settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fitted
-            largest = probe.largest_micro_batch(
-                model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
-            )
-            loop.limit_micro_batch(largest)
-        outcome = loop.run()
+        with alarm.listening(model, runtime, context.folder):
+            fewer = probe.noted(context.folder, runtime)
+            if fewer is not None and fewer < stream.micro_batch:
+                loop.limit_micro_batch(fewer, tried=False)
+                context.say(f"at most {fewer} rows at a time: more ran out of memory before")
+            elif settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fits
+                largest = probe.largest_micro_batch(
+                    model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
+                )
+                loop.limit_micro_batch(largest)
+            outcome = loop.run()
         outcome.evaluation["parameters"] = float(models.parameter_count(model))
         return outcome
 
@@ -308,6 +315,15 @@ def _left(context: Context, newest: Optional[Path], seconds: float) -> Outcome:
         state = load_state(newest)
         step, seconds = state["step"], state["training_seconds"]
     return Outcome("stop" if context.stop_asked() else "signal", step, seconds)
+
+
+def _share(config: StageConfig) -> parallel.Parallel:
+    """How workers hold the stage's model. Errors: `ConfigError`."""
+    assert config.train is not None
+    wanted = config.train.parallel
+    if why := refused(config.stage, wanted):
+        raise ConfigError(f"stage {config.id}: train.parallel: {why}")
+    return "ddp" if wanted == "auto" and refused(config.stage, "fsdp") else wanted
 
 
 def _say_what_learns(context: Context, model: Any) -> None:

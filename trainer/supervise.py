@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Optional, TypeVar
 
-from trainer import attempts, secret_manager, workers
+from trainer import attempts, secret_manager, smaller, workers
 from trainer.boot import (
     AGAIN,
     CONFIG,
@@ -154,7 +154,16 @@ class _Job:
         self._fetch_inputs(given)
         if watch.look():
             raise _Asked
-        return self._work(given, node)
+        while True:
+            before = _micro_batches(spec)
+            code, why, ranks = self._work(given, node)
+            fewer = [f"{stage}: {rows}" for stage, rows in _micro_batches(spec).items()
+                     if rows < before.get(stage, math.inf)]  # fmt: skip
+            # Each time fewer rows, so that this ends; whatever else ended the peers of a worker
+            # without memory, that is why.
+            if not fewer or code in (OK, CONFIG, DATA, ENVIRONMENT) or watch.look():
+                return code, why, ranks
+            say(spec, f"{why}; again, rows at a time for stage {', '.join(fewer)}")
 
     def end(self, code: int, why: str, ranks: Ranks, cause: str) -> int:
         """Send what is left, say how it ended, and where. The exit code: a success that the store
@@ -373,13 +382,21 @@ def _has_client(spec: Spec) -> bool:
         return False
 
 
+def _micro_batches(spec: Spec) -> dict[str, int]:
+    """stage -> the micro-batch that a lack of memory left in its folder."""
+    found = {stage["id"]: smaller.noted(spec.folder / stage["output"])
+             for stage in spec.job.get("stages", []) if "output" in stage}  # fmt: skip
+    return {stage: rows for stage, rows in found.items() if rows is not None}
+
+
 def _refuse(spec: Spec) -> None:
     """What nodes without a shared disk cannot do. Errors: `BootError` 64."""
     for stage in spec.job.get("stages", []):
-        if spec.nodes > 1 and spec.remote and (stage.get("train") or {}).get("sharded"):
-            what = (
-                f"stage {stage['id']}: train.sharded on {spec.nodes} nodes needs a disk that they"
-            )
+        train = stage.get("train") or {}
+        fsdp = train.get("parallel") == "fsdp"
+        if spec.nodes > 1 and spec.remote and (train.get("sharded") or fsdp):
+            key = "train.parallel: fsdp" if fsdp else "train.sharded"
+            what = f"stage {stage['id']}: {key} on {spec.nodes} nodes needs a disk that they"
             raise BootError(CONFIG, f"{what} share, and artifacts are in {spec.root}; use one node")
 
 

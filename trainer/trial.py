@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer import parallel
 from trainer.attention import kind_of, needs_16_bits
 from trainer.batch import Batch
 from trainer.config import ConfigError
@@ -49,7 +50,7 @@ def check(
     not. The model, its mode
     and the random states are as before; no rank waits for another."""
     with _undisturbed(model, runtime.device):
-        dtype = torch.float32 if _exact(model) else runtime.dtype
+        dtype = torch.float32 if _exact(model, runtime) else runtime.dtype
         off = logits_off(model, runtime)
         if off > RESCALED[dtype]:
             raise ConfigError(
@@ -161,13 +162,15 @@ def _hidden(model: nn.Module, runtime: Runtime, rows: list[list[Tensor]]) -> Ten
 
 def _precision(model: nn.Module, runtime: Runtime) -> contextlib.AbstractContextManager[Any]:
     """That of training only where it is needed: fp32 shows smaller leaks."""
-    return contextlib.nullcontext() if _exact(model) else runtime.autocast()
+    return contextlib.nullcontext() if _exact(model, runtime) else runtime.autocast()
 
 
-def _exact(model: Any) -> bool:
-    """Whether the trial can run in fp32: flash-attn and varlen cannot."""
+def _exact(model: Any, runtime: Runtime) -> bool:
+    """Whether the trial can run in fp32: flash-attn and varlen cannot, nor what is sharded for 16
+    bits."""
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    return exact and not needs_16_bits(model)
+    narrow = parallel.is_sharded(model) and runtime.precision != "fp32"
+    return exact and not narrow and not needs_16_bits(model)
 
 
 @contextlib.contextmanager
@@ -180,4 +183,5 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
+            parallel.settle(model)
             model.train(training)

@@ -640,6 +640,12 @@ fuzzed = settings(
 )  # fmt: skip
 
 
+def test_a_stage_that_writes_answers_cannot_share_its_model(at: Path) -> None:
+    text = SINGLE.replace("stage: pretrain", "stage: grpo\ngrpo: {rewards: [rewards:length]}")
+    said = problems(text.replace("lr: 1e-4", "lr: 1e-4, parallel: fsdp"))
+    assert any("train.parallel: fsdp: grpo writes answers of any length" in x for x in said), said
+
+
 @fuzzed
 @given(text=st.text() | st.text(alphabet="{}[]:-&*!|>'\"%@`#,?\n \tab1$<~."))
 def test_no_text_raises_anything_but_recipe_errors(at: Path, text: str) -> None:

@@ -112,6 +112,7 @@ def undo(steps: list[int]) -> None:
 
 def answer(asked: dict[str, Any]) -> list[int]:
     """Fork the ranks of a job and wait for all of them."""
+    _import_for(json.loads(Path(asked["job"]).read_text()))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -122,6 +123,17 @@ def answer(asked: dict[str, Any]) -> list[int]:
             _be_rank(rank, port, asked)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _import_for(job: dict[str, Any]) -> None:
+    """What the ranks will need, once and not in each of them."""
+    for stage in job["stages"]:
+        if (stage.get("train") or {}).get("parallel") == "fsdp":
+            import torch.distributed.checkpoint
+            import torch.distributed.fsdp
+            import torch.distributed.tensor  # noqa: F401
+        if (stage.get("model") or {}).get("adapter"):
+            import peft  # noqa: F401
 
 
 def _be_rank(rank: int, port: int, asked: dict[str, Any]) -> None:
