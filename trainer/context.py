@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from trainer.config import Job, StageConfig
 from trainer.data.stream import Rows
@@ -16,7 +16,7 @@ from trainer.runtime import Runtime
 @dataclass(frozen=True)
 class Context:
     """What every stage gets. `metrics` is None on ranks that do not write; `rows` are those that a
-    training stage has laid out."""
+    training stage has laid out, and `ready` is what it made before."""
 
     config: StageConfig
     job: Job
@@ -25,6 +25,7 @@ class Context:
     say: Callable[[str], None]
     signalled: Callable[[], bool]
     rows: Optional[Rows] = None
+    ready: Any = None
 
     @property
     def folder(self) -> Path:

@@ -40,6 +40,9 @@ SHOWN = (
     "kd_alpha",
     "logit_l2",
     "keep_l2",
+    "surrogate_loss",
+    "surrogate_coverage",
+    "surrogate_weight",
     "grad_norm",
 )
 #: Facts of an evaluation that its line does not show.
