@@ -37,8 +37,8 @@ def before(context: Context, tokens: Any) -> Optional[Surrogate]:
     words = Vocabularies(tokens, own, getattr(facts, "max_position_embeddings", None))
     if config.sdce.loss == "kl" and not words.same:
         raise ConfigError(
-            f"sdce.surrogate: '{name}' has another tokenizer than the model, and `loss: kl` compares"
-            " all tokens by id; take `loss: surrogate`, which matches tokens by their bytes"
+            f"sdce.surrogate: '{name}' has another tokenizer than the model, and `loss: kl` needs"
+            " the model's own; take `loss: surrogate`, which matches tokens by their bytes"
         )
     here = replace(runtime, device=torch.device("cpu"))
     # Never flash-attn, which cannot run on a CPU: this one is to be tried there.

@@ -17,7 +17,7 @@ from trainer.surrogate import Surrogate
 
 
 class SurrogateGuided:
-    """loss = CE / tokens + lambda * S / targets, with -log q of the model's whole softmax q in both.
+    """loss = CE / tokens + lambda * S / targets; q is the model's whole softmax in both.
 
     `soft`: S = sum over tokens of sum_j w_j * -log q_j, j being the token itself and the
     surrogate's `k` most probable others of p >= threshold, w_j = p_j / sum of p over these;
@@ -41,14 +41,10 @@ class SurrogateGuided:
 
     def loss(self, model: nn.Module, batch: Batch, norm: dict[str, Tensor], log: bool) -> Loss:
         hidden, head, labels = hidden_states(model, batch), head_weight(model), batch.labels
-        weight, dtype = (
-            weight_at(self.config, batch.progress),
-            torch.promote_types(hidden.dtype, torch.float32),
-        )
-        ce, factor = (
-            share(x, norm[term]).to(hidden.device, dtype)
-            for x, term in ((1.0, "ce"), (weight, "surrogate"))
-        )
+        weight = weight_at(self.config, batch.progress)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        ce = share(1.0, norm["ce"]).to(hidden.device, dtype)
+        factor = share(weight, norm["surrogate"]).to(hidden.device, dtype)
         sums: dict[str, tuple[Tensor, str]] = {
             "surrogate_weight": (weight * batch.weights["ce"], "ce"),
             "surrogate_coverage": (batch.weights["covered"], "ce"),
@@ -61,7 +57,7 @@ class SurrogateGuided:
             sums.update(ce_loss=(both.ce, "ce"), surrogate_loss=(both.kl, "surrogate"))
             return Loss(both.loss, sums)
         opinion = batch.extra["opinion"]
-        w = opinion.weights.to(dtype) * factor
+        w = opinion.weights * factor
         w[:, 0] += ce
         result = sparse_target(hidden, head, opinion.ids, w)
         sums["ce_loss"] = (-result.logprobs[:, 0].sum(), "ce")
