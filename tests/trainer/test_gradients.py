@@ -38,9 +38,7 @@ def test_gradients_do_not_depend_on_micro_batch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "name", ["next_token", "distill", "kept", "top_k", "soft", "parity", "kl"]
-)
+@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k", "soft", "parity", "kl"])
 def test_packed_and_padded_rows_give_the_same_gradient(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
