@@ -42,8 +42,8 @@ from trainer.config import (
 from trainer.data.corpus import python_reference
 
 STEPS, SURROGATE_STEPS = 120, 200
-SMALL = Architecture(hidden_size=96, layers=2, heads=3, intermediate_size=256)
-LARGE = Architecture(hidden_size=128, layers=3, heads=4, intermediate_size=352)
+SMALL = Architecture(hidden_size=64, layers=2, heads=2, intermediate_size=176)
+LARGE = Architecture(hidden_size=128, layers=2, heads=4, intermediate_size=352)
 #: Run -> (form or loss, whose tokenizer the surrogate has).
 GUIDED = {
     "soft, other tokenizer": ("soft", "other"),
@@ -93,7 +93,7 @@ def main() -> None:
 def one_seed(folder: Path, seed: int) -> dict[str, Figures]:
     """Train everything with `seed`: the figures of each run."""
     bench = Bench(folder, seed)
-    for name, data, size in (("same", TEXT, 2048), ("other", QUESTIONS, 1536)):
+    for name, data, size in (("same", TEXT, 1024), ("other", QUESTIONS, 768)):
         bench.run(f"{name}-tokenizer", stage="tokenizer", model=None, train=None, data=data,
                   tokenizer=Tokenizer(vocab_size=size))  # fmt: skip
     found = {}
@@ -121,7 +121,7 @@ class Bench:
         return Model(init="random", tokenizer=tokenizer, architecture=architecture)
 
     def train(self, steps: int) -> Train:
-        return Train(steps=steps, lr=3e-3, micro_batch=8, warmup=20, evaluate_every=20,
+        return Train(steps=steps, lr=3e-3, micro_batch=8, warmup=20, evaluate_every=30,
                      evaluate_batches=0, keep=1, seed=self.seed, report_to=())  # fmt: skip
 
     def run(self, name: str, **fields: Any) -> Figures:
