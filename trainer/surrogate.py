@@ -82,6 +82,7 @@ class Vocabularies:
         self.to_theirs = np.full(len(self.spelt), -1, dtype=np.int64)
         known = np.flatnonzero(self.to_ours >= 0)
         self.to_theirs[self.to_ours[known]] = known
+        self.marks = np.array([part is None for part in self.spelt])
         # A special token is one unit wide, so that what stands around it stays apart.
         self.widths = np.array([1 if part is None else len(part) for part in self.spelt])
         self.special = _special(ours, theirs)
@@ -115,17 +116,14 @@ class Vocabularies:
 
     def _pieces(self, tokens: Indices) -> Iterator[_Piece]:
         """The texts between special tokens, and these."""
-        at, run = 0, bytearray()
-        for index in tokens.tolist():
-            part = self.spelt[index]
-            if part is not None:
-                run += part
-                continue
-            yield from _text(bytes(run), at)
+        begin = at = 0
+        for end in [*np.flatnonzero(self.marks[tokens]).tolist(), len(tokens)]:
+            run = b"".join([self.spelt[i] or b"" for i in tokens[begin:end].tolist()])
+            yield from _text(run, at)
             at += len(run)
-            yield _Piece(at, None, self.special.get(index))
-            at, run = at + 1, bytearray()
-        yield from _text(bytes(run), at)
+            if end < len(tokens):
+                yield _Piece(at, None, self.special.get(int(tokens[end])))
+            begin, at = end + 1, at + 1
 
     def _read(self, pieces: list[_Piece], texts: Iterator[Any]) -> tuple[Indices, Indices]:
         """The surrogate's tokens of a chunk, and where each begins; -1: not to be met."""

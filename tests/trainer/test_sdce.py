@@ -21,7 +21,7 @@ from tests.trainer import gradients
 from tests.trainer.conftest import in_folder
 from trainer import models, stand_ins
 from trainer.checkpoint import load_state, resolve
-from trainer.config import ConfigError, Job, Model, Sdce, Source, StageConfig, load_job
+from trainer.config import ConfigError, FieldErrors, Job, Model, Sdce, Source, StageConfig, load_job
 from trainer.data.stream import Stream
 from trainer.data.token_bytes import token_bytes
 from trainer.data.tokenizer import byte_tokenizer, train_tokenizer
@@ -102,7 +102,7 @@ class Transcription:
                     continue
                 weights, count = self.weights(p, gold)
                 self.covered += 1
-                self.agreed += int(p.argmax()) == self.back[gold]
+                self.agreed += p.index(max(p)) == self.back[gold]
                 entries += count
                 rows += bool(weights)
                 for j, w in weights.items():
@@ -110,24 +110,24 @@ class Transcription:
         self.rows, self.entries, self.tokens = rows, entries, tokens
         return ce / tokens + weight * beside / (entries if self.config.form == "parity" else rows)
 
-    def expected(self, text: str) -> dict[int, Tensor]:
+    def expected(self, text: str) -> dict[int, list[float]]:
         """Character -> the distribution over what begins there."""
         encoded = self.theirs(text, return_offsets_mapping=True)
         with torch.no_grad():
             logits = self.surrogate(input_ids=torch.tensor([encoded["input_ids"]])).logits[0]
         p = torch.softmax(logits.double(), dim=-1)
-        return {begin: p[j] for j, (begin, _) in enumerate(encoded["offset_mapping"][1:])}
+        return {begin: p[j].tolist() for j, (begin, _) in enumerate(encoded["offset_mapping"][1:])}
 
-    def weights(self, p: Tensor, gold: int) -> tuple[dict[int, float], int]:
+    def weights(self, p: list[float], gold: int) -> tuple[dict[int, float], int]:
         """Of each token in the target, and how many others than the gold one there are."""
-        others = [(float(p[i]), ours) for i, ours in self.map.items()
+        others = [(p[i], ours) for i, ours in self.map.items()
                   if ours is not None and ours != gold]  # fmt: skip
         best = sorted(others, reverse=True)[: self.config.k]
         kept = [(x, j) for x, j in best if x >= self.config.threshold]
         if self.config.form == "parity":
             total = sum(math.exp(-1 / x) for x, _ in kept)
             return {j: math.exp(-1 / x) / total for x, j in kept}, len(kept)
-        own = float(p[self.back[gold]])
+        own = p[self.back[gold]]
         if not kept and own < self.config.threshold:
             return {}, 0
         total = own + sum(x for x, _ in kept)
@@ -234,6 +234,12 @@ def test_its_weight_falls_along_half_a_cosine() -> None:
     assert [weight_at(config, x) for x in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1, 0.6, 0.2, 0.2])
 
 
+def test_what_is_not_read_is_refused() -> None:
+    for wrong in ({"loss": "kl", "form": "parity"}, {"loss": "standard"}):
+        with pytest.raises(FieldErrors, match=r"belongs to `loss: surrogate`|is not read with"):
+            Sdce("s", **wrong)
+
+
 # The stage.
 
 
@@ -252,6 +258,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 def test_a_stage_logs_what_the_surrogate_gives_and_resumes_exactly(
     guided: StageConfig, run_stage: Run, tmp_path: Path
 ) -> None:
+    guided = in_folder(guided, tmp_path / "out", steps=12)
     whole = run_stage(guided)
     assert any(line.startswith("surrogate: ") and "of its 340 tokens are among the model's 258"
                in line for line in whole.lines)  # fmt: skip
@@ -259,16 +266,16 @@ def test_a_stage_logs_what_the_surrogate_gives_and_resumes_exactly(
     assert all(0.1 < fact["surrogate_coverage"] < 0.9 for fact in facts)
     assert max(fact["surrogate_kept"] for fact in facts) > 0.3
     weights = [fact["surrogate_weight"] for fact in facts]
-    assert weights[0] == 1.0 and weights == sorted(weights, reverse=True) and weights[-1] < 0.01
+    assert weights[0] == 1.0 and weights == sorted(weights, reverse=True) and weights[-1] < 0.02
     for fact in facts:
         parts = fact["ce_loss"] + fact["surrogate_weight"] * fact["surrogate_loss"]
         assert fact["train_loss"] == pytest.approx(parts, rel=1e-5)
 
     cut = in_folder(guided, tmp_path / "cut")
-    run_stage(in_folder(cut, tmp_path / "cut", until=7))
+    run_stage(in_folder(cut, tmp_path / "cut", until=5))
     run_stage(cut, attempt=2)
     one, two = (load_state(Path(resolve(str(tmp_path / name)))) for name in ("out", "cut"))
-    assert one["step"] == two["step"] == 20 and one["stream"] == two["stream"]
+    assert one["step"] == two["step"] == 12 and one["stream"] == two["stream"]
     whole_file, cut_file = (
         Path(resolve(str(tmp_path / name))) / "model.safetensors" for name in ("out", "cut")
     )
@@ -308,7 +315,7 @@ def test_the_other_losses_run(
 ) -> None:
     """`kl` with a surrogate of the model's own tokenizer; `standard` is what `pretrain` does."""
     folder = tmp_path / "same"
-    count = 5 if loss == "standard" else 20
+    count = 5 if loss == "standard" else 14
     plain = replace(guided, stage="pretrain", sdce=None)
     run_stage(in_folder(plain, folder, steps=count))
     sdce = Sdce(None if loss == "standard" else f"{folder}@last", loss=loss)

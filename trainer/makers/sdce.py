@@ -18,7 +18,7 @@ from trainer.objectives.sdce import SurrogateGuided
 from trainer.runtime import Runtime
 from trainer.surrogate import Surrogate, Vocabularies
 
-_WHOLE = (torch.float32, torch.bfloat16, torch.float16)
+_WHOLE = ("float64", "float32", "bfloat16", "float16", "None")
 _TEXT = "A short text that any model can read, 1 + 1 = 2.\n"
 
 
@@ -81,8 +81,8 @@ def _base(name: str) -> str:
 
 def _refuse_quantised(name: str) -> None:
     facts = models.configuration(Model(name=_base(name)), None)
-    dtype = getattr(facts, "dtype", None)
-    if getattr(facts, "quantization_config", None) is None and dtype in (None, *_WHOLE):
+    dtype = str(getattr(facts, "dtype", None)).removeprefix("torch.")
+    if getattr(facts, "quantization_config", None) is None and dtype in _WHOLE:
         return
     raise ConfigError(
         f"sdce.surrogate: '{name}' is quantised, which changes what it holds likely; take its"
