@@ -22,8 +22,8 @@ from typing import Any, Optional
 from launcher.spec import Stage
 from trainer.config import Architecture, Model
 
-#: Shapes of the models of one stage: `model` (what is trained, merged or exported), `teacher`, and
-#: `evaluate.LABEL`. What is not known is absent.
+#: Shapes of the models of one stage: `model` (what is trained, merged or exported), `teacher` (or
+#: surrogate), and `evaluate.LABEL`. What is not known is absent.
 Shapes = Mapping[str, "Shape"]
 
 #: Families (`model_type`) whose tensors `Shape.tensors` lists as Transformers makes them.
@@ -203,6 +203,8 @@ def of_stage(stage: Stage, stages: Sequence[Stage], base: Path) -> Shapes:
         found["model"] = _trained(stage, stages, base)
     if stage.kd is not None and stage.kd.teacher is not None:
         found["teacher"] = _named(stage.kd.teacher, stages, base)
+    if stage.sdce is not None and stage.sdce.surrogate is not None:
+        found["teacher"] = _named(stage.sdce.surrogate, stages, base)
     if stage.targets is not None:
         found["teacher"] = _named(stage.targets.teacher, stages, base)
     if stage.merge is not None:
@@ -225,6 +227,8 @@ def absent(stage: Stage, known: Shapes, base: Path) -> tuple[Absent, ...]:
             named["model"] = ("model.name", str(stage.model.name))
     if stage.kd is not None and stage.kd.teacher is not None:
         named["teacher"] = ("kd.teacher", stage.kd.teacher)
+    if stage.sdce is not None and stage.sdce.surrogate is not None:
+        named["teacher"] = ("sdce.surrogate", stage.sdce.surrogate)
     if stage.targets is not None:
         named["teacher"] = ("targets.teacher", stage.targets.teacher)
     if stage.evaluate is not None:

@@ -81,8 +81,11 @@ def work(config: Any, model: Optional[Shape], teacher: Optional[Shape] = None) -
         forward = forward_flops(teacher, length)
         elements = _elements(teacher) + teacher.vocabulary
         return Work(tokens, forward * tokens, elements * tokens, teacher.layers)
-    if model is None or (config.kd is not None and config.kd.mode == "online" and teacher is None):
-        raise ValueError(f"the {'model' if model is None else 'teacher'}'s shape is not known")
+    asks = config.kd is not None and config.kd.mode == "online"
+    guided = config.sdce is not None and config.sdce.surrogate is not None
+    if model is None or (teacher is None and (asks or guided)):
+        missing = "model" if model is None else "surrogate" if guided else "teacher"
+        raise ValueError(f"the {missing}'s shape is not known")
     rows, micro_batches = rows_of_step(config.train)
     tokens = rows * length
     recomputed = config.model.gradient_checkpointing

@@ -150,6 +150,8 @@ class Sdce(Strict):
             self,
             surrogate=((self.surrogate is not None) == needed,
                        "must be named" if needed else "is not read with `loss: standard`"),
+            form=(self.form == "soft" or self.loss == "surrogate",
+                  "`parity` belongs to `loss: surrogate`"),
             k=(self.k >= 1, "must be at least 1"),
             threshold=(0 <= self.threshold < 1, "must be in [0, 1)"),
             weight=(self.weight >= 0, "must not be negative"),

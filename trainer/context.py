@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from torch import nn
 
@@ -19,7 +19,8 @@ from trainer.runtime import Runtime
 class Context:
     """What every stage gets. `metrics` is None on ranks that do not write; `rows` are those that a
     training stage has laid out, `held_out` those of its validation. `model`: the model that will be
-    trained, where it is as the stage first found it; a resumed one is not."""
+    trained, where it is as the stage first found it; a resumed one is not. `ready` is what the
+    stage made before."""
 
     config: StageConfig
     job: Job
@@ -30,6 +31,7 @@ class Context:
     rows: Optional[Rows] = None
     held_out: Optional[Rows] = None
     model: Optional[nn.Module] = None
+    ready: Any = None
 
     @property
     def folder(self) -> Path:

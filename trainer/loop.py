@@ -44,6 +44,9 @@ SHOWN = (
     "sft_loss",
     "accuracy",
     "margin",
+    "surrogate_loss",
+    "surrogate_coverage",
+    "surrogate_weight",
     "grad_norm",
 )
 #: Facts of an evaluation that its line does not show.

@@ -21,6 +21,7 @@ from trainer.config import (
     Export,
     Merge,
     Model,
+    Sdce,
     Source,
     StageConfig,
     Targets,
@@ -75,6 +76,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
         if config.kd is not None:
             _check_logits(config.kd, config.data.train, data.train)
             changes["kd"] = _distill(config.kd, tokenizer, scratch, made, notes)
+        if config.sdce is not None:
+            changes["sdce"] = _sdce(config.sdce, tokenizer, scratch, made, notes)
     if config.targets is not None:
         changes["targets"] = _targets(config.targets, scratch, made, notes)
     if config.evaluate is not None:
@@ -184,6 +187,17 @@ def _distill(
     teacher = tiny(scratch / "teacher", kind, tokenizer, weights=True)
     notes.append(f"teacher {kd.teacher or kd.targets or kd.logits_dir}: {words(kind)}")
     return replace(kd, mode="online", teacher=teacher, targets=None, logits_dir=None)
+
+
+def _sdce(sdce: Sdce, tokenizer: str, scratch: Path, made: set[str], notes: list[str]) -> Sdce:
+    if sdce.surrogate is None or _made(sdce.surrogate, made):
+        return sdce
+    own = _tokenizer(sdce.surrogate, scratch / "surrogate", made, notes)
+    if own != sdce.surrogate and sdce.loss == "kl":
+        own = tokenizer  # what is not here is taken to be as it must be
+    kind = model_type(Model(name=sdce.surrogate))
+    notes.append(f"surrogate {sdce.surrogate}: {words(kind)}")
+    return replace(sdce, surrogate=tiny(scratch / "surrogate" / "model", kind, own, weights=True))
 
 
 def _targets(targets: Targets, scratch: Path, made: set[str], notes: list[str]) -> Targets:

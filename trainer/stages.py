@@ -25,7 +25,7 @@ from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import Left, score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
-from trainer.makers import distill, next_token, preference
+from trainer.makers import distill, next_token, preference, sdce
 from trainer.metrics import Metrics, plain
 from trainer.model_files import ModelFiles
 from trainer.objective import Objective
@@ -39,6 +39,8 @@ from trainer.throughput import Meter
 ObjectiveFactory = Callable[[Context, Any], Objective]
 #: The rows of sources, of at most so many rows, for a tokenizer.
 Layout = Callable[[Context, Any, tuple[Source, ...], Optional[int]], Rows]
+#: What must be there before data is read and a device is used; it becomes `Context.ready`.
+Before = Callable[[Context, Any], Any]
 
 
 def run_stage(
@@ -114,10 +116,12 @@ def tokenizer(context: Context) -> Outcome:
 
 
 def train(
-    make_objective: ObjectiveFactory, lay_out: Layout = next_token.lay_out
+    make_objective: ObjectiveFactory,
+    lay_out: Layout = next_token.lay_out,
+    before: Optional[Before] = None,
 ) -> Callable[[Context], Outcome]:
     """A stage that trains a model with the objective that `make_objective` gives, on the rows that
-    `lay_out` makes of sources."""
+    `lay_out` makes of sources. `before` is asked first."""
 
     def run(context: Context) -> Outcome:
         config, runtime = context.config, context.runtime
@@ -128,6 +132,8 @@ def train(
         if reference is None:
             raise ConfigError(f"stage {config.id}: model: give `name`, or `architecture`")
         tokens = models.load_tokenizer(reference)
+        if before is not None:
+            context = replace(context, ready=before(context, tokens))
         micro_batch, accumulate = probe.first_cut(settings, runtime.world_size)
         limit, held_out = None, None
         if settings.limit_batches is not None:
@@ -299,6 +305,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "sft": train(next_token.make),
     "targets": targets,
     "kd": train(distill.make),
+    "sdce": train(sdce.make, before=sdce.before),
     "dpo": train(preference.make, preference.lay_out),
     "ipo": train(preference.make, preference.lay_out),
     "evaluate": evaluate,

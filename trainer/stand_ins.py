@@ -93,6 +93,9 @@ class _Making:
             changes["model"] = self._model(config.model)
         if config.kd is not None:
             changes["kd"] = self._distill(config.kd, data)
+        if config.sdce is not None and config.sdce.surrogate is not None:
+            surrogate = self._reference(config.sdce.surrogate)
+            changes["sdce"] = replace(config.sdce, surrogate=surrogate)
         if config.targets is not None:
             changes["targets"] = self._targets(config.targets)
         if config.evaluate is not None:

@@ -18,7 +18,7 @@ from launcher.fit import Change, Memory, Part
 from launcher.forecast import Forecast
 from launcher.spec import Budget, Expected, Recipe, Stage
 from tests.launcher.recorded import Recorder
-from trainer.config import Adapter, Data, Distill, Model, Source, Targets, Train, to_dict
+from trainer.config import Adapter, Data, Distill, Model, Sdce, Source, Targets, Train, to_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = shapes.Shape(512, 64, 2, 4, 2, 16, 128, True)
@@ -119,6 +119,11 @@ def test_a_teacher_adds_two_flops_a_parameter_and_stored_answers_none() -> None:
     assert targets.flops / targets.tokens == 2 * matrices + attention
     with pytest.raises(ValueError, match="teacher's shape is not known"):
         speed.work(stage(stage="kd", kd=Distill(teacher="a/t")), SMALL)
+    guided = stage(stage="sdce", sdce=Sdce("a/s"))
+    assert speed.work(guided, SMALL, BIG) == online
+    assert speed.work(stage(stage="sdce", sdce=Sdce(loss="standard")), SMALL) == alone
+    with pytest.raises(ValueError, match="surrogate's shape is not known"):
+        speed.work(guided, SMALL)
 
 
 def test_only_the_experts_that_a_token_meets_count() -> None:

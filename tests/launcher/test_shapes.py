@@ -10,7 +10,7 @@ import pytest
 
 from launcher import shapes
 from launcher.spec import Stage
-from trainer.config import Architecture, Distill, Evaluate, Export, Merge, Model, Tokenizer
+from trainer.config import Architecture, Distill, Evaluate, Export, Merge, Model, Sdce, Tokenizer
 
 #: What the makers' own pages and files say.
 PARAMETERS = {
@@ -152,6 +152,7 @@ def test_stages_of_a_recipe_know_the_shapes_of_each_other() -> None:
         Stage("tok", "tokenizer", tokenizer=Tokenizer(vocab_size=2048)),
         Stage("teacher", "pretrain", model=small),
         Stage("kd", "kd", model=student, kd=Distill(teacher="${stage:teacher}")),
+        Stage("guided", "sdce", model=small, sdce=Sdce("${stage:kd}@best")),
         Stage("merged", "merge", merge=Merge(adapter="${stage:kd}")),
         Stage("out", "export", export=Export(model="${stage:merged}")),
         Stage("compare", "evaluate", evaluate=Evaluate(models={"a": "${stage:out}", "b": "x/y"})),
@@ -159,6 +160,7 @@ def test_stages_of_a_recipe_know_the_shapes_of_each_other() -> None:
     found = {stage.id: shapes.of_stage(stage, stages, Path()) for stage in stages}
     assert found["kd"]["teacher"] == found["kd"]["model"] == found["teacher"]["model"]
     assert found["kd"]["model"].vocabulary == 2048
+    assert found["guided"]["teacher"] == found["kd"]["model"]
     assert found["compare"] == {"evaluate.a": found["teacher"]["model"]}
     circle = (Stage("a", "sft", model=Model(name="${stage:b}")),
               Stage("b", "sft", model=Model(name="${stage:a}")))  # fmt: skip

@@ -18,21 +18,25 @@ from trainer.config import (
     KeepLogits,
     Model,
     Preference,
+    Sdce,
     Source,
     Targets,
-)  # fmt: skip
+)
 from trainer.data.chat import view_of
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows, Stream, build_rows
+from trainer.data.tokenizer import train_tokenizer
 from trainer.models import load_model, load_tokenizer
 from trainer.objectives.distill import DistillOnline
 from trainer.objectives.distill_stored import DistillStored
 from trainer.objectives.keep_logits import StayNear
 from trainer.objectives.next_token import NextToken
 from trainer.objectives.preference import Prefer
+from trainer.objectives.sdce import SurrogateGuided
 from trainer.reference import precompute
 from trainer.runtime import Runtime
 from trainer.step import backward, normalisers, prepare
+from trainer.surrogate import Surrogate, Vocabularies
 from trainer.teacher import StoredAnswers
 from trainer.teacher_pass import write_targets
 
@@ -117,6 +121,8 @@ def of(
         objective = stored(tokenizer, data, dtype, runtime, sampler=name, top_k=8)
     if preferred:
         objective = prefer(name, tokenizer, data, dtype, runtime)
+    if name in GUIDED:
+        objective = guided(GUIDED[name], tokenizer, texts, dtype, runtime)
     group = stream.next_group()
     batches = prepare(objective, group, runtime, 0)
     norm = normalisers(batches, runtime)
@@ -128,6 +134,26 @@ def of(
         backward(student, objective, batches, norm, runtime, scale=scale)
     runtime.reduce_gradients(student.parameters())
     return torch.cat([p.grad.flatten().double() / scale for p in student.parameters()])
+
+
+#: Of a surrogate that has learned nothing, and so holds all of its 300 tokens about alike.
+GUIDED = {
+    "soft": Sdce("s", form="soft", k=8, threshold=0.0035, weight=0.7),
+    "parity": Sdce("s", form="parity", k=8, threshold=0.0035, weight=0.7),
+    "kl": Sdce("s", loss="kl", weight=0.7),
+}
+
+
+def guided(
+    config: Sdce, tokenizer: str, texts: str, dtype: torch.dtype, runtime: Runtime = CPU
+) -> SurrogateGuided:
+    """With a surrogate whose tokenizer was trained on `texts`; with `kl`, the model's own."""
+    own = tokenizer
+    if config.loss != "kl":
+        own = tempfile.mkdtemp()
+        train_tokenizer([Path(texts).read_text()], 300, 2, own)
+    words = Vocabularies(load_tokenizer(tokenizer), load_tokenizer(own))
+    return SurrogateGuided(config, Surrogate(model(own, dtype, 2, hidden=64), words, runtime))
 
 
 def stored(
@@ -152,7 +178,7 @@ def stored(
 def main(tokenizer: str, texts: str, out: str) -> None:
     with runtimes.start() as runtime:
         for dtype in (torch.float64, torch.float32):
-            for name in ("next_token", "distill", "top_k", "dpo"):
+            for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity"):
                 gradient = of(
                     name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
                 )

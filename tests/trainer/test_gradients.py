@@ -24,7 +24,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k", "sample", "dpo", "ipo"])
+@pytest.mark.parametrize(
+    "name",
+    ["next_token", "distill", "kept", "top_k", "sample", "dpo", "ipo", "soft", "parity", "kl"],
+)
 def test_gradients_do_not_depend_on_micro_batch(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
@@ -36,7 +39,9 @@ def test_gradients_do_not_depend_on_micro_batch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k", "dpo", "ipo"])
+@pytest.mark.parametrize(
+    "name", ["next_token", "distill", "kept", "top_k", "dpo", "ipo", "soft", "parity", "kl"]
+)
 def test_packed_and_padded_rows_give_the_same_gradient(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
@@ -51,7 +56,7 @@ def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     for dtype in DTYPES:
-        for name in ("next_token", "distill", "top_k", "dpo"):
+        for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity"):
             one = gradients.of(name, tokenizer, texts, dtype, micro_batch=8, accumulate=1)
             two = [torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in (0, 1)]
             assert torch.equal(two[0], two[1])
