@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from torch import nn
+
 from trainer.config import Job, StageConfig
 from trainer.data.stream import Rows
 from trainer.metrics import Metrics
@@ -16,7 +18,7 @@ from trainer.runtime import Runtime
 @dataclass(frozen=True)
 class Context:
     """What every stage gets. `metrics` is None on ranks that do not write; `rows` are those that a
-    training stage has laid out."""
+    training stage has laid out, `model` the one that it trains."""
 
     config: StageConfig
     job: Job
@@ -25,6 +27,7 @@ class Context:
     say: Callable[[str], None]
     signalled: Callable[[], bool]
     rows: Optional[Rows] = None
+    model: Optional[nn.Module] = None
 
     @property
     def folder(self) -> Path:

@@ -24,7 +24,7 @@ from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import Left, score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
-from trainer.makers import distill, next_token
+from trainer.makers import distill, grpo, next_token
 from trainer.metrics import Metrics, plain
 from trainer.model_files import ModelFiles
 from trainer.objective import Objective
@@ -149,7 +149,7 @@ def train(
         )
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing)
-        objective = make_objective(replace(context, rows=rows), tokens)
+        objective = make_objective(replace(context, rows=rows, model=model), tokens)
         horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
             context.say(line)
@@ -279,6 +279,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "sft": train(next_token.make),
     "targets": targets,
     "kd": train(distill.make),
+    "grpo": train(grpo.make, grpo.lay_out),
     "evaluate": evaluate,
     "merge": merge,
     "export": export,

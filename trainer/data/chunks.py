@@ -88,7 +88,7 @@ def read_chunks(
     `DataError`, also where nothing is left to learn; `ConfigError` for a tokenizer without EOS."""
     require_sources(sources)
     sources = expand(sources)
-    encoder = _Encoder(tokenizer, sequence_length)
+    encoder = Encoder(tokenizer, sequence_length)
     read = _Read([], [], [], [])
     have = 0
     for index, source in enumerate(sources):
@@ -117,7 +117,7 @@ def read_chunks(
 
 def _read_source(
     source: Source,
-    encoder: _Encoder,
+    encoder: Encoder,
     view: View,
     read: _Read,
     have: int,
@@ -167,7 +167,7 @@ def _nothing(facts: list[dict[str, Any]], sequence_length: int) -> str:
     return f"{names}: no token to learn: every document is a single token"
 
 
-class _Encoder:
+class Encoder:
     """Documents to token ids, in batches."""
 
     def __init__(self, tokenizer: Any, sequence_length: int) -> None:
