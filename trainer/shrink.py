@@ -19,6 +19,7 @@ from trainer.config import (
     Distill,
     Evaluate,
     Export,
+    Grpo,
     Merge,
     Model,
     Source,
@@ -35,6 +36,11 @@ from trainer.teacher_files import sample_files
 
 _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
 _TARGET_ROWS = 64
+#: Of stages that answer prompts: tokens of prompt and answer, answers to a prompt, tokens of one.
+_PROMPT, _GROUP, _ANSWER = 4096, 4, 16
+
+#: A reward that needs nothing of the data.
+STAND_IN_REWARD = "trainer.rewards:short"
 
 #: What in a pattern such as `model.layers.1[0-9].*` counts layers: numbers, and nothing else up to
 #: the next dot or star.
@@ -73,6 +79,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
         if config.kd is not None:
             _check_logits(config.kd, config.data.train, data.train)
             changes["kd"] = _distill(config.kd, tokenizer, scratch, made, notes)
+        if config.grpo is not None:
+            changes["grpo"] = _grpo(config.grpo, data.train == expand(config.data.train), notes)
     if config.targets is not None:
         changes["targets"] = _targets(config.targets, scratch, made, notes)
     if config.evaluate is not None:
@@ -90,7 +98,9 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
 
 
 def _data(data: Data, stage: str, notes: list[str]) -> Data:
-    length = min(data.sequence_length, _LENGTH)
+    # Prompts are not cut, and a byte-level tokenizer makes them longer.
+    grows = stage == "grpo"
+    length = max(data.sequence_length, _PROMPT) if grows else min(data.sequence_length, _LENGTH)
     if length != data.sequence_length:
         notes.append(f"data.sequence_length: {length} instead of {data.sequence_length}")
     return replace(
@@ -123,7 +133,7 @@ def _sources(
 def _source(source: Source, split: Any, stage: str, notes: list[str]) -> Source:
     if source.hf is None and not _remote(source.path) and not _remote(source.manifest):
         return source
-    chat = stage == "sft" or source.format in ("messages", "prompt")
+    chat = stage in ("sft", "grpo") or source.format in ("messages", "prompt")
     name, words = source_name(source), "questions" if chat else "reference"
     notes.append(f"data {name}: not on this machine, Python's own {words} instead")
     return Source(builtin="python-questions" if chat else "python-reference", split=split)
@@ -178,6 +188,17 @@ def _distill(
     teacher = tiny(scratch / "teacher", kind, tokenizer, weights=True)
     notes.append(f"teacher {kd.teacher or kd.targets or kd.logits_dir}: {words(kind)}")
     return replace(kd, mode="online", teacher=teacher, targets=None, logits_dir=None)
+
+
+def _grpo(grpo: Grpo, own_data: bool, notes: list[str]) -> Grpo:
+    """Rewards are tried where their data is on this machine: what they ask for is there, too."""
+    group, tokens = min(grpo.group, _GROUP), min(grpo.max_new_tokens, _ANSWER)
+    notes.append(f"grpo: {group} answers of {tokens} tokens to a prompt, drawn here")
+    small = replace(grpo, group=group, max_new_tokens=tokens, rollouts="generate", vllm_server=None)
+    if own_data:
+        return small
+    notes.append(f"grpo.rewards: {STAND_IN_REWARD} instead: their data is not on this machine")
+    return replace(small, rewards=(STAND_IN_REWARD,), reward_weights=())
 
 
 def _targets(targets: Targets, scratch: Path, made: set[str], notes: list[str]) -> Targets:

@@ -22,6 +22,7 @@ from trainer.config import (
     Distill,
     Evaluate,
     Export,
+    Grpo,
     Job,
     Merge,
     Model,
@@ -35,14 +36,16 @@ from trainer.data.corpus import python_reference
 from trainer.data.questions import python_questions
 from trainer.data.read import source_name
 from trainer.data.tokenizer import byte_tokenizer
-from trainer.shrink import first_layer, model_type, tiny, words
+from trainer.shrink import STAND_IN_REWARD, first_layer, model_type, tiny, words
 
 #: Enough to lose a machine after the first checkpoint and to have much left to do.
 STEPS, EVERY = 24, 4
+PROMPT = 1024  # tokens of prompt and answer: prompts are not cut
 LENGTH, MICRO_BATCH, BATCHES, DOCUMENTS, CHARACTERS = 128, 2, 16, 300, 800
 #: Of a job that stores targets: enough shards that a machine, which is told of its end seconds
 #: after the first of them is in the bucket, still has some to make.
 CHARACTERS_OF_TARGETS = 5 * CHARACTERS
+GROUP, ANSWER = 2, 8  # answers to a prompt, tokens of one
 _VOCABULARY, _TOP_K = 512, 16
 _MAGIC = re.compile(r"\[[^\]]*\]|[*?]+")
 
@@ -86,6 +89,8 @@ class _Making:
             changes["model"] = self._model(config.model)
         if config.kd is not None:
             changes["kd"] = self._distill(config.kd, data)
+        if config.grpo is not None:
+            changes["grpo"] = self._grpo(config.grpo)
         if config.targets is not None:
             changes["targets"] = self._targets(config.targets)
         if config.evaluate is not None:
@@ -102,13 +107,13 @@ class _Making:
     # Data.
 
     def _data(self, data: Data, stage: str) -> Data:
-        length = min(data.sequence_length, LENGTH)
+        length = PROMPT if stage == "grpo" else min(data.sequence_length, LENGTH)
         self._say("data.sequence_length", length, data.sequence_length)
         template = data.chat_template
         if template is not None and "://" in template:
             self.notes.append(f"data.chat_template: chatml instead of {template}")
             template = "chatml"
-        elif template is None and stage == "sft":
+        elif template is None and stage in ("sft", "grpo"):
             self.notes.append("data.chat_template: chatml, which the tiny tokenizer lacks")
             template = "chatml"
         return replace(
@@ -122,7 +127,7 @@ class _Making:
     def _source(self, source: Source, split: str, stage: str) -> Source:
         if source.builtin is not None:
             return source
-        chat = stage == "sft" or source.format in ("messages", "prompt", "math_tool")
+        chat = stage in ("sft", "grpo") or source.format in ("messages", "prompt", "math_tool")
         count = self._documents(self._uri_of(source, split), source, split, chat)
         kind = "questions about Python" if chat else "pieces of Python's own reference"
         self.notes.append(f"data {source_name(source)}: {count} {kind}")
@@ -234,6 +239,20 @@ class _Making:
         )  # fmt: skip
         self.notes.append(f"kd.targets {kd.targets}: the {_TOP_K} best tokens of a tiny teacher")
         return kd
+
+    def _grpo(self, grpo: Grpo) -> Grpo:
+        """Rewards of the recipe's own need its own data."""
+        own = all(name.startswith("trainer.rewards:") for name in grpo.rewards)
+        rewards = grpo.rewards if own else (STAND_IN_REWARD,)
+        self._say("grpo.rewards", ", ".join(rewards), ", ".join(grpo.rewards))
+        self._say("grpo.rollouts", "generate", grpo.rollouts)
+        self._say("grpo.group", min(grpo.group, GROUP), grpo.group)
+        self._say("grpo.max_new_tokens", min(grpo.max_new_tokens, ANSWER), grpo.max_new_tokens)
+        return replace(
+            grpo, rewards=rewards, reward_weights=grpo.reward_weights if own else (),
+            group=min(grpo.group, GROUP), max_new_tokens=min(grpo.max_new_tokens, ANSWER),
+            rollouts="generate", vllm_server=None,
+        )  # fmt: skip
 
     def _targets(self, targets: Targets) -> Targets:
         # One row at a time, so that a machine can be taken between two shards.
