@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 
+from tests.trainer import grpo_cases
 from trainer import runtime as runtimes
 from trainer.config import Architecture, Distill, KeepLogits, Model, Source, Targets
 from trainer.data.stream import Rows, Stream, build_rows
@@ -53,7 +54,8 @@ def of(
 ) -> torch.Tensor:
     """The flat gradient, with `scale` taken out again. `micro_batch` None: all rows at once.
     `wrong`: mean of means."""
-    data = rows(tokenizer, texts, packing)
+    grows = name in grpo_cases.NORMALISE
+    data = grpo_cases.prompts(tokenizer, texts) if grows else rows(tokenizer, texts, packing)
     stream = Stream(
         data,
         micro_batch=micro_batch or len(data),
@@ -75,6 +77,10 @@ def of(
         objective = DistillOnline(Distill("t", temperature=2.0, alpha=0.3), teacher, runtime, keep)
     if name in ("top_k", "sample"):
         objective = stored(tokenizer, data, dtype, runtime, sampler=name, top_k=8)
+    if grows:
+        others = [model(tokenizer, dtype, seed=seed) for seed in (2, 3)]
+        normalise = grpo_cases.NORMALISE[name]
+        objective = grpo_cases.objective(data, *others, runtime, packing, normalise=normalise)
     group = stream.next_group()
     batches = prepare(objective, group, runtime, 0)
     norm = normalisers(batches, runtime)
@@ -110,7 +116,7 @@ def stored(
 def main(tokenizer: str, texts: str, out: str) -> None:
     with runtimes.start() as runtime:
         for dtype in (torch.float64, torch.float32):
-            for name in ("next_token", "distill", "top_k"):
+            for name in ("next_token", "distill", "top_k", "grpo"):
                 gradient = of(
                     name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
                 )

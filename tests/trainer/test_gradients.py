@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.trainer import gradients
+from tests.trainer.grpo_cases import NORMALISE
 from trainer.batch import IGNORE
 from trainer.models import head_weight, hidden_states
 
@@ -24,7 +25,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k", "sample"])
+@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k", "sample", *NORMALISE])
 def test_gradients_do_not_depend_on_micro_batch(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
@@ -36,7 +37,7 @@ def test_gradients_do_not_depend_on_micro_batch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k"])
+@pytest.mark.parametrize("name", ["next_token", "distill", "kept", "top_k", *NORMALISE])
 def test_packed_and_padded_rows_give_the_same_gradient(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
@@ -51,7 +52,7 @@ def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     for dtype in DTYPES:
-        for name in ("next_token", "distill", "top_k"):
+        for name in ("next_token", "distill", "top_k", "grpo"):
             one = gradients.of(name, tokenizer, texts, dtype, micro_batch=8, accumulate=1)
             two = [torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in (0, 1)]
             assert torch.equal(two[0], two[1])
