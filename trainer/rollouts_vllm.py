@@ -91,7 +91,7 @@ def connect(url: str) -> Any:
             f"grpo.rollouts: vllm needs TRL and vLLM beside the trainer ({error}): pip install"
             " 'trl[vllm]', or take `rollouts: generate`"
         ) from error
-    except ConnectionError as error:
+    except OSError as error:  # that of `requests`, too
         raise ConfigError(
             f"grpo.vllm_server: nothing answers at {url}; start a server there: {_START}"
         ) from error

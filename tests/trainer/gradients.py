@@ -80,7 +80,7 @@ def of(
     if grows:
         others = [model(tokenizer, dtype, seed=seed) for seed in (2, 3)]
         normalise = grpo_cases.NORMALISE[name]
-        objective = grpo_cases.objective(data, *others, runtime, packing, normalise=normalise)
+        objective = grpo_cases.objective(*others, runtime, packing, normalise=normalise)
     group = stream.next_group()
     batches = prepare(objective, group, runtime, 0)
     norm = normalisers(batches, runtime)

@@ -73,10 +73,11 @@ def groups(
     packing: bool = True,
     rollouts: Any = None,
     rewards: Sequence[Any] = (sums,),
+    rewards_named: Sequence[str] = ("x:y",),
     **settings: Any,
 ) -> Groups:
     return Groups(
-        plan(**settings), model, rollouts or Fixed(),
+        plan(rewards=tuple(rewards_named), **settings), model, rollouts or Fixed(),
         [Reward(f"tests:{reward.__name__}", reward) for reward in rewards], runtime,
         lambda ids: bytes(ids).decode("latin-1"), columns=("answer",), length=LENGTH,
         packing=packing, seed=0,
@@ -85,10 +86,8 @@ def groups(
 
 
 def objective(
-    data: Prompts, old: nn.Module, reference: nn.Module, runtime: Runtime, packing: bool,
-    **settings: Any,
-) -> Reinforce:  # fmt: skip
+    old: nn.Module, reference: nn.Module, runtime: Runtime, packing: bool, **settings: Any
+) -> Reinforce:
     """With old log-probs of another model than the one that is trained, so that ratios are clipped,
     and a KL to a third."""
-    del data
     return Reinforce(groups(old, runtime, reference, packing, beta=0.1, **settings))

@@ -15,9 +15,10 @@ from trainer.objective import Loss, share
 
 class Reinforce:
     """Over the tokens of all answers, with the ratio r = p / p_old and the advantage A: loss = sum
-    of w * (-min(r A, clamp(r, 1 - clip, 1 + clip_high) A) + beta * (e^d - d - 1)), where
-    d = log p_reference - log p, and w is 1 / tokens, 1 / (answers * the answer's tokens) or
-    1 / (answers * max_new_tokens), counted over the whole step."""
+    of w * (-min(r A, clamp(r, 1 - clip, 1 + clip_high) A) + beta * r * (e^d - d - 1)),
+    d = log p_reference - log p; the r there makes its gradient that of the KL (DeepSeek-V3.2, arXiv
+    2512.02556). w: 1 / tokens, 1 / (answers * the answer's tokens) or 1 / (answers *
+    max_new_tokens), counted over the whole step."""
 
     measures = ("loss", "reward", "length", "truncated")
 
@@ -57,7 +58,7 @@ class Reinforce:
         if extra["reference"] is not None:
             apart = extra["reference"].to(own) - logprobs
             kl = apart.exp() - apart - 1
-            each = each + plan.beta * kl
+            each = each + plan.beta * ratio * kl
             sums["kl"] = (kl.detach().sum(), "tokens")
         for name, term in self.groups.reported.items():
             sums[name] = (torch.tensor(extra["facts"][name], device=own.device), term)
