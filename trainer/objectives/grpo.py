@@ -14,11 +14,10 @@ from trainer.objective import Loss, share
 
 
 class Reinforce:
-    """Over the tokens of all answers, with the ratio r = p / p_old and the advantage A: loss = sum
-    of w * (-min(r A, clamp(r, 1 - clip, 1 + clip_high) A) + beta * r * (e^d - d - 1)),
-    d = log p_reference - log p; the r there makes its gradient that of the KL (DeepSeek-V3.2, arXiv
-    2512.02556). w: 1 / tokens, 1 / (answers * the answer's tokens) or 1 / (answers *
-    max_new_tokens), counted over the whole step."""
+    """Over the tokens of all answers, with r = p / p_old and the advantage A: loss = sum of
+    w * (-min(r A, clamp(r, 1 - clip, 1 + clip_high) A) + beta * r * (e^d - d - 1)), where
+    d = log p_reference - log p, and r makes the gradient that of the KL (arXiv 2512.02556);
+    w is the weight of a token in the mean that `normalise` names, over the whole step."""
 
     measures = ("loss", "reward", "length", "truncated")
 
@@ -39,7 +38,7 @@ class Reinforce:
         reported = self.groups.reported
         names = {*reported, *reported.values()}
         facts = {name: sum(group.facts.get(name, 0.0) for group in groups) for name in names}
-        made.extra["facts"] = {name: facts[name] for name in reported}
+        made.extra["facts"] = facts.copy()
         facts.update(tokens=sum(laid.lengths), answers=len(laid.order), groups=len(groups))
         terms = dict.fromkeys(("tokens", "answers", *reported.values()))
         made.weights = {k: torch.tensor(facts[k], dtype=torch.float64) for k in terms}
@@ -53,7 +52,7 @@ class Reinforce:
         low, high = 1 - plan.clip, 1 + (plan.clip if plan.clip_high is None else plan.clip_high)
         each = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         outside = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
-        # Of tokens drawn by these very weights, -log p has the entropy as its mean.
+        # -log p of a drawn token has the entropy as its mean.
         sums = {"clipped": (outside.sum(), "tokens"), "entropy": (-own.sum(), "tokens")}
         if extra["reference"] is not None:
             apart = extra["reference"].to(own) - logprobs
