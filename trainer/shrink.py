@@ -133,7 +133,10 @@ def _sources(
 def _source(source: Source, split: Any, stage: str, notes: list[str]) -> Source:
     if source.hf is None and not _remote(source.path) and not _remote(source.manifest):
         return source
-    chat = stage in ("sft", "grpo") or source.format in ("messages", "prompt")
+    if stage == "grpo":  # plain strings: whether its prompts need a template is not known
+        notes.append(f"data {source_name(source)}: not on this machine, counting digits instead")
+        return Source(builtin="digits", split=split)
+    chat = stage == "sft" or source.format in ("messages", "prompt")
     name, words = source_name(source), "questions" if chat else "reference"
     notes.append(f"data {name}: not on this machine, Python's own {words} instead")
     return Source(builtin="python-questions" if chat else "python-reference", split=split)

@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.trainer.conftest import in_folder
 from tests.trainer.test_loop import lines
+from trainer import stand_ins
 from trainer.checkpoint import resolve
 from trainer.config import (
     Adapter,
@@ -20,11 +21,18 @@ from trainer.config import (
     ConfigError,
     Data,
     Grpo,
+    Hub,
+    Job,
     Model,
     Source,
     StageConfig,
     Train,
+    load_job,
 )
+from trainer.data.chat import view_of
+from trainer.data.prompts import read_prompts
+from trainer.models import load_tokenizer
+from trainer.shrink import shrink
 
 Run = Callable[..., Any]
 DATA = Data(
@@ -38,7 +46,6 @@ DATA = Data(
 def form(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a small model that knows the form of an answer, and not which one is right."""
     from trainer import runtime, stages
-    from trainer.config import Job
 
     folder = tmp_path_factory.mktemp("form")
     architecture = Architecture(hidden_size=64, layers=2, heads=4)
@@ -147,6 +154,37 @@ def test_what_cannot_be_trained_is_one_line_before_the_model_is_loaded(
     with pytest.raises(ConfigError, match="exact asks for `answer`") as error:
         run_stage(replace(nowhere, data=data))
     assert "columns of the data: none" in str(error.value)
+
+
+def test_a_dry_run_without_the_data_is_judged_by_a_reward_that_needs_none(
+    config: StageConfig, run_stage: Run
+) -> None:
+    far = replace(config, data=replace(DATA, train=(Source(hf=Hub("org/riddles")),)))
+    far = with_grpo(far, rewards=("not.here:right",), rollouts="vllm", vllm_server="http://far:1")
+    small, notes = shrink(far, {config.output})
+    assert any("grpo.rewards: trainer.rewards:short instead" in note for note in notes)
+    run_stage(small)
+    assert lines(Path(config.output), "step")[0]["reward"] > 0
+    # Where the data is here, the recipe's own rewards are what is tried.
+    near, _ = shrink(with_grpo(config, rewards=("not.here:right",)), {config.output})
+    with pytest.raises(ConfigError, match=r"cannot import not\.here:right"):
+        run_stage(near)
+
+
+def test_a_rehearsal_asks_questions_about_python(config: StageConfig, tmp_path: Path) -> None:
+    there = Source(path="gs://bucket/riddles.jsonl")
+    far = with_grpo(replace(config, data=Data(train=(there,))), rewards=("not.here:right",))
+    job = Job("r", (replace(far, model=Model(name="org/model")),))
+    notes = stand_ins.write(job, tmp_path / "stand-ins", "gs://bucket/stand-ins")
+    assert "grpo.rewards: trainer.rewards:short instead of not.here:right" in notes
+    made = load_job(tmp_path / "stand-ins" / "job.json").stages[0]
+    assert made.grpo is not None and made.grpo.rewards == ("trainer.rewards:short",)
+    objects = tmp_path / "stand-ins" / "objects" / "bucket"
+    tokens = load_tokenizer(str(objects / "stand-ins" / "models" / "org-model"))
+    view_of(made.data, "grpo", tokens)
+    here = (Source(path=str(objects / "riddles.jsonl")),)
+    rows = read_prompts(here, tokens, made.data, answer=made.grpo.max_new_tokens)
+    assert len(rows) > 100
 
 
 def _bare(folder: Path) -> Source:
