@@ -188,7 +188,7 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         return {
             "position": self.position,
-            "served": self.served,
+            **({"served": self.served} if self.served else {}),
             "epoch_rows": len(self.rows),
             "digest": self.rows.digest,
         }
