@@ -52,6 +52,8 @@ def of_stage(stage: Stage, workers: int) -> Amount:
         return Amount(unknown="it does not train")
     if train.seconds_of is not None:
         return Amount(unknown="train.seconds_of says how long it takes, not how much it reads")
+    if stage.grpo is not None:
+        return Amount(unknown="how long drawing and judging answers takes is not known")
     per_step, words = _rows_per_step(train, workers)
     held = count(stage)
     if train.steps is not None:

@@ -218,6 +218,10 @@ def _training(stage: Stage) -> Iterator[Problem]:
         yield ("train", "warmup"), what
     if train is not None and train.evaluate_every > 0 and not data.validation:
         yield ("train", "evaluate_every"), "there is nothing to evaluate on: no `data.validation`"
+    length = data.sequence_length
+    if stage.grpo is not None and stage.grpo.max_new_tokens >= length:
+        what = f"leave no room for a prompt in data.sequence_length {length}"
+        yield ("grpo", "max_new_tokens"), f"{stage.grpo.max_new_tokens} tokens {what}"
     same = stage.kd and model and model.name and stage.kd.teacher == model.name
     if same and model and model.init == "pretrained":
         yield ("kd", "teacher"), "is the student itself: its targets would teach nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -21,7 +22,10 @@ class Batch:
     copy, so that nothing on the device has to be counted, and keeps the batch that was copied as
     `host`. `progress`: the share of the horizon done before this step. `weights` holds, per loss
     term, the 0-dim float64 weight of this batch (e.g. supervised tokens); `extra` is the
-    objective's."""
+    objective's.
+
+    Of the host's batch, one for each row: `places`, where the stream has it (none: it is not of the
+    stream), and `records`, what rows that are more than tokens were made of."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -31,6 +35,8 @@ class Batch:
     progress: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    places: Sequence[int] = ()
+    records: Sequence[Any] = ()
 
     @property
     def rows(self) -> int:
@@ -51,10 +57,16 @@ class Batch:
 
     def pinned(self) -> Batch:
         """The same rows, unprepared, in memory that a GPU can read by itself."""
-        return Batch(*(t.pin_memory() for t in (self.input_ids, self.position_ids, self.targets)))
+        tensors = (self.input_ids, self.position_ids, self.targets)
+        made = Batch(*(t.pin_memory() for t in tensors))
+        made.places, made.records = self.places, self.records
+        return made
 
     def split(self) -> tuple[Batch, Batch]:
         """The first and the second half of the rows, unprepared. Needs at least two rows."""
         half = self.rows // 2
         tensors = (self.input_ids, self.position_ids, self.targets)
-        return Batch(*(t[:half] for t in tensors)), Batch(*(t[half:] for t in tensors))
+        first, second = Batch(*(t[:half] for t in tensors)), Batch(*(t[half:] for t in tensors))
+        first.places, second.places = self.places[:half], self.places[half:]
+        first.records, second.records = self.records[:half], self.records[half:]
+        return first, second

@@ -24,7 +24,9 @@ class Source(Strict):
     JSONL file of sources). `share` keeps that part of the documents, by hash."""
 
     path: Optional[str] = None
-    builtin: Optional[Literal["python-reference", "python-questions", "python-preferences"]] = None
+    builtin: Optional[
+        Literal["python-reference", "python-questions", "python-preferences", "digits"]
+    ] = None
     hf: Optional[Hub] = None
     manifest: Optional[str] = None
     split: Optional[Literal["train", "heldout"]] = None  # builtin sources: which topics

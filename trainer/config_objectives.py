@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Optional
 
 from trainer.config_model import Model
 from trainer.loading import Strict, require
+
+#: `module:function` or `FOLDER/file.py:function`.
+_FUNCTION = re.compile(r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:]+\.py):[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ class Sdce(Strict):
 @dataclass(frozen=True)
 class Grpo(Strict):
     """Reinforcement from rewards, relative to the other answers to the same prompt (stage `grpo`;
-    Shao et al. 2024, arXiv 2402.03300). `rewards`: Python functions, `module:function`."""
+    Shao et al. 2024, arXiv 2402.03300). `rewards`: Python functions, `module:function` or
+    `FOLDER/file.py:function`."""
 
     rewards: tuple[str, ...]
     reward_weights: tuple[float, ...] = ()  # one for each; none: all 1
@@ -178,14 +183,15 @@ class Grpo(Strict):
     scale_rewards: bool = True  # advantages are divided by the group's standard deviation
     normalise: Literal["tokens", "answers", "constant"] = "tokens"  # what the loss is a mean over
     rollouts: Literal["generate", "vllm"] = "generate"
-    vllm_server: Optional[str] = None  # http://HOST:PORT of `trl vllm-serve`
+    vllm_server: Optional[str] = None  # http://HOST:PORT of `vllm serve`
 
     def __post_init__(self) -> None:
         at_least_1, vllm = "must be at least 1", self.rollouts == "vllm"
         require(
             self,
-            rewards=(bool(self.rewards) and all(r.count(":") == 1 for r in self.rewards),
-                     "must name at least one function, as `module:function`"),
+            rewards=(bool(self.rewards) and all(_FUNCTION.fullmatch(r) for r in self.rewards),
+                     "must name at least one function, as `module:function` or"
+                     " `FOLDER/file.py:function`"),
             reward_weights=(len(self.reward_weights) in (0, len(self.rewards)),
                             "must be as many as `rewards`"),
             group=(self.group >= 2, "must be at least 2: an answer is compared with the others"),

@@ -18,9 +18,9 @@ from trainer.runtime import Runtime
 @dataclass(frozen=True)
 class Context:
     """What every stage gets. `metrics` is None on ranks that do not write; `rows` are those that a
-    training stage has laid out, `held_out` those of its validation. `model`: the model that will be
-    trained, where it is as the stage first found it; a resumed one is not. `ready` is what the
-    stage made before."""
+    training stage has laid out, `held_out` those of its validation, `model` the one that it trains:
+    `fresh` as the stage first found it, a resumed one is not. `ready` is what the stage made
+    before."""
 
     config: StageConfig
     job: Job
@@ -31,6 +31,7 @@ class Context:
     rows: Optional[Rows] = None
     held_out: Optional[Rows] = None
     model: Optional[nn.Module] = None
+    fresh: bool = True
     ready: Any = None
 
     @property

@@ -47,6 +47,7 @@ SHOWN = (
     "surrogate_loss",
     "surrogate_coverage",
     "surrogate_weight",
+    *("reward", "reward_std", "zero_variance", "length", "truncated", "kl", "clipped", "entropy"),
     "grad_norm",
 )
 #: Facts of an evaluation that its line does not show.
@@ -184,7 +185,8 @@ class Loop:
         held = optimizer_state(found, state, self.model, self.optimizer)
         self.optimizer.load_state_dict(held)
         self.stream.load_state_dict(state["stream"])
-        self.objective.load_state_dict(state["objective"])
+        mine = self.runtime.rank if len(state["rng"]) == self.runtime.world_size else 0
+        self.objective.load_state_dict(state["objective"][mine])
         self.step, self.tokens = state["step"], state["tokens"]
         self.training_seconds, self.best = state["training_seconds"], state["best"]
         self.evaluation = state["evaluation"]
@@ -344,7 +346,11 @@ class Loop:
         model = self.saver.files.tensors()  # all ranks: each may hold a part
         if self.runtime.main:
             shape = [self.stream.micro_batch, self.stream.rows.sequence_length]
-            state = {**parallel.local_parts(self._state([])), "model": model, "batch_shape": shape}
+            state = {
+                **parallel.local_parts(self._state([], [])),
+                "model": model,
+                "batch_shape": shape,
+            }
             where = crash_dump(self.folder, state)
         self.runtime.barrier()  # a rank that leaves first would have torchrun end the others
         raise NonFiniteError(f"step {self.step}: {reason}; state and batch shapes are in {where}")
@@ -444,7 +450,8 @@ class Loop:
         if self._saved_at != self.step:
             self._check_flags(keep=0)  # the state counts the steps that were not finite
             self._saved_at = self.step
-            state = self._state(self.runtime.gather(rng_state()))
+            held = self.runtime.gather((rng_state(), self.objective.state_dict()))
+            state = self._state([rng for rng, _ in held], [state for _, state in held])
             self.saver.save(self.step, state, val_loss=self._val_loss(), best=best, wait=wait)
         if wait:
             self.saver.wait()
@@ -469,7 +476,7 @@ class Loop:
         if error is not None:  # the loop was on its way out with another one
             self.say(f"WARNING: the last save failed: {error}")
 
-    def _state(self, rng: list[Any]) -> dict[str, Any]:
+    def _state(self, rng: list[Any], objective: list[Any]) -> dict[str, Any]:
         return {
             "step": self.step,
             "tokens": self.tokens + float(self._window.tokens),
@@ -484,7 +491,7 @@ class Loop:
             PARAMETERS: parameter_shapes(self.model, self.optimizer),
             "stream": self.stream.state_dict(),
             "rows_per_step": self.stream.rows_per_step,
-            "objective": self.objective.state_dict(),
+            "objective": objective,  # of every worker, as are random numbers
             "rng": rng,
         }
 

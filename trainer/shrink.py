@@ -19,6 +19,7 @@ from trainer.config import (
     Distill,
     Evaluate,
     Export,
+    Grpo,
     Merge,
     Model,
     Sdce,
@@ -37,6 +38,10 @@ from trainer.teacher_files import sample_files
 _WIDTH, _LAYERS, _HEADS, _LENGTH, _ROWS, _VOCABULARY = 64, 2, 4, 128, 2, 512
 _TARGET_ROWS = 64
 _PAIR_LENGTH = 1024
+#: Of stages that answer prompts: tokens of prompt and answer, answers to a prompt, tokens of one.
+_PROMPT, _GROUP, _ANSWER = 4096, 4, 16
+#: A reward that needs nothing of the data.
+STAND_IN_REWARD = "trainer.rewards:short"
 
 #: What in a pattern such as `model.layers.1[0-9].*` counts layers: numbers, and nothing else up to
 #: the next dot or star.
@@ -78,6 +83,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
             changes["kd"] = _distill(config.kd, tokenizer, scratch, made, notes)
         if config.sdce is not None:
             changes["sdce"] = _sdce(config.sdce, tokenizer, scratch, made, notes)
+        if config.grpo is not None:
+            changes["grpo"] = _grpo(config.grpo, data.train == expand(config.data.train), notes)
     if config.targets is not None:
         changes["targets"] = _targets(config.targets, scratch, made, notes)
     if config.evaluate is not None:
@@ -95,8 +102,12 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
 
 
 def _data(data: Data, stage: str, notes: list[str]) -> Data:
-    # A tokenizer of bytes writes long texts, and of a pair both must fit.
-    length = _PAIR_LENGTH if stage in ("dpo", "ipo") else min(data.sequence_length, _LENGTH)
+    # A tokenizer of bytes writes long texts: of a pair both must fit, and prompts are not cut.
+    length = min(data.sequence_length, _LENGTH)
+    if stage in ("dpo", "ipo"):
+        length = _PAIR_LENGTH
+    elif stage == "grpo":
+        length = max(data.sequence_length, _PROMPT)
     if length != data.sequence_length:
         notes.append(f"data.sequence_length: {length} instead of {data.sequence_length}")
     return replace(
@@ -129,6 +140,9 @@ def _sources(
 def _source(source: Source, split: Any, stage: str, notes: list[str]) -> Source:
     if source.hf is None and not _remote(source.path) and not _remote(source.manifest):
         return source
+    if stage == "grpo":  # plain strings: whether its prompts need a template is not known
+        notes.append(f"data {source_name(source)}: not on this machine, counting digits instead")
+        return Source(builtin="digits", split=split)
     chat = stage == "sft" or source.format in ("messages", "prompt")
     kind = "questions" if chat else "reference"
     if stage in ("dpo", "ipo"):
@@ -198,6 +212,17 @@ def _sdce(sdce: Sdce, tokenizer: str, scratch: Path, made: set[str], notes: list
     kind = model_type(Model(name=sdce.surrogate))
     notes.append(f"surrogate {sdce.surrogate}: {words(kind)}")
     return replace(sdce, surrogate=tiny(scratch / "surrogate" / "model", kind, own, weights=True))
+
+
+def _grpo(grpo: Grpo, own_data: bool, notes: list[str]) -> Grpo:
+    """Rewards are tried where their data is on this machine: what they ask for is there, too."""
+    group, tokens = min(grpo.group, _GROUP), min(grpo.max_new_tokens, _ANSWER)
+    notes.append(f"grpo: {group} answers of {tokens} tokens to a prompt, drawn here")
+    small = replace(grpo, group=group, max_new_tokens=tokens, rollouts="generate", vllm_server=None)
+    if own_data:
+        return small
+    notes.append(f"grpo.rewards: {STAND_IN_REWARD} instead: their data is not on this machine")
+    return replace(small, rewards=(STAND_IN_REWARD,), reward_weights=())
 
 
 def _targets(targets: Targets, scratch: Path, made: set[str], notes: list[str]) -> Targets:

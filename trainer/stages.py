@@ -25,7 +25,7 @@ from trainer.data.tokenizer import train_tokenizer
 from trainer.evaluate import Left, score
 from trainer.freeze import frozen_mask
 from trainer.loop import Loop, Outcome
-from trainer.makers import distill, next_token, preference, sdce
+from trainer.makers import distill, grpo, next_token, preference, sdce
 from trainer.metrics import Metrics, plain
 from trainer.model_files import ModelFiles
 from trainer.objective import Objective
@@ -164,9 +164,7 @@ def train(
             model, plan, runtime, tokens=size, steady=steady, compiled=compiled
         ):
             context.say(line)
-        found = replace(
-            context, rows=rows, held_out=held_out, model=model if newest is None else None
-        )
+        found = replace(context, rows=rows, held_out=held_out, model=model, fresh=newest is None)
         try:
             objective = make_objective(found, tokens)
         except Left:
@@ -308,6 +306,7 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
     "sdce": train(sdce.make, before=sdce.before),
     "dpo": train(preference.make, preference.lay_out),
     "ipo": train(preference.make, preference.lay_out),
+    "grpo": train(grpo.make, grpo.lay_out),
     "evaluate": evaluate,
     "merge": merge,
     "export": export,

@@ -22,6 +22,7 @@ from trainer.config import (
     Distill,
     Evaluate,
     Export,
+    Grpo,
     Job,
     Merge,
     Model,
@@ -36,15 +37,17 @@ from trainer.data.preferences import python_preferences
 from trainer.data.questions import python_questions
 from trainer.data.read import source_name
 from trainer.data.tokenizer import byte_tokenizer
-from trainer.shrink import first_layer, model_type, tiny, words
+from trainer.shrink import STAND_IN_REWARD, first_layer, model_type, tiny, words
 
 #: Enough to lose a machine after the first checkpoint and to have much left to do.
 STEPS, EVERY = 24, 4
+PROMPT = 1024  # tokens of prompt and answer: prompts are not cut
 LENGTH, MICRO_BATCH, BATCHES, DOCUMENTS, CHARACTERS = 128, 2, 16, 300, 800
 PAIR_LENGTH = 2 * LENGTH
 #: Of a job that stores targets: enough shards that a machine, which is told of its end seconds
 #: after the first of them is in the bucket, still has some to make.
 CHARACTERS_OF_TARGETS = 5 * CHARACTERS
+GROUP, ANSWER = 2, 8  # answers to a prompt, tokens of one
 _VOCABULARY, _TOP_K = 512, 16
 _KINDS = {
     "text": "pieces of Python's own reference",
@@ -96,6 +99,8 @@ class _Making:
         if config.sdce is not None and config.sdce.surrogate is not None:
             surrogate = self._reference(config.sdce.surrogate)
             changes["sdce"] = replace(config.sdce, surrogate=surrogate)
+        if config.grpo is not None:
+            changes["grpo"] = self._grpo(config.grpo)
         if config.targets is not None:
             changes["targets"] = self._targets(config.targets)
         if config.evaluate is not None:
@@ -112,15 +117,18 @@ class _Making:
     # Data.
 
     def _data(self, data: Data, stage: str) -> Data:
-        # The tiny tokenizer writes long texts, and of a pair both must fit.
-        paired = stage in ("dpo", "ipo")
-        length = PAIR_LENGTH if paired else min(data.sequence_length, LENGTH)
+        # The tiny tokenizer writes long texts: of a pair both must fit, and prompts are not cut.
+        length = min(data.sequence_length, LENGTH)
+        if stage in ("dpo", "ipo"):
+            length = PAIR_LENGTH
+        elif stage == "grpo":
+            length = PROMPT
         self._say("data.sequence_length", length, data.sequence_length)
         template = data.chat_template
         if template is not None and "://" in template:
             self.notes.append(f"data.chat_template: chatml instead of {template}")
             template = "chatml"
-        elif template is None and stage in ("sft", "dpo", "ipo"):
+        elif template is None and stage in ("sft", "dpo", "ipo", "grpo"):
             self.notes.append("data.chat_template: chatml, which the tiny tokenizer lacks")
             template = "chatml"
         return replace(
@@ -134,7 +142,7 @@ class _Making:
     def _source(self, source: Source, split: str, stage: str) -> Source:
         if source.builtin is not None:
             return source
-        chat = stage == "sft" or source.format in ("messages", "prompt", "math_tool")
+        chat = stage in ("sft", "grpo") or source.format in ("messages", "prompt", "math_tool")
         shape: Any = "messages" if chat else "text"
         if stage in ("dpo", "ipo") or source.format == "preference":
             shape = "preference"
@@ -248,6 +256,20 @@ class _Making:
         )  # fmt: skip
         self.notes.append(f"kd.targets {kd.targets}: the {_TOP_K} best tokens of a tiny teacher")
         return kd
+
+    def _grpo(self, grpo: Grpo) -> Grpo:
+        """Rewards of the recipe's own need its own data."""
+        own = all(name.startswith("trainer.rewards:") for name in grpo.rewards)
+        rewards = grpo.rewards if own else (STAND_IN_REWARD,)
+        self._say("grpo.rewards", ", ".join(rewards), ", ".join(grpo.rewards))
+        self._say("grpo.rollouts", "generate", grpo.rollouts)
+        self._say("grpo.group", min(grpo.group, GROUP), grpo.group)
+        self._say("grpo.max_new_tokens", min(grpo.max_new_tokens, ANSWER), grpo.max_new_tokens)
+        return replace(
+            grpo, rewards=rewards, reward_weights=grpo.reward_weights if own else (),
+            group=min(grpo.group, GROUP), max_new_tokens=min(grpo.max_new_tokens, ANSWER),
+            rollouts="generate", vllm_server=None,
+        )  # fmt: skip
 
     def _targets(self, targets: Targets) -> Targets:
         # One row at a time, so that a machine can be taken between two shards.

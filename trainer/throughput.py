@@ -25,7 +25,9 @@ class Meter:
     ) -> None:
         self._flops_per_row: Optional[float] = None
         self._peak = (peak_tflops or 0.0) * 1e12 * runtime.world_size
-        if self._peak and runtime.device.type == "cuda":
+        # Of rows that only ask, what is trained on is not known here.
+        learns = rows.summary["supervised_tokens"] > 0
+        if self._peak and learns and runtime.device.type == "cuda":
             per_token = flops_per_token(model, mean_context(rows))
             if per_token is not None:
                 self._flops_per_row = per_token * rows.summary["tokens"] / len(rows)

@@ -543,6 +543,11 @@ def test_kernels_that_the_accelerator_does_not_have(
     ("old", "new", "what"),
     [
         ("steps: 100", "steps: 100, warmup: 100", "8:29: train.warmup: 100 steps of warm-up leave"),
+        (
+            "stage: pretrain",
+            "stage: grpo\ngrpo: {rewards: ['m:f'], max_new_tokens: 1024}",
+            "1024 tokens leave no room for a prompt in data.sequence_length 1024",
+        ),
         ("steps: 100", "epochs: 1, steps: 100", "give exactly one of `steps`, `epochs`"),
         ("{name: org/model}", "{init: random}", "model: needs a `name`, or `init: random` with"),
         ("train: [{builtin: python-reference, split: train}]", "train: []", "at least one source"),

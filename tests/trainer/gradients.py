@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 
+from tests.trainer import grpo_cases
 from trainer import runtime as runtimes
 from trainer.config import (
     Architecture,
@@ -96,8 +97,11 @@ def of(
 ) -> torch.Tensor:
     """The flat gradient, with `scale` taken out again. `micro_batch` None: all rows at once.
     `wrong`: mean of means."""
-    preferred = name in ("dpo", "ipo")
-    data = (pairs if preferred else rows)(tokenizer, texts, packing)
+    preferred, grows = name in ("dpo", "ipo"), name in grpo_cases.NORMALISE
+    if grows:
+        data = grpo_cases.prompts(tokenizer, texts)
+    else:
+        data = (pairs if preferred else rows)(tokenizer, texts, packing)
     stream = Stream(
         data,
         micro_batch=micro_batch or len(data),
@@ -123,6 +127,10 @@ def of(
         objective = prefer(name, tokenizer, data, dtype, runtime)
     if name in GUIDED:
         objective = guided(GUIDED[name], tokenizer, texts, dtype, runtime)
+    if grows:
+        others = [model(tokenizer, dtype, seed=seed) for seed in (2, 3)]
+        normalise = grpo_cases.NORMALISE[name]
+        objective = grpo_cases.objective(*others, runtime, packing, normalise=normalise)
     group = stream.next_group()
     batches = prepare(objective, group, runtime, 0)
     norm = normalisers(batches, runtime)
@@ -178,7 +186,7 @@ def stored(
 def main(tokenizer: str, texts: str, out: str) -> None:
     with runtimes.start() as runtime:
         for dtype in (torch.float64, torch.float32):
-            for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity"):
+            for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity", "grpo"):
                 gradient = of(
                     name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
                 )

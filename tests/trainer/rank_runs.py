@@ -3,6 +3,7 @@ script, like sharded_runs.py."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from tests.trainer.sharded_runs import losses, run, stage, workers
 from trainer import runtime as runtimes
 from trainer.checkpoint import Checkpoints
-from trainer.config import Train
+from trainer.config import Grpo, Source, Train
 from trainer.optimizer import clip, make_optimizer, unscale
 
 #: Seconds after which a worker counts as hanging; its result is then the number of the signal.
@@ -239,6 +240,30 @@ def own_disks(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     return found
 
 
+def reinforced(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
+    """Two workers that answer and are judged, paused between two steps on the same answers."""
+
+    def plan(name: str, **train: Any) -> Any:
+        plain = stage(out / f"reinforced-{name}", tokenizer, texts, 2, steps=4, **train)
+        grpo = Grpo(rewards=("trainer.rewards:short",), group=3, max_new_tokens=5, iterations=2)
+        data = replace(plain.data, train=(Source(builtin="digits"),))
+        return replace(plain, stage="grpo", grpo=grpo, data=data)
+
+    parts: list[tuple[str, dict[str, Any]]] = [
+        ("whole", {}),
+        ("parts", {"until": 3}),
+        ("parts", {}),
+    ]
+    said = [workers(2, lambda rank, n=name, t=t: run(plan(n, **t))) for name, t in parts]
+    found = {name: losses(out / f"reinforced-{name}") for name in ("whole", "parts")}
+    sums = [hashes(out / f"reinforced-{name}" / "checkpoints" / "step-4") for name in found]
+    return {"said": [lines[0] for lines in said], "losses": found, "weights": sums}
+
+
+def hashes(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
 def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     scenarios: dict[str, Callable[[], Any]] = {
         "gradients": without_a_gradient,
@@ -246,6 +271,7 @@ def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
         "saves": lambda: failed_saves(out, tokenizer, texts),
         "left": lambda: left_evaluation(out, tokenizer, texts),
         "disks": lambda: own_disks(out, tokenizer, texts),
+        "reinforced": lambda: reinforced(out, tokenizer, texts),
         "loop room": lambda: loop_without_room(out, tokenizer, texts),
     }
     return {name: scenario() for name, scenario in scenarios.items()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.trainer import gradients
+from tests.trainer.grpo_cases import NORMALISE
 from trainer.batch import IGNORE
 from trainer.models import head_weight, hidden_states
 
@@ -26,8 +27,11 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["next_token", "distill", "kept", "top_k", "sample", "dpo", "ipo", "soft", "parity", "kl"],
-)
+    [
+        "next_token", "distill", "kept", "top_k", "sample", "dpo", "ipo", "soft", "parity", "kl",
+        *NORMALISE,
+    ],
+)  # fmt: skip
 def test_gradients_do_not_depend_on_micro_batch(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
@@ -40,8 +44,11 @@ def test_gradients_do_not_depend_on_micro_batch(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["next_token", "distill", "kept", "top_k", "dpo", "ipo", "soft", "parity", "kl"]
-)
+    "name",
+    [
+        "next_token", "distill", "kept", "top_k", "dpo", "ipo", "soft", "parity", "kl", *NORMALISE,
+    ],
+)  # fmt: skip
 def test_packed_and_padded_rows_give_the_same_gradient(
     name: str, dtype: torch.dtype, tokenizer: str, texts: str
 ) -> None:
@@ -56,7 +63,7 @@ def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     for dtype in DTYPES:
-        for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity"):
+        for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity", "grpo"):
             one = gradients.of(name, tokenizer, texts, dtype, micro_batch=8, accumulate=1)
             two = [torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in (0, 1)]
             assert torch.equal(two[0], two[1])

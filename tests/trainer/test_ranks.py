@@ -142,3 +142,11 @@ def test_a_node_that_cannot_adopt_ends_all_with_its_line(runs: dict[str, Any]) -
     assert first == second
     assert first.startswith("error: CheckpointError: train.resume: ")
     assert first.endswith("not adopted-1/checkpoints/step-4: MANIFEST.json is missing")
+
+
+def test_each_worker_goes_on_with_its_own_answers(runs: dict[str, Any]) -> None:
+    found = runs["reinforced"]
+    assert resumed(found["said"][2]) == ["resumed at step 3"], found["said"]
+    assert found["losses"]["parts"] == found["losses"]["whole"]
+    assert len(found["losses"]["whole"]) == 4 and any(found["losses"]["whole"])
+    assert found["weights"][0] == found["weights"][1]

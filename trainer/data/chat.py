@@ -100,6 +100,13 @@ class Template:
         text = first + second
         return [Piece(text, ((len(first), len(text)),), cut=False)]
 
+    def asked(self, record: dict[str, Any], at: str) -> str:
+        """The messages of `prompt` up to where the model is to answer. Errors: `DataError`."""
+        messages = checked_messages(record["prompt"], "prompt", at)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(f"{at}: 'prompt' ends with the assistant: there is nothing to answer")
+        return self._render(_tools(record, at), at, messages, True)
+
     def _pieces(
         self, messages: list[Message], turns: Sequence[int], tools: Optional[list[Any]], at: str
     ) -> list[Piece]:

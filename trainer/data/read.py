@@ -22,6 +22,7 @@ from trainer.config import Hub, Source
 from trainer.data import DataError, hub
 from trainer.data.chat import plain
 from trainer.data.corpus import python_reference
+from trainer.data.digits import digits
 from trainer.data.manifest import expand
 from trainer.data.preferences import pieces as answers_of
 from trainer.data.preferences import python_preferences
@@ -52,6 +53,12 @@ _KINDS = {
     b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it",
     b"\x89PNG": "a PNG image; give text",
     b"\xff\xd8\xff": "a JPEG image; give text",
+}
+
+#: Built-in sources whose records are no plain text.
+_EXCHANGES: dict[str, Callable[[Optional[str]], Iterator[tuple[str, dict[str, Any]]]]] = {
+    "python-questions": python_questions,
+    "digits": digits,
 }
 
 _Result = TypeVar("_Result")
@@ -94,6 +101,34 @@ def documents(
     for index, source in enumerate(expand(sources)):
         for name, piece in _kept(source, view or View(), skipped):
             yield Document(name, piece.text, index, piece.spans, piece.bos, piece.cut)
+
+
+class Object(NamedTuple):
+    """`source` and `id` as in `Document`; `at` is what an error says of it."""
+
+    source: int
+    id: str
+    at: str
+    record: dict[str, Any]
+
+
+def objects(sources: tuple[Source, ...], skipped: Optional[Skipped] = None) -> Iterator[Object]:
+    """The JSON objects of all sources as they stand there, for stages whose records have a shape of
+    their own; each as often as `share` and `weight` say. Bad lines as in `documents`. Errors:
+    `DataError`, also for what holds no objects."""
+    require_sources(sources)
+    for index, source in enumerate(expand(sources)):
+        kept = 0
+        for name, at, load in _unread(source):
+            copies = int(source.weight)
+            copies += hash_fraction(f"weight/{name}") < source.weight - copies
+            if hash_fraction(name) >= source.share or not copies:
+                continue
+            if (record := _attempt(load, skipped)) is not None:
+                kept += 1
+                yield from [Object(index, name, at, record)] * copies
+        if not kept:
+            raise DataError(f"{source_name(source)}: holds no record that can be used")
 
 
 def require_sources(sources: tuple[Source, ...]) -> None:
@@ -203,6 +238,21 @@ def _pieces(record: _Record, view: View) -> list[Piece]:
     return view.renderer.answer(record.value, record.at)
 
 
+def _unread(source: Source) -> Iterator[_Unread]:
+    if source.hf is not None:
+        yield from _rows(source.hf)
+    elif source.builtin in _EXCHANGES:
+        for name, exchange in _EXCHANGES[source.builtin](source.split):
+            yield name, name, partial(dict, exchange)
+    elif source.builtin is not None:
+        raise DataError(f"{source_name(source)}: is plain text; this stage reads records")
+    else:
+        for name, path in _files(str(source.path)):
+            if path.suffix != ".jsonl":
+                raise DataError(f"{path}: this stage reads .jsonl files, one object a line")
+            yield from _lines(name, path, source.field)
+
+
 def _records(source: Source, view: View, skipped: Optional[Skipped]) -> Iterator[_Record]:
     """The records of a source, blank texts left out."""
     for record in _all(source, source.format or view.default, skipped):
@@ -218,8 +268,8 @@ def _all(source: Source, shape: str, skipped: Optional[Skipped]) -> Iterator[_Re
         for name, pair in python_preferences(source.split):
             yield _Record(name, name, "preference", pair)
     elif source.builtin is not None:
-        for name, exchange in python_questions(source.split):
-            yield _Record(name, name, "messages", exchange)
+        for name, exchange in _EXCHANGES[source.builtin](source.split):
+            yield _Record(name, name, "messages" if "messages" in exchange else "prompt", exchange)
     elif source.hf is not None:
         yield from _shaped(_rows(source.hf), source, shape, skipped)
     else:

@@ -31,7 +31,10 @@ _HASHED = 1 << 20
 class Rows:
     """Rows of at most `sequence_length` tokens, made of `chunks` as `packing` says. `fixed`: every
     row is `sequence_length` long (packed rows); else a batch is cut to its longest row. `pairs`:
-    chunks 2p and 2p + 1 are two answers to one prompt, side by side in their row."""
+    chunks 2p and 2p + 1 are two answers to one prompt, side by side in their row. `repeats`: the
+    steps in a row that a stream gives them to."""
+
+    repeats = 1
 
     def __init__(
         self,
@@ -146,8 +149,9 @@ def build_rows(
 
 class Stream:
     """An endless order of rows. Epoch e is a permutation drawn from (seed, e), and the row counter
-    `position` is the only state; a step takes the next `rows_per_step` rows. How those are cut,
-    over ranks and micro-batches, never changes which they are."""
+    `position` is the only state, but for `served` where rows serve several steps; a step takes the
+    next `rows_per_step` rows. How those are cut, over ranks and micro-batches, never changes which
+    they are."""
 
     def __init__(
         self,
@@ -167,17 +171,22 @@ class Stream:
         self.micro_batch = micro_batch
         self.rows_per_step = micro_batch * accumulate * world_size
         self.position = 0
+        self.served = 0  # steps that have had the rows at `position`
         self._rank, self._world_size = rank, world_size
         self._entropy = seed % 2**64
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def next_group(self) -> list[Batch]:
-        """This rank's micro-batches of the next step; afterwards the position is behind it."""
+        """This rank's micro-batches of the next step; afterwards the position is behind it, once
+        the rows have served as many steps as they are to."""
         share = self.rows_per_step // self._world_size
         begin = self.position + self._rank * share
-        mine = self._rows_at(begin, begin + share)
-        self.position += self.rows_per_step
-        batches = [self.rows.batch(part) for part in _parts(mine, self.micro_batch)]
+        batches = []
+        for places in _parts(range(begin, begin + share), self.micro_batch):
+            batches.append(self.rows.batch(self._rows_at(places)))
+            batches[-1].places = places
+        self.served += 1
+        self._advance()
         return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
     def resize(self, micro_batch: int) -> None:
@@ -190,11 +199,12 @@ class Stream:
         """The steps that see every row `epochs` times, the last one whole; at least 1."""
         # A decimal number as written: 0.1 of 30 rows is 3 rows, not a hair more.
         seen = Fraction(str(epochs)) * len(self.rows)
-        return max(1, math.ceil(seen / self.rows_per_step))
+        return max(1, math.ceil(seen / self.rows_per_step)) * self.rows.repeats
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "position": self.position,
+            **({"served": self.served} if self.served else {}),
             "epoch_rows": len(self.rows),
             "digest": self.rows.digest,
         }
@@ -207,15 +217,20 @@ class Stream:
                 f" there are {len(self.rows)}, of other content; restore the data, its order and"
                 " the tokenizer, or start a new run"
             )
-        self.position = state["position"]
+        self.position, self.served = state["position"], state.get("served", 0)
+        self._advance()  # they may serve fewer steps now
+
+    def _advance(self) -> None:
+        if self.served >= self.rows.repeats:
+            self.position, self.served = self.position + self.rows_per_step, 0
 
     def _permute(self, epoch: int) -> NDArray[np.int64]:
         generator = np.random.Generator(np.random.PCG64([self._entropy, epoch]))
         return generator.permutation(len(self.rows))
 
-    def _rows_at(self, begin: int, end: int) -> list[int]:
+    def _rows_at(self, places: Sequence[int]) -> list[int]:
         epoch_rows = len(self.rows)
-        return [int(self._permutation(p // epoch_rows)[p % epoch_rows]) for p in range(begin, end)]
+        return [int(self._permutation(p // epoch_rows)[p % epoch_rows]) for p in places]
 
 
 def validation_batches(

@@ -64,7 +64,7 @@ def _known(context: Context, tokens: Any) -> Known:
     plan, settings = config.model, config.train
 
     def start() -> nn.Module:
-        if context.model is not None:
+        if context.fresh and context.model is not None:
             return context.model
         # Of another model than the one that goes on: random numbers are to be as they were.
         state = rng_state()

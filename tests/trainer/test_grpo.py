@@ -1,0 +1,170 @@
+"""What stage `grpo` computes from answers: advantages, answers that serve steps, the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer import gradients, grpo_cases
+from tests.trainer.grpo_cases import Fixed
+from trainer.batch import Batch
+from trainer.data.stream import Stream
+from trainer.groups import advantages
+from trainer.objectives.grpo import Reinforce
+from trainer.step import backward, normalisers, prepare
+
+CPU = gradients.CPU
+
+
+def stream(rows: Any, micro_batch: int = 4) -> Stream:
+    return Stream(rows, micro_batch=micro_batch, accumulate=1, rank=0, world_size=1, seed=0)
+
+
+def gradient(model: Any, objective: Reinforce, group: list[Batch]) -> torch.Tensor:
+    batches = prepare(objective, group, CPU, 0)
+    backward(model, objective, batches, normalisers(batches, CPU), CPU)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_advantages_compare_an_answer_with_the_others_of_its_group() -> None:
+    deviation = math.sqrt(2 / 3)  # of 0, 1, 2, 1, with n - 1 = 3 below
+    scaled = [value / (deviation + 1e-4) for value in (-1, 0, 1, 0)]
+    assert advantages([0.0, 1.0, 2.0, 1.0], scale=True) == pytest.approx(scaled)
+    assert advantages([0.0, 1.0, 2.0, 1.0], scale=False) == [-1.0, 0.0, 1.0, 0.0]
+    # One without a reward counts for nothing.
+    assert advantages([0.0, None, 2.0], scale=False) == [-1.0, 0.0, 1.0]
+    for alike in ([0.1] * 3, [None, 5.0], [None, None]):
+        assert advantages(alike, scale=True) == [0.0] * len(alike)
+
+
+def test_groups_of_equal_rewards_give_exactly_no_gradient(tokenizer: str, texts: str) -> None:
+    def alike(completions: Sequence[str], **_: Any) -> list[float]:
+        return [0.1] * len(completions)
+
+    rows = grpo_cases.prompts(tokenizer, texts)
+    for reward, moves in ((alike, False), (grpo_cases.sums, True)):
+        model = gradients.model(tokenizer, torch.float32, seed=1)
+        objective = Reinforce(grpo_cases.groups(model, CPU, rewards=(reward,)))
+        found = gradient(model, objective, stream(rows).next_group())
+        assert bool(found.abs().max() > 0) == moves
+        assert torch.isfinite(found).all()
+
+
+def test_an_answers_probability_moves_with_its_advantage(tokenizer: str, texts: str) -> None:
+    """A small step along the gradient: the log-prob of the better answers rises, that of the worse
+    ones falls."""
+    rows = grpo_cases.prompts(tokenizer, texts)
+    model = gradients.model(tokenizer, torch.float64, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU))
+    group = stream(rows).next_group()
+    batches = prepare(objective, group, CPU, 0)
+    backward(model, objective, batches, normalisers(batches, CPU), CPU)
+    with torch.no_grad():
+        before = objective.groups.logprobs(model, batches[0])
+        for parameter in model.parameters():
+            parameter -= 1e-3 * parameter.grad
+        change = objective.groups.logprobs(model, batches[0]) - before
+    assert float((change * batches[0].extra["advantage"]).sum()) > 0
+
+
+def test_answers_serve_their_steps_and_every_new_try_of_one(tokenizer: str, texts: str) -> None:
+    rows, drawn = grpo_cases.prompts(tokenizer, texts, repeats=2), Fixed()
+    judged: list[int] = []
+
+    def counting(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        judged.append(len(completion_ids))
+        return [float(len(ids)) for ids in completion_ids]
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(
+        grpo_cases.groups(model, CPU, rollouts=drawn, rewards=(counting,), iterations=2)
+    )
+    data = stream(rows)
+    first = data.next_group()
+    whole = prepare(objective, first, CPU, 0)
+    # Out of memory: the same rows again, in halves.
+    halves = prepare(objective, list(first[0].split()), CPU, 0)
+    assert len(drawn.calls) == 1 and judged == [16]
+    tokens = sum(float(part.weights["tokens"]) for part in halves)
+    assert tokens == float(whole[0].weights["tokens"])
+    # The second step on the same answers.
+    second = data.next_group()
+    assert list(second[0].places) == list(first[0].places)
+    again = prepare(objective, second, CPU, 1)
+    assert len(drawn.calls) == 1
+    assert torch.equal(again[0].extra["old"], whole[0].extra["old"])
+    # A checkpoint between the two holds them.
+    fresh = Reinforce(
+        grpo_cases.groups(model, CPU, rollouts=drawn, rewards=(counting,), iterations=2)
+    )
+    fresh.load_state_dict(objective.state_dict())
+    resumed = prepare(fresh, second, CPU, 1)
+    assert len(drawn.calls) == 1
+    assert torch.equal(resumed[0].targets, again[0].targets)
+    assert torch.equal(resumed[0].extra["old"], again[0].extra["old"])
+    third = data.next_group()
+    assert third[0].places[0] == 4
+    prepare(objective, third, CPU, 2)
+    assert [call[0] for call in drawn.calls] == [4, 4] and judged == [16, 16]
+    assert drawn.calls[0][1] != drawn.calls[1][1]
+    assert sorted(objective.groups.kept) == [4, 5, 6, 7]  # the old ones are forgotten
+
+
+def test_a_trial_of_memory_takes_the_longest_answers_and_asks_no_reward(
+    tokenizer: str, texts: str
+) -> None:
+    def never(completions: Sequence[str], **_: Any) -> list[float]:
+        raise AssertionError("asked")
+
+    rows, drawn = grpo_cases.prompts(tokenizer, texts), Fixed()
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU, rollouts=drawn, rewards=(never,)))
+    (batch,) = prepare(objective, [rows.batch([0, 1])], CPU, 0)
+    assert float(batch.weights["tokens"]) == 2 * 4 * 12 and not drawn.calls
+    assert not objective.groups.kept
+
+
+def test_ratios_beyond_the_clip_are_counted_and_give_no_gradient(
+    tokenizer: str, texts: str
+) -> None:
+    """Probabilities of an old policy far away: where the advantage would drive the ratio further
+    out, its token must not matter."""
+    rows = grpo_cases.prompts(tokenizer, texts)
+    model = gradients.model(tokenizer, torch.float64, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU))
+    (batch,) = prepare(objective, stream(rows).next_group(), CPU, 0)
+    # Every ratio is e for the better answers and 1/e for the worse ones.
+    batch.extra["old"] = batch.extra["old"] - batch.extra["advantage"].sign()
+    result = objective.loss(model, batch, batch.weights, True)
+    result.total.backward()
+    judged = int((batch.extra["advantage"] != 0).sum())
+    assert float(result.sums["clipped"][0]) == judged > 0
+    assert all(float(p.grad.abs().max()) == 0 for p in model.parameters())
+
+
+def test_metrics_are_means_over_what_they_count(tokenizer: str, texts: str) -> None:
+    def length(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[Any]:
+        return [None if len(ids) == 12 else float(len(ids)) for ids in completion_ids]
+
+    rows = grpo_cases.prompts(tokenizer, texts)
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(
+        grpo_cases.groups(
+            model, CPU, rewards=(length, grpo_cases.sums), reward_weights=(1.0, 0.0),
+            rewards_named=("a:length", "a:sums"),
+        )
+    )  # fmt: skip
+    batches = prepare(objective, stream(rows, 8).next_group(), CPU, 0)
+    norm = normalisers(batches, CPU)
+    done = backward(model, objective, batches, norm, CPU)
+    lengths = [len(a) for g in objective.groups.kept.values() for a in g.answers]
+    short = [n for n in lengths if n < 12]
+    assert 0 < len(short) < len(lengths)
+    assert float(done.sums["length"]) == pytest.approx(sum(lengths) / len(lengths))
+    assert float(done.sums["truncated"]) == pytest.approx(1 - len(short) / len(lengths))
+    assert float(done.sums["reward_length"]) == pytest.approx(sum(short) / len(short))
+    assert float(done.tokens) == sum(lengths)

@@ -1,0 +1,205 @@
+"""Groups of answers to a prompt: drawn, judged, kept as long as they are needed, and laid out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from trainer.answer_rows import Group, Laid, lay_out
+from trainer.batch import Batch
+from trainer.config import Grpo
+from trainer.data.prompts import Prompt
+from trainer.losses.linear import token_logprobs
+from trainer.models import head_weight, hidden_states
+from trainer.reward_functions import Reward
+from trainer.rollouts import Answer, Rollouts, reading
+from trainer.runtime import Runtime
+
+#: Added to the standard deviation that advantages are divided by, as TRL does.
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model as the stage found it: `model` within `switch` (for an adapter: switched off)."""
+
+    model: nn.Module
+    switch: Callable[[], AbstractContextManager[Any]]
+
+
+class Groups:
+    """Where an objective has its groups from. The answers drawn for a place in the stream serve all
+    its micro-batches' tries and all steps that the stream gives it to; then they are forgotten."""
+
+    def __init__(
+        self,
+        plan: Grpo,
+        model: nn.Module,
+        rollouts: Rollouts,
+        rewards: Sequence[Reward],
+        runtime: Runtime,
+        decode: Callable[[list[int]], str],
+        *,
+        columns: Sequence[str],
+        length: int,
+        packing: bool,
+        seed: int,
+        reference: Optional[Reference] = None,
+    ) -> None:
+        self.plan, self.model, self.rollouts, self.rewards = plan, model, rollouts, list(rewards)
+        self.runtime, self.decode, self.columns, self.seed = runtime, decode, columns, seed
+        self.length, self.packing, self.reference = length, packing, reference
+        self.kept: dict[int, Group] = {}
+        self.step: Optional[int] = None
+
+    @property
+    def reported(self) -> dict[str, str]:
+        """Names of the facts of groups -> the weight that each is a mean over."""
+        found = {"reward": "judged", "reward_std": "groups", "zero_variance": "groups"}
+        found.update(length="answers", truncated="answers")
+        if len(self.rewards) > 1:
+            names = [reward.label for reward in self.rewards]
+            found.update({f"reward_{name}": f"judged_{name}" for name in names})
+        return found
+
+    def of(self, batch: Batch, step: int) -> list[Group]:
+        """The groups of the rows of `batch` (the host's). Rows that are not of the stream try how
+        much memory a step takes: they get the longest answers there may be, judged by nobody."""
+        prompts: Sequence[Prompt] = batch.records
+        if not batch.places:
+            return self._complete([self._longest(prompt) for prompt in prompts])
+        if step != self.step:
+            self.step = step
+            if batch.places[0] not in self.kept:
+                self.kept.clear()
+        new = [i for i, place in enumerate(batch.places) if place not in self.kept]
+        if new:
+            seed = f"{self.seed}/{batch.places[new[0]]}"
+            asked = [prompts[i] for i in new]
+            ids = [prompt.ids for prompt in asked]
+            drawn = self.rollouts.draw(ids, self.plan.group, seed, step)
+            made = self._complete(self._judged(asked, drawn))
+            self.kept.update((batch.places[i], group) for i, group in zip(new, made))
+        return [self.kept[place] for place in batch.places]
+
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """One answer to each prompt, the most probable token every time."""
+        version = 0 if self.step is None else self.step + 1
+        drawn = self.rollouts.draw([prompt.ids for prompt in prompts], 1, None, version)
+        return self._judged(prompts, drawn)
+
+    def laid_out(self, groups: Sequence[Group]) -> Laid:
+        """The groups as rows of the configured length, packed or not."""
+        return lay_out(groups, self.length if self.packing else None)
+
+    def logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of the supervised tokens [n] of `batch`, at the temperature of the draws."""
+        return token_logprobs(
+            hidden_states(model, batch),
+            head_weight(model),
+            batch.labels,
+            temperature=self.plan.temperature,
+        )
+
+    def _longest(self, prompt: Prompt) -> Group:
+        tokens, count = self.plan.max_new_tokens, self.plan.group
+        answer = [prompt.ids[i % len(prompt.ids)] for i in range(tokens)]
+        signs = [1.0 if i % 2 else -1.0 for i in range(count)]  # every row is to have a gradient
+        return Group(list(prompt.ids), [answer] * count, signs, {})
+
+    def _judged(self, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Answer]]) -> list[Group]:
+        """Groups with their rewards, of one call of each function for all answers."""
+        owners = [prompt for prompt, answers in zip(prompts, drawn) for _ in answers]
+        ids = [answer.ids for answers in drawn for answer in answers]
+        lists: dict[str, list[Any]] = {
+            "prompts": [owner.given for owner in owners],
+            "completions": [self._said(owner, answer) for owner, answer in zip(owners, ids)],
+            "completion_ids": ids,
+        }
+        for name in self.columns:
+            lists[name] = [owner.columns.get(name) for owner in owners]
+        scores = [reward(**lists) for reward in self.rewards] if owners else []
+        groups, at = [], 0
+        for prompt, answers in zip(prompts, drawn):
+            here = slice(at, at + len(answers))
+            at += len(answers)
+            groups.append(self._group(prompt, answers, [column[here] for column in scores]))
+        return groups
+
+    def _said(self, prompt: Prompt, ids: list[int]) -> Any:
+        words = self.decode(ids)
+        if isinstance(prompt.given, str):
+            return words
+        return [{"role": "assistant", "content": words}]
+
+    def _group(
+        self, prompt: Prompt, answers: Sequence[Answer], scores: list[list[Optional[float]]]
+    ) -> Group:
+        weights = self.plan.reward_weights or (1.0,) * len(self.rewards)
+        totals: list[Optional[float]] = []
+        for each in zip(*scores):
+            known = [weight * value for weight, value in zip(weights, each) if value is not None]
+            totals.append(sum(known) if known else None)
+        judged = [total for total in totals if total is not None]
+        facts = {
+            "reward": sum(judged),
+            "judged": float(len(judged)),
+            "reward_std": statistics.stdev(judged) if len(judged) > 1 else 0.0,
+            "zero_variance": float(len(set(judged)) < 2),
+            "length": float(sum(len(answer.ids) for answer in answers)),
+            "truncated": float(sum(not answer.ended for answer in answers)),
+        }
+        for reward, column in zip(self.rewards, scores):
+            values = [value for value in column if value is not None]
+            facts[f"reward_{reward.label}"] = sum(values)
+            facts[f"judged_{reward.label}"] = float(len(values))
+        ids = [answer.ids for answer in answers]
+        return Group(list(prompt.ids), ids, advantages(totals, self.plan.scale_rewards), facts)
+
+    def _complete(self, groups: list[Group]) -> list[Group]:
+        """With the log-probs of the weights as they are now, where other weights will be compared
+        with them, and with those of the reference."""
+        wanted: list[tuple[str, nn.Module, Callable[[], AbstractContextManager[Any]]]] = []
+        if self.plan.iterations > 1:
+            wanted.append(("old", self.model, torch.no_grad))
+        if self.reference is not None:
+            wanted.append(("reference", self.reference.model, self.reference.switch))
+        if not wanted or not groups:
+            return groups
+        laid = self.laid_out(groups)
+        batch = laid.batch.to(self.runtime.device)
+        for name, model, switch in wanted:
+            with reading(model), switch(), self.runtime.autocast():
+                found = self.logprobs(model, batch).cpu()
+            of = dict(zip(laid.order, found.split(laid.lengths)))
+            for g, group in enumerate(groups):
+                # Copies: a part would keep, and save, all of `found`.
+                setattr(group, name, [of[g, a].clone() for a in range(len(group.answers))])
+        return groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers that further steps will ask for: none where each serves one."""
+        kept = self.kept if self.plan.iterations > 1 else {}
+        return {"kept": {place: dict(vars(group)) for place, group in kept.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept = {place: Group(**held) for place, held in state.get("kept", {}).items()}
+        self.step = None
+
+
+def advantages(rewards: Sequence[Optional[float]], scale: bool) -> list[float]:
+    """r - mean, with `scale` over (standard deviation + 1e-4) (Shao et al. 2024, arXiv 2402.03300;
+    the deviation has n - 1 below, as TRL's). Exactly 0 where all rewards are equal, where there is
+    but one, and for an answer without a reward, which counts for nothing."""
+    known = [reward for reward in rewards if reward is not None]
+    if len(set(known)) < 2:
+        return [0.0] * len(rewards)
+    mean = statistics.fmean(known)
+    by = statistics.stdev(known) + EPSILON if scale else 1.0
+    return [0.0 if reward is None else (reward - mean) / by for reward in rewards]

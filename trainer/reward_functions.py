@@ -1,0 +1,132 @@
+"""The user's rewards: found by name, called as TRL calls its reward functions, and checked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Optional
+
+from trainer.config import ConfigError
+
+#: What every function may ask for, besides the columns of the data.
+GIVEN = ("prompts", "completions", "completion_ids")
+
+
+class Reward:
+    """One function. `label`: its own name, for metrics; `name`: as the recipe has it."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+        self.label = name.rpartition(":")[2]
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.takes = [p.name for p in named]
+        self.needs = [p.name for p in named if p.default is p.empty]
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Errors: `ConfigError` when the function needs what no record has."""
+        for wanted in self.needs:
+            if wanted not in (*GIVEN, *columns):
+                there = ", ".join(columns) or "none"
+                raise ConfigError(
+                    f"grpo.rewards: {self.name} asks for `{wanted}`, which no record holds; columns"
+                    f" of the data: {there}"
+                )
+
+    def __call__(self, **lists: Sequence[Any]) -> list[Optional[float]]:
+        """The reward of each answer; None: the function leaves it out. `lists`: `GIVEN` and the
+        columns, as long as there are answers. Errors: `ConfigError` naming the function."""
+        wanted = lists if self.takes_all else {k: v for k, v in lists.items() if k in self.takes}
+        try:
+            found = self.function(**wanted)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConfigError(
+                f"grpo.rewards: {self.name} failed: {type(error).__name__}: {error}"
+                f" ({place.filename}:{place.lineno})"
+            ) from error
+        count = len(lists["completions"])
+        if not hasattr(found, "__len__") or isinstance(found, (str, dict)):
+            raise ConfigError(
+                f"grpo.rewards: {self.name} gave {type(found).__name__}; it must give a list of"
+                " numbers, one for each answer"
+            )
+        if len(found) != count:
+            raise ConfigError(
+                f"grpo.rewards: {self.name} gave {len(found)} rewards for {count} answers"
+            )
+        return [self._number(value) for value in found]
+
+    def _number(self, value: Any) -> Optional[float]:
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, str) or not math.isfinite(number):
+            raise ConfigError(
+                f"grpo.rewards: {self.name} gave {value!r}; a reward is a finite number, or None"
+                " where the function leaves an answer out"
+            )
+        return number
+
+
+def load(names: Sequence[str]) -> list[Reward]:
+    """The functions called `module:function` or `path/file.py:function`; modules are looked for in
+    the working folder, too. Errors: `ConfigError`."""
+    rewards = [_load(name) for name in names]
+    labels = [reward.label for reward in rewards]
+    for reward in rewards:
+        if labels.count(reward.label) > 1:  # metrics must not be mixed up
+            reward.label = reward.name.replace(":", ".").replace("/", ".")
+    return rewards
+
+
+def _load(name: str) -> Reward:
+    where, _, wanted = name.rpartition(":")
+    try:
+        with _working_folder():
+            module = _file(where) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:
+        raise ConfigError(
+            f"grpo.rewards: cannot import {name}: {type(error).__name__}: {error}; modules are"
+            f" looked for in {Path.cwd()} and on PYTHONPATH"
+        ) from error
+    function = getattr(module, wanted, None)
+    if function is None:
+        raise ConfigError(f"grpo.rewards: {where} has no `{wanted}`")
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise ConfigError(f"grpo.rewards: {name} is no plain function")
+    return Reward(name, function)
+
+
+def _file(path: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if found is None or found.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _working_folder() -> Iterator[None]:
+    here = str(Path.cwd())
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)
