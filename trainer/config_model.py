@@ -71,7 +71,9 @@ class Model(Strict):
     tokenizer: Optional[str] = None  # default: the one beside the model
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, else fp32
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    gradient_checkpointing: bool = False
+    #: `selective`: results of matrix products and of attention are kept, the rest computed again.
+    gradient_checkpointing: Union[Literal["selective"], bool] = False
+    compile: bool = False  # each block, by torch.compile
     adapter: Optional[Adapter] = None
     freeze: tuple[str, ...] = ()  # patterns (`*`, `?`, `[...]`) on names of parameters
 

@@ -215,6 +215,8 @@ class Loop:
         """One optimizer step; its learning rate and the norm of its gradient."""
         started = time.perf_counter()
         config, step = self.config, self.step
+        if self.stream.advance(step, self.horizon.progress(step, self.training_seconds)):
+            self._lengthened()
         group = self.stream.next_group()
         done, norm = self._gradients(group, self._logged(step + 1))
         self._ballast.clear()
@@ -305,6 +307,14 @@ class Loop:
     def _resize(self, rows: int) -> None:
         self._largest = rows
         self.stream.resize(rows)
+
+    def _lengthened(self) -> None:
+        """Rows became longer: what was learned of memory is said in theirs, and tried again."""
+        rows, length = self.stream.micro_batch, self.stream.rows.sequence_length
+        self._largest = rows if self._largest is not None else None
+        self._event("sequence_length", sequence_length=length, micro_batch=rows)
+        self.say(f"step {self.step + 1}: rows of {length} tokens from here on, {rows} at a time")
+        self.make_room()
 
     def _queue_flag(self, flag: Tensor) -> None:
         """Start copying a flag to the host; it is read one step later, when it has arrived."""
@@ -403,7 +413,7 @@ class Loop:
             validation,
             self.runtime,
             self.objective,
-            micro_batch=self.stream.micro_batch,
+            micro_batch=self.stream.reading_batch,
             limit=held_out_rows(self.config),
             smaller=self._evaluate_smaller,
             leave=self.signalled,

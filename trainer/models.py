@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from trainer import adapters
+from trainer import adapters, blocks
 from trainer.batch import Batch
 from trainer.checkpoint import resolve
 from trainer.config import Architecture, ConfigError, Model
@@ -94,9 +94,7 @@ def load_model(
         dtype = torch.float32 if config.adapter is None else runtime.dtype
         model = load_pretrained(config.name, dtype, attention)
     _check(model, tokenizer, config.name or "model.architecture")
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    blocks.recompute(model, config.gradient_checkpointing)
     for line in _freeze_unused(model):
         say(line)
     if config.adapter is not None:

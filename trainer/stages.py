@@ -12,12 +12,13 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import copies, models, probe, resume, sinks, trial
+from trainer import blocks, copies, models, phases, probe, resume, sinks, trial
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
 from trainer.context import Context
 from trainer.data import chat, read
+from trainer.data.curriculum import Curriculum
 from trainer.data.shapes import Skipped
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
@@ -141,6 +142,9 @@ def train(
             world_size=runtime.world_size,
             seed=settings.seed,
         )
+        horizon = _horizon(context, stream)
+        if config.data.curriculum:
+            stream = _curriculum(context, rows, micro_batch, accumulate)
         checkpoints, newest = resume.begin(context.folder, config, tokens, runtime, context.say)
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
@@ -149,12 +153,15 @@ def train(
         )
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing)
+        if plan.compile:
+            blocks.compile_blocks(model, packing=config.data.packing)
         objective = make_objective(replace(context, rows=rows), tokens)
-        horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
             context.say(line)
         _say_what_learns(context, model)
 
+        meter = Meter(model, stream.rows, runtime, context.job.peak_tflops)
+        stream.changed = meter.read
         loop = Loop(
             settings,
             folder=context.folder,
@@ -171,11 +178,11 @@ def train(
             signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,
-            measure=Meter(model, rows, runtime, context.job.peak_tflops).facts,
+            measure=meter.facts,
         )
         if settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fitted
             largest = probe.largest_micro_batch(
-                model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
+                model, objective, stream.rows, runtime, limit=stream.micro_batch, say=context.say
             )
             loop.limit_micro_batch(largest)
         outcome = loop.run()
@@ -296,6 +303,23 @@ def _say_what_learns(context: Context, model: Any) -> None:
             f"trainable: {learns['parameters']:,} of {mask['parameters']:,} parameters"
             f" ({learns['share']:.2%}) in {learns['tensors']} tensors; frozen_mask.json lists them"
         )
+
+
+def _curriculum(context: Context, rows: Rows, micro_batch: int, accumulate: int) -> Stream:
+    """The stream of `rows` whose first ones are shorter. Errors: `ConfigError`."""
+    config, runtime = context.config, context.runtime
+    if (wrong := phases.problem(config)) is not None:
+        raise ConfigError(f"stage {config.id}: {'.'.join(map(str, wrong[0]))}: {wrong[1]}")
+    assert config.train is not None
+    return Curriculum(
+        rows,
+        config.data.curriculum,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        seed=config.train.seed,
+    )
 
 
 def _horizon(context: Context, stream: Stream) -> Horizon:
