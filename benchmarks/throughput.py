@@ -13,10 +13,11 @@ T = 1, which is what TRL's trainer computes. Tokens are real ones: padding is ne
 
 Two gains are told apart: that of packing (ours packed against ours padded) and that of the loss
 (ours against the textbook on the very same batches). A baseline that cannot be imported is
-reported as absent, one that fails as failed; neither is compared with. So is a case of ours whose
-key this trainer or whose need this device lacks. `lora` trains adapters of rank 16 on `sft`'s texts,
-`dpo` pairs that fill their rows, with the reference's log-probs computed beforehand. Of torchtune
-there is only what it publishes (speed/gpu.py): its recipes take checkpoints, not random weights.
+reported as absent, one that fails as failed; neither is compared with. A case of ours is absent
+where the trainer lacks its key or the device what it needs. `lora` trains adapters of rank 16 on
+the texts of `sft`, `dpo` pairs that fill their rows, with the reference's log-probs computed
+beforehand. Of torchtune there is only what it publishes (speed/gpu.py): its recipes take no random
+weights.
 
 `--check` exits 1 where a case of ours fails or, on a GPU at full size, a budget is missed.
 """

@@ -43,7 +43,6 @@ from trainer.config import (
     KeepLogits,
     Merge,
     Model,
-    Phase,
     Preference,
     Sdce,
     Smoke,
@@ -53,6 +52,7 @@ from trainer.config import (
     ToolUse,
     Train,
 )
+from trainer.config import Phase as LengthPhase
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -63,7 +63,7 @@ SECTIONS = {
     "model.architecture": Architecture,
     "model.adapter": Adapter,
     "data": Data,
-    "data.curriculum": Phase,
+    "data.curriculum": LengthPhase,
     "data.tool_use": ToolUse,
     "data.train and data.validation": Source,
     "data.train.hf": Hub,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.conftest import in_folder
@@ -82,37 +83,41 @@ def test_selective_checkpointing_repeats_no_product(
     assert (some[1].matrix, some[1].attention) == (plain[1].matrix + more, plain[1].attention)
 
 
+class Storages(TorchDispatchMode):
+    """Every storage that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for one in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(one, torch.Tensor):
+                storage = one.untyped_storage()
+                self.made.append((StorageWeakRef(storage), storage.nbytes()))
+        return results
+
+    def alive(self) -> int:
+        """Bytes of those that are still held."""
+        return sum({ref.cdata: size for ref, size in self.made if not ref.expired()}.values())
+
+
 def test_selective_checkpointing_keeps_less_than_all_and_more_than_nothing(
     tokenizer: str, texts: str, tmp_path: Path
 ) -> None:
-    """Bytes of what one block's forward pass leaves for the backward pass."""
+    """Bytes that a forward pass leaves for the backward pass."""
     kept = {}
     for how in (False, True, "selective"):
         model = made(tokenizer, how, tmp_path)
         batch = prepare(NextToken(), [rows(tokenizer, texts, True).batch([0])], CPU, 0)[0]
-        sizes: dict[int, int] = {}
-
-        class Results(TorchDispatchMode):
-            """Every storage that is made, until it is let go."""
-
-            def __torch_dispatch__(
-                self, f: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                out = f(*args, **(kwargs or {}))
-                for one in out if isinstance(out, (tuple, list)) else (out,):
-                    if isinstance(one, torch.Tensor):
-                        alive.append(
-                            torch.multiprocessing.reductions.StorageWeakRef(one.untyped_storage())
-                        )
-                        sizes[alive[-1].cdata] = one.untyped_storage().nbytes()
-                return out
-
-        alive: list[Any] = []
-        with Results():
+        with Storages() as storages:
             output = model.get_decoder()(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             )
-        kept[how] = sum(sizes[c] for c in {ref.cdata for ref in alive if not ref.expired()})
+        kept[how] = storages.alive()
         del output
     assert kept[True] < 0.9 * kept["selective"] < 0.8 * kept[False]
 

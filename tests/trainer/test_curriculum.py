@@ -330,7 +330,7 @@ def test_what_has_no_curriculum_says_so(lengthened: StageConfig, run_stage: Run)
     assert "rows of one length" in str(phases.problem(stored))
     assert "has no curriculum" in str(phases.problem(replace(lengthened, stage="dpo")))
     late = replace(lengthened, data=replace(lengthened.data, curriculum=(Phase(64, 10),)))
-    with pytest.raises(ConfigError, match="data.curriculum: no step of 10 is left"):
+    with pytest.raises(ConfigError, match=r"data\.curriculum: no step of 10 is left"):
         run_stage(late)
 
 
