@@ -48,7 +48,7 @@ def words(data: Data) -> str:
     """`128 tokens until 30%, 256 until step 600, then 512`."""
     parts = []
     for index, phase in enumerate(data.curriculum):
-        end = f"step {phase.until:g}" if phase.until >= 1 else f"{phase.until * 100:g}%"
+        end = f"step {phase.until:g}" if phase.until >= 1 else f"{phase.until * 100:.3g}%"
         parts.append(f"{phase.sequence_length}{'' if index else ' tokens'} until {end}")
     return ", ".join([*parts, f"then {data.sequence_length}"])
 
