@@ -58,6 +58,7 @@ class Case:
     packing: bool = True
     precision: Literal["bf16", "fp32"] = "bf16"
     freeze: tuple[str, ...] = ()
+    selective: bool = False
 
 
 _1B, _8B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
@@ -81,6 +82,12 @@ CASES = (
     Case("8b-lora-1024", _8B, 1024, 4, adapter=True),
     Case("8b-lora-2048", _8B, 2048, 1, adapter=True),
     Case("8b-lora-2048-checkpointing", _8B, 2048, 8, True, adapter=True),
+    Case("1b-full-2048-selective", _1B, 2048, 8, selective=True),
+    Case("1b-full-1024-selective", _1B, 1024, 8, selective=True),
+    Case("8b-full-2048-selective", _8B, 2048, 4, selective=True),
+    Case("8b-lora-2048-selective", _8B, 2048, 4, adapter=True, selective=True),
+    Case("1b-fp32-full-1024-selective", _1B, 1024, 4, precision="fp32", selective=True),
+    Case("qwen3-0.6b-full-2048-selective", "Qwen/Qwen3-0.6B", 2048, 4, selective=True),
     Case("qwen3-0.6b-full-2048", "Qwen/Qwen3-0.6B", 2048, 4),
     Case("1b-fp32-full-1024", _1B, 1024, 4, precision="fp32"),
     Case("1b-fp32-lora-1024-checkpointing", _1B, 1024, 4, True, True, precision="fp32"),
@@ -155,7 +162,7 @@ def stage_of(case: Case) -> Any:
             attention="sdpa",
             precision=case.precision,
             freeze=case.freeze,
-            gradient_checkpointing=case.checkpointing,
+            gradient_checkpointing="selective" if case.selective else case.checkpointing,
             adapter=Adapter(rank=16) if case.adapter else None,
         ),
         data=Data(sequence_length=case.length, packing=case.packing),

@@ -3,6 +3,7 @@
     python benchmarks/throughput.py            a GPU: the shape of Llama-3.2-1B, bf16
     python benchmarks/throughput.py            no GPU: as with --tiny, a toy, a minute of CPU time
     python benchmarks/throughput.py --only kd --json FILE
+    python benchmarks/throughput.py --gpu      an H100: 1B and 3B in full, LoRA on 8B (10 minutes)
 
 Ours is a job run by the trainer's own stages and loop. All cases have the same model, texts, global
 batch, optimizer and device; each runs in a process of its own, they take turns, and medians are
@@ -12,7 +13,11 @@ T = 1, which is what TRL's trainer computes. Tokens are real ones: padding is ne
 
 Two gains are told apart: that of packing (ours packed against ours padded) and that of the loss
 (ours against the textbook on the very same batches). A baseline that cannot be imported is
-reported as absent, one that fails as failed; neither is compared with.
+reported as absent, one that fails as failed; neither is compared with. A case of ours is absent
+where the trainer lacks its key or the device what it needs. `lora` trains adapters of rank 16 on
+the texts of `sft`, `dpo` pairs that fill their rows, with the reference's log-probs computed
+beforehand. Of torchtune there is only what it publishes (speed/gpu.py): its recipes take no random
+weights.
 
 `--check` exits 1 where a case of ours fails or, on a GPU at full size, a budget is missed.
 """
@@ -27,14 +32,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TASKS = ("sft", "kd", "kd-precompute")
+TASKS = ("sft", "lora", "dpo", "kd", "kd-precompute")
 CASES = {
     "sft": ("ours packed", "ours padded", "textbook packed", "textbook padded", "trl packed",
-            "trl packed liger"),
+            "trl packed liger", "ours compiled", "ours checkpointing", "ours selective",
+            "ours selective compiled", "ours fsdp", "ours float8"),
+    "lora": ("ours", "ours compiled", "trl"),
+    "dpo": ("ours", "trl"),
     "kd": ("ours", "textbook", "trl"),
     "kd-precompute": ("ours",),
 }  # fmt: skip
@@ -44,6 +53,16 @@ RATIOS = (
     ("sft ours packed", "sft textbook packed", "the loss"),
     ("sft ours packed", "sft trl packed", "TRL with packing"),
     ("sft ours packed", "sft trl packed liger", "TRL with packing and Liger"),
+    ("sft ours compiled", "sft ours packed", "compiled blocks"),
+    ("sft ours checkpointing", "sft ours packed", "gradient checkpointing"),
+    ("sft ours selective", "sft ours packed", "selective checkpointing"),
+    ("sft ours selective", "sft ours checkpointing", "selective for whole checkpointing"),
+    ("sft ours selective compiled", "sft ours selective", "compiled blocks"),
+    ("sft ours fsdp", "sft ours packed", "FSDP2 with one worker"),
+    ("sft ours float8", "sft ours compiled", "float8 for bf16, both compiled"),
+    ("lora ours", "lora trl", "TRL with PEFT and packing"),
+    ("lora ours compiled", "lora ours", "compiled blocks"),
+    ("dpo ours", "dpo trl", "TRL"),
     ("kd ours", "kd textbook", "the loss"),
     ("kd ours", "kd trl", "TRL"),
     ("kd-precompute ours", "kd ours", "stored answers for a teacher's pass"),
@@ -61,28 +80,64 @@ def main() -> int:
     if options.case:
         return run_case(options)
     on_gpu = has_gpu()
+    if options.gpu:
+        if not on_gpu:
+            print("--gpu: torch sees no CUDA device here", file=sys.stderr)
+            return 1
+        return on_an_h100(options)
     tiny = options.tiny or not on_gpu
-    with tempfile.TemporaryDirectory(dir=options.folder) as work:
-        results = measure(options, Path(work), tiny)
-        device = json.loads((Path(work) / "device.json").read_text())
-    report = {"v": 1, **device, "tiny": tiny, "results": results, "ratios": ratios(results)}
-    print_report(report)
+    tasks = (options.only,) if options.only else TASKS
+    names = [f"{task} {case}" for task in tasks for case in CASES[task]]
+    report = reported(options, "tiny" if tiny else "full", names)
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     return verdict(report, check=options.check)
 
 
+def on_an_h100(options: argparse.Namespace) -> int:
+    """The cases of `speed/gpu.py`, one shape after the other."""
+    sys.path.insert(0, str(REPOSITORY))
+    from speed import gpu
+
+    reports = {size: reported(options, size, cases) for size, cases in gpu.CASES.items()}
+    if options.json:
+        Path(options.json).write_text(json.dumps(reports, indent=1) + "\n")
+    code = max(verdict(report, check=False) for report in reports.values())
+    for line, met in gpu.verdicts(reports):
+        print(line)
+        code = max(code, int(options.check and met is False))
+    return code
+
+
+def reported(options: argparse.Namespace, size: str, names: Sequence[str]) -> dict[str, Any]:
+    """The report of some cases of one size, which is also printed."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as work:
+        results = measure(options, Path(work), size, names)
+        device = json.loads((Path(work) / "device.json").read_text())
+    tiny = size == "tiny"
+    report = {"v": 1, **device, "tiny": tiny, "results": results, "ratios": ratios(results)}
+    for name, facts in results.items():
+        if "real_per_sec" in facts:
+            facts["mfu"] = utilisation(report, name, facts)
+    print_report(report)
+    return report
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a toy: that it runs, not how fast")
+    parser.add_argument("--gpu", action="store_true", help="larger shapes; 10 minutes of an H100")
     parser.add_argument("--only", choices=TASKS, help="one task")
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each case")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the GPU, dense bf16")
-    parser.add_argument("--folder", help="where the models lie while this runs: 5 GB for a GPU")
+    parser.add_argument(
+        "--folder", help="where the models lie while this runs: 5 GB for a GPU, 17 with --gpu"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the facts there, too")
     parser.add_argument("--check", action="store_true", help="exit 1 below a budget")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -95,15 +150,14 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def measure(options: argparse.Namespace, work: Path, tiny: bool) -> Results:
+def measure(options: argparse.Namespace, work: Path, size: str, cases: Sequence[str]) -> Results:
     """Every case, in turns; per case the medians, or why there are none."""
-    tasks = (options.only,) if options.only else TASKS
-    names = [f"{task} {case}" for task in tasks for case in CASES[task]]
-    if tasks == ("kd-precompute",):
+    names = list(cases)
+    if names == ["kd-precompute ours"]:
         names.append("kd ours")  # what it is compared with
     setup = ["prepare"] + ["targets"] * ("kd-precompute ours" in names)
     for step in setup:
-        done = in_process(step, options, work, tiny)
+        done = in_process(step, options, work, size)
         if "failed" in done:
             raise SystemExit(f"{step}: {done['failed']}")
     rounds = options.rounds or json.loads((work / "device.json").read_text())["rounds"]
@@ -112,15 +166,15 @@ def measure(options: argparse.Namespace, work: Path, tiny: bool) -> Results:
         for name, taken in samples.items():
             if turn and set(taken[0]) & {"absent", "failed"}:
                 continue
-            taken.append(in_process(name, options, work, tiny))
+            taken.append(in_process(name, options, work, size))
             print(f"{name}, {turn + 1} of {rounds}: {words(taken[-1])}", file=sys.stderr)
     return {name: summary(taken) for name, taken in samples.items()}
 
 
-def in_process(case: str, options: argparse.Namespace, work: Path, tiny: bool) -> dict[str, Any]:
+def in_process(case: str, options: argparse.Namespace, work: Path, size: str) -> dict[str, Any]:
     """The facts of one case, or {"absent": why} or {"failed": why}."""
     command = [sys.executable, __file__, "--case", case, "--work", str(work)]
-    command += ["--tiny"] * tiny
+    command += ["--size", size]
     if options.peak_tflops:
         command += ["--peak-tflops", str(options.peak_tflops)]
     out = work / "facts.json"
@@ -129,7 +183,7 @@ def in_process(case: str, options: argparse.Namespace, work: Path, tiny: bool) -
                "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "home"),
                "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device, also where there are several
-    if tiny:  # threads that wait for each other cost more than a toy's products
+    if size == "tiny":  # threads that wait for each other cost more than a toy's products
         environ.setdefault("OMP_NUM_THREADS", "1")
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
     if out.exists():
@@ -144,7 +198,7 @@ def run_case(options: argparse.Namespace) -> int:
     sys.path.insert(0, str(REPOSITORY))
     from speed import ours, peers, textbook, world
 
-    size = world.TINY if options.tiny else world.FULL
+    size = world.SIZES[options.size]
     work = Path(options.work)
     if options.case == "prepare":
         world.prepare(work, size, has_gpu())
@@ -158,7 +212,7 @@ def run_case(options: argparse.Namespace) -> int:
         side = next(side for side in sides if options.case in side.CASES)
         try:
             facts = side.measure(options.case, work, size, options.peak_tflops)
-        except peers.Absent as error:
+        except world.Absent as error:
             facts = {"absent": str(error)}
     (work / "facts.json").write_text(json.dumps(facts))
     return 0
@@ -189,13 +243,17 @@ def device_facts(options: argparse.Namespace, size: Any, work: Path) -> dict[str
             view=view_of(data, "sft", tokens),
         )  # fmt: skip
         flops[task] = flops_per_token(model, mean_context(rows))
+        if task == "sft":
+            frozen = flops_per_token(model.requires_grad_(False), mean_context(rows))
+            model.requires_grad_(True)
     return {
         "device": f"{name}, torch {torch.__version__}",
         "peak_tflops": peak if has_gpu() else None,
-        "flops_per_token": {**flops, "kd-precompute": flops["kd"]},
+        # An adapter's base has no gradient of its own; of a pair nobody counts them.
+        "flops_per_token": {**flops, "kd-precompute": flops["kd"], "lora": frozen, "dpo": None},
         "parameters": models.parameter_count(model),
         "rounds": size.rounds,
-        "batch": {"sft": size.sft, "kd": size.kd},
+        "batch": {"sft": size.sft, "lora": size.sft, "dpo": size.dpo, "kd": size.kd},
     }
 
 

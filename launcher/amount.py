@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 from launcher.spec import Stage
+from trainer import phases
 from trainer.config import Source, Train
 
 #: Where only a text's size is known. English prose with the vocabularies of today is near it; code,
@@ -118,7 +119,7 @@ def _of_rows(stage: Stage, rows: float, steps: int, held: Counted, words: str) -
         how = f"{words} = {rows:,.0f} rows of {length:,} tokens: {figure(rows * length)} tokens"
         each = held.tokens_per_example
         examples = None if each is None else rows * length / each
-        return Amount(rows * length, rows, steps, examples, False, (how,))
+        return Amount(rows * length, rows, steps, examples, False, (how, *_shorter(stage)))
     each = held.tokens_per_example
     if each is None:
         unknown = f"rows are not packed, and {held.how}; give forecast.tokens_per_example"
@@ -126,6 +127,14 @@ def _of_rows(stage: Stage, rows: float, steps: int, held: Counted, words: str) -
     tokens = rows * min(each, length)
     how = f"{words} = {rows:,.0f} examples of {each:,.0f} tokens: {figure(tokens)} tokens"
     return Amount(tokens, rows, steps, rows, held.about, (how,))
+
+
+def _shorter(stage: Stage) -> tuple[str, ...]:
+    """What a curriculum changes of that: not the tokens, and so neither steps nor passes."""
+    if not stage.data.curriculum:
+        return ()
+    lengths = phases.words(stage.data)
+    return (f"rows of {lengths}: the shorter, the more of them, as many tokens a step",)
 
 
 def _of_epochs(stage: Stage, train: Train, per_step: int, words: str, held: Counted) -> Amount:
@@ -149,7 +158,8 @@ def _of_epochs(stage: Stage, train: Train, per_step: int, words: str, held: Coun
     if until < steps:
         part = until / steps
         tokens, rows, examples, steps = tokens * part, rows * part, examples * part, until
-    how = (passes, f"{each:,.0f} tokens each: {figure(tokens)} tokens, {steps:,} steps of {words}")
+    how = (passes, f"{each:,.0f} tokens each: {figure(tokens)} tokens, {steps:,} steps of {words}",
+           *_shorter(stage))  # fmt: skip
     return Amount(tokens, rows, steps, examples, held.about, how)
 
 

@@ -60,6 +60,7 @@ RULES: dict[str, tuple[Effect, str]] = {
     "model.attention": ("resume", _LATER),
     "model.float8": ("resume", _LATER),
     "model.gradient_checkpointing": ("resume", "the same numbers in other memory"),
+    "model.compile": ("resume", f"the same numbers up to rounding, {_LATER}"),
     "data": ("new run", _ROWS),
     "data.validation": ("resume", "the best checkpoint so far was judged by the old ones"),
     "data.skip_bad": ("resume", "bad lines had no rows before either"),

@@ -33,6 +33,8 @@ def like(stage: Stage, models: Shapes, launch_home: Path) -> Optional[Measured]:
     """The median speed of the newest finished run under `launch_home` whose stage did the same work
     on the same hardware; None: there is none. Its first logged step, which warms up, is left out.
     """
+    if stage.data.curriculum:  # its rows a second are of rows of several lengths
+        return None
     for run_id in home.ids(launch_home)[:_RUNS]:
         place = home.folder(launch_home, run_id)
         if not (place / "summary.json").exists():
@@ -105,8 +107,9 @@ def _work(stage: Stage) -> tuple[Any, ...]:
     return (
         stage.stage, str(hardware.parse(asked.accelerator)), asked.nodes, asked.backend == "local",
         # Rows that are not packed are as long as the texts are.
-        stage.data.sequence_length, stage.data.packing or stage.data.train,
+        stage.data.sequence_length, stage.data.curriculum, stage.data.packing or stage.data.train,
         model and (model.precision, model.attention, model.float8, model.gradient_checkpointing,
+                   model.compile,
                    model.adapter, model.freeze),
         kd and (kd.mode, kd.top_k),
         train and (train.micro_batch, train.accumulate, train.global_batch),

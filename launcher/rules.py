@@ -11,6 +11,7 @@ from launcher import backends, code, hardware, wheels
 from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
+from trainer import phases
 from trainer.config import TRAINING, KeyPath, Problem, nearest, preference_problems, to_dict
 from trainer.config_train import refused
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
@@ -216,6 +217,8 @@ def _training(stage: Stage) -> Iterator[Problem]:
     if train is not None and train.steps is not None and train.warmup >= max(1, train.steps):
         what = f"{train.warmup:g} steps of warm-up leave nothing of {train.steps} steps"
         yield ("train", "warmup"), what
+    if (wrong := phases.problem(stage)) is not None:
+        yield wrong
     if train is not None and train.evaluate_every > 0 and not data.validation:
         yield ("train", "evaluate_every"), "there is nothing to evaluate on: no `data.validation`"
     length = data.sequence_length

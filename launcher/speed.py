@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 from launcher.hardware import Kind
 from launcher.shapes import Shape
+from trainer import phases
 
 #: A row of the table that is for a whole maker's devices is that many doublings further away than
 #: one for this device, one for another task half as many.
@@ -87,17 +88,18 @@ def work(config: Any, model: Optional[Shape], teacher: Optional[Shape] = None) -
         missing = "model" if model is None else "surrogate" if guided else "teacher"
         raise ValueError(f"the {missing}'s shape is not known")
     rows, micro_batches = rows_of_step(config.train)
-    tokens = rows * length
+    tokens = rows * length  # of a step, whatever length its rows have
+    context = phases.mean_length(config.data, config.train.steps)
     recomputed = config.model.gradient_checkpointing
-    flops = training_flops(model, config.model, length)
+    flops = training_flops(model, config.model, context)
     passes = 4 if recomputed else 3  # a backward counts as two
     elements = (_elements(model) + _adapted(model, config.model)) * passes + 2 * model.vocabulary
     calls = model.layers * passes * (2 if config.model.adapter is not None else 1)
-    if recomputed:
-        flops += forward_flops(model, length, head=False)
+    if recomputed is True:  # a selective one computes no product again
+        flops += forward_flops(model, context, head=False)
     flops += passes * micro_batches * _expert_sums(model, config.model) / tokens
     if teacher is not None:
-        flops += forward_flops(teacher, length)
+        flops += forward_flops(teacher, context)
         elements += _elements(teacher) + 3 * model.vocabulary
         calls += teacher.layers
     return Work(tokens, flops * tokens, elements * tokens, calls * micro_batches)

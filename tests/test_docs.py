@@ -53,6 +53,7 @@ from trainer.config import (
     ToolUse,
     Train,
 )
+from trainer.config import Phase as LengthPhase
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -63,6 +64,7 @@ SECTIONS = {
     "model.architecture": Architecture,
     "model.adapter": Adapter,
     "data": Data,
+    "data.curriculum": LengthPhase,
     "data.tool_use": ToolUse,
     "data.train and data.validation": Source,
     "data.train.hf": Hub,

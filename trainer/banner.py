@@ -17,6 +17,7 @@ from trainer.config import Job, Source, StageConfig
 from trainer.data.read import sample_names
 from trainer.data.stream import Rows
 from trainer.models import parameter_count
+from trainer.phases import words
 from trainer.probe import first_cut
 from trainer.runtime import Runtime
 from trainer.schedule import Horizon
@@ -55,6 +56,8 @@ def banner(
         f" {parameter_count(model):,} parameters, vocabulary {len(tokenizer)}",
         f"{batch} x {runtime.world_size} workers, of {config.data.sequence_length} tokens",
     ]
+    if config.data.curriculum:
+        lines.append(f"curriculum: {words(config.data)}; a step has as many tokens at each length")
     for name, part, sources in (
         ("train", rows, config.data.train), ("validation", held_out, config.data.validation)
     ):  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Literal, Optional
 
 from trainer.config_data import Data as Data
 from trainer.config_data import Hub as Hub
+from trainer.config_data import Phase as Phase
 from trainer.config_data import Source as Source
 from trainer.config_data import ToolUse as ToolUse
 from trainer.config_model import Adapter as Adapter

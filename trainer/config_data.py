@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Optional
 
 from trainer.loading import Strict, require
@@ -64,18 +65,56 @@ class ToolUse(Strict):
 
 
 @dataclass(frozen=True)
+class Phase(Strict):
+    """Rows of `sequence_length` tokens `until` a share of the horizon (below 1) or a step."""
+
+    sequence_length: int
+    until: float
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            sequence_length=(self.sequence_length >= 2, "must be at least 2"),
+            until=(self.until > 0 and (self.until < 1 or self.until == int(self.until)),
+                   "must be a share of the horizon below 1, or a number of steps"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Data(Strict):
     """What is read and how rows are cut. With `packing`, several documents share a row of
     `sequence_length` tokens and never see each other; without, a row is one document.
+    `curriculum`: phases of shorter rows that come first.
     `chat_template`: `chatml` or a Jinja file, in place of the one that the tokenizer brings."""
 
     train: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
     sequence_length: int = 1024
+    curriculum: tuple[Phase, ...] = ()  # shorter rows first, and more of them
     packing: bool = True
     chat_template: Optional[str] = None
     tool_use: Optional[ToolUse] = None
     skip_bad: bool = False  # leave out and count lines that cannot be used, instead of stopping
 
     def __post_init__(self) -> None:
-        require(self, sequence_length=(self.sequence_length >= 2, "must be at least 2"))
+        require(
+            self,
+            sequence_length=(self.sequence_length >= 2, "must be at least 2"),
+            curriculum=(not (wrong := self._of_curriculum()), wrong),
+        )
+
+    def _of_curriculum(self) -> str:
+        """What is wrong with the phases, taken together; empty: nothing."""
+        lengths = [phase.sequence_length for phase in self.curriculum]
+        ends = [phase.until for phase in self.curriculum]
+        if not lengths:
+            return ""
+        if not self.packing:
+            return "needs `packing: true`: else a row is one text, however short"
+        if odd := [n for n in lengths if n >= self.sequence_length or self.sequence_length % n]:
+            return f"{odd[0]} must divide sequence_length ({self.sequence_length}) and be below it"
+        if any(b <= a for a, b in pairwise(lengths)) or any(b <= a for a, b in pairwise(ends)):
+            return "lengths and ends must ascend"
+        if ends[0] < 1 <= ends[-1]:
+            return "its ends must be all shares of the horizon (below 1), or all steps"
+        return ""

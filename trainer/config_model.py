@@ -82,7 +82,9 @@ class Model(Strict):
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "varlen", "flex"
     ] = "auto"
     float8: Literal["off", "auto", "torchao", "transformer_engine"] = "off"
-    gradient_checkpointing: bool = False
+    #: `selective`: results of matrix products and of attention are kept, the rest computed again.
+    gradient_checkpointing: Union[Literal["selective"], bool] = False
+    compile: bool = False  # each block, by torch.compile
     adapter: Optional[Adapter] = None
     freeze: tuple[str, ...] = ()  # patterns (`*`, `?`, `[...]`) on names of parameters
 

@@ -2,18 +2,21 @@
 (torchao, Transformer Engine). Weights stay what they were, under their names; what changes is how
 a layer multiplies. Both libraries are imported on use.
 
-Order: load, attach an adapter, the trial (`trial.check`: float8 rounds more than its bounds allow),
-`convert`, compile by block, shard.
+Order: load, attach an adapter, `convert`, compile by block, shard. The trial (`trial.check`) runs
+on `plain` products: float8 rounds more than its bounds allow.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from trainer.config import ConfigError, Data, Model, Train
 from trainer.runtime import Runtime
@@ -28,6 +31,7 @@ MULTIPLE = 16
 #: An H100, as far as products and memory of these sizes come near its data sheet: operations a
 #: second in bf16 and float8, bytes a second.
 _BF16, _FLOAT8, _BYTES = 700e12, 1300e12, 2.5e12
+_LAYERS = "_float8_layers"  # where a model keeps the names of those that were converted
 _ROUTERS = ("router", "gate", "shared_expert_gate")
 _INSTALL = {
     "torchao": 'pip install "launch-llm[quantize]"',
@@ -75,10 +79,24 @@ def convert(
         _to_torchao(model, layers, steady, emulate)
     else:
         _to_transformer_engine(model, layers, steady)
+    vars(model)[_LAYERS] = tuple(layers)
     lines = [f"float8: {len(layers)} linear layers multiply in it, by {wanted}"]
     if not compiled and not emulate and wanted == "torchao":
         lines.append("float8 without model.compile is slower than bf16: its casts run one by one")
     return lines
+
+
+@contextmanager
+def plain(model: Any) -> Iterator[None]:
+    """Within it, the layers that `convert` changed multiply as they did before."""
+    layers = [model.get_submodule(name) for name in vars(model).get(_LAYERS, ())]
+    for layer in layers:
+        layer.forward = partial(_as_before, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def convertible(model: Any) -> list[str]:
@@ -124,6 +142,11 @@ def micro_batch_tokens(train: Train, data: Data) -> tuple[int, bool]:
     auto` those of one row."""
     rows = 1 if isinstance(train.micro_batch, str) else train.micro_batch
     return rows * data.sequence_length, data.packing and not data.sequence_length % MULTIPLE
+
+
+def _as_before(layer: Any, given: Tensor) -> Tensor:
+    bias = layer.bias if layer.bias is not None and layer.bias.numel() else None
+    return functional.linear(given, layer.weight, bias)
 
 
 def _lacks(runtime: Runtime) -> str:

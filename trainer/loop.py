@@ -20,7 +20,7 @@ from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, Stream
 from trainer.evaluate import Left, held_out, held_out_rows
 from trainer.guard import Abort, Guard, Retry, SkipStep
-from trainer.metrics import Metrics
+from trainer.metrics import COUNTS, SHOWN, Metrics
 from trainer.objective import Objective
 from trainer.optimizer import clip, make_optimizer, unscale
 from trainer.runtime import Runtime
@@ -31,27 +31,6 @@ from trainer.sharded import PARAMETERS, Shards, parameter_shapes
 from trainer.shards import optimizer_state
 from trainer.step import Accumulated, backward, cut, normalisers, prepare
 from trainer.window import Window
-
-#: Facts of a step that its line shows, in this order.
-SHOWN = (
-    "train_loss",
-    "ce_loss",
-    "kd_loss",
-    "kd_alpha",
-    "logit_l2",
-    "keep_l2",
-    "preference_loss",
-    "sft_loss",
-    "accuracy",
-    "margin",
-    "surrogate_loss",
-    "surrogate_coverage",
-    "surrogate_weight",
-    *("reward", "reward_std", "zero_variance", "length", "truncated", "kl", "clipped", "entropy"),
-    "grad_norm",
-)
-#: Facts of an evaluation that its line does not show.
-COUNTS = ("val_tokens", "val_count")
 
 
 class NonFiniteError(RuntimeError):
@@ -225,6 +204,8 @@ class Loop:
         """One optimizer step; its learning rate and the norm of its gradient."""
         started = time.perf_counter()
         config, step = self.config, self.step
+        if self.stream.advance(step, self.horizon.progress(step, self.training_seconds)):
+            self._lengthened()
         group = self.stream.next_group()
         done, norm = self._gradients(group, self._logged(step + 1))
         self._ballast.clear()
@@ -317,6 +298,14 @@ class Loop:
     def _resize(self, rows: int) -> None:
         self._largest = rows
         self.stream.resize(rows)
+
+    def _lengthened(self) -> None:
+        """Rows became longer: what was learned of memory is said in theirs, and tried again."""
+        rows, length = self.stream.micro_batch, self.stream.rows.sequence_length
+        self._largest = rows if self._largest is not None else None
+        self._event("sequence_length", sequence_length=length, micro_batch=rows)
+        self.say(f"step {self.step + 1}: rows of {length} tokens from here on, {rows} at a time")
+        self.make_room()
 
     def _queue_flag(self, flag: Tensor) -> None:
         """Start copying a flag to the host; it is read one step later, when it has arrived."""
@@ -420,7 +409,7 @@ class Loop:
             validation,
             self.runtime,
             self.objective,
-            micro_batch=self.stream.micro_batch,
+            micro_batch=self.stream.reading_batch,
             limit=held_out_rows(self.config),
             smaller=self._evaluate_smaller,
             leave=self.signalled,

@@ -22,6 +22,26 @@ from trainer.store import DiskFull, StoreError, disk_full, free_bytes, make_fold
 VERSION = 1
 #: Keys that every line has; facts must not carry them.
 HEAD = ("v", "kind", "attempt", "restart", "stage", "time", "global_step")
+#: Facts of a step that its line shows, in this order.
+SHOWN = (
+    "train_loss",
+    "ce_loss",
+    "kd_loss",
+    "kd_alpha",
+    "logit_l2",
+    "keep_l2",
+    "preference_loss",
+    "sft_loss",
+    "accuracy",
+    "margin",
+    "surrogate_loss",
+    "surrogate_coverage",
+    "surrogate_weight",
+    *("reward", "reward_std", "zero_variance", "length", "truncated", "kl", "clipped", "entropy"),
+    "grad_norm",
+)
+#: Facts of an evaluation that its line does not show.
+COUNTS = ("val_tokens", "val_count")
 
 
 class Sink(Protocol):

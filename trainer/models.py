@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from trainer import adapters, parallel, quantized
+from trainer import adapters, blocks, parallel, quantized
 from trainer.attention import PLAIN_ATTENTION as PLAIN_ATTENTION
 from trainer.attention import attention_implementations as attention_implementations
 from trainer.attention import decoder_inputs
@@ -78,10 +78,12 @@ def load_model(
     adapter_from: Optional[Path] = None,
     share: parallel.Parallel = "ddp",
     say: Callable[[str], None] = lambda line: None,
+    before_placing: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
     """The model to be trained, on the runtime's device, in training mode: what learns is fp32, the
     base of an adapter has the runtime's dtype. `adapter_from`: a checkpoint of the adapter;
-    `share`: how several workers hold it. Errors: `ConfigError` for a model that is not there or
+    `share`: how several workers hold it; `before_placing` is called with the whole model, which may
+    be on the CPU. Errors: `ConfigError` for a model that is not there or
     that the losses cannot serve."""
     torch.manual_seed(seed)
     attention = attention_implementations(config, runtime)
@@ -106,9 +108,7 @@ def load_model(
                 f"mxfp4: the weights are widened to {str(dtype).rpartition('.')[2]}, without a loss"
             )
     _check(model, tokenizer, config.name or "model.architecture")
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.x on
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    blocks.recompute(model, config.gradient_checkpointing)
     for line in _freeze_unused(model):
         say(line)
     if config.adapter is not None:
@@ -119,6 +119,7 @@ def load_model(
     for line in freeze(model, config.freeze):
         say(line)
     model.train()
+    before_placing(model)
     parallel.place(model, runtime, share, say)
     return model
 

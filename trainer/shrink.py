@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import torch
 
+from trainer import phases
 from trainer.checkpoint import resolve
 from trainer.config import (
     Adapter,
@@ -115,6 +116,7 @@ def _data(data: Data, stage: str, notes: list[str]) -> Data:
         train=_sources(data.train, "train", stage, notes),
         validation=_sources(data.validation, "heldout", stage, notes),
         sequence_length=length,
+        curriculum=phases.shortened(data, length),
         chat_template=_template(data.chat_template, notes),
     )
 

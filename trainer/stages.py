@@ -12,13 +12,26 @@ from typing import Any, Optional
 
 import torch
 
-from trainer import alarm, copies, float8, models, parallel, probe, resume, sinks, trial
+from trainer import (
+    alarm,
+    blocks,
+    copies,
+    float8,
+    models,
+    parallel,
+    phases,
+    probe,
+    resume,
+    sinks,
+    trial,
+)
 from trainer.banner import banner, run_meta
 from trainer.checkpoint import load_state, resolve
 from trainer.config import ConfigError, Job, Source, StageConfig, missing_blocks, to_dict
 from trainer.config_train import refused
 from trainer.context import Context
 from trainer.data import chat, read
+from trainer.data.curriculum import Curriculum
 from trainer.data.shapes import Skipped
 from trainer.data.stream import Rows, Stream, build_rows
 from trainer.data.tokenizer import train_tokenizer
@@ -149,31 +162,30 @@ def train(
             world_size=runtime.world_size,
             seed=settings.seed,
         )
+        horizon = _horizon(context, stream)
+        if config.data.curriculum:
+            stream = _curriculum(context, rows, micro_batch, accumulate)
         checkpoints, newest = resume.begin(context.folder, config, tokens, runtime, context.say)
         if newest is not None and plan.adapter is None:
             plan = replace(plan, name=str(newest), init="pretrained", architecture=None)
         model = models.load_model(
             plan, tokens, runtime, settings.seed,
             adapter_from=newest, share=_share(config), say=context.say,
+            before_placing=lambda model: _quicken(context, model),
         )  # fmt: skip
         name = (config.model.name if config.model.architecture is None else None) or "the model"
         trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
-        size, steady = float8.micro_batch_tokens(settings, config.data)
-        compiled = bool(getattr(plan, "compile", False))
-        for line in float8.convert(
-            model, plan, runtime, tokens=size, steady=steady, compiled=compiled
-        ):
-            context.say(line)
         found = replace(context, rows=rows, held_out=held_out, model=model, fresh=newest is None)
         try:
             objective = make_objective(found, tokens)
         except Left:
             return _left(context, newest, time.perf_counter() - started)
-        horizon = _horizon(context, stream)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):
             context.say(line)
         _say_what_learns(context, model)
 
+        meter = Meter(model, stream.rows, runtime, context.job.peak_tflops)
+        stream.changed = meter.read
         loop = Loop(
             settings,
             folder=context.folder,
@@ -190,7 +202,7 @@ def train(
             signalled=context.signalled,
             stop_asked=context.stop_asked,
             say=context.say,
-            measure=Meter(model, rows, runtime, context.job.peak_tflops).facts,
+            measure=meter.facts,
         )
         with alarm.listening(model, runtime, context.folder):
             fewer = probe.noted(context.folder, runtime)
@@ -199,7 +211,12 @@ def train(
                 context.say(f"at most {fewer} rows at a time: more ran out of memory before")
             elif settings.micro_batch == "auto" and newest is None:  # a checkpoint knows what fits
                 largest = probe.largest_micro_batch(
-                    model, objective, rows, runtime, limit=stream.micro_batch, say=context.say
+                    model,
+                    objective,
+                    stream.rows,
+                    runtime,
+                    limit=stream.micro_batch,
+                    say=context.say,
                 )
                 loop.limit_micro_batch(largest)
             outcome = loop.run()
@@ -332,6 +349,21 @@ def _share(config: StageConfig) -> parallel.Parallel:
     return "ddp" if wanted == "auto" and refused(config.stage, "fsdp") else wanted
 
 
+def _quicken(context: Context, model: Any) -> None:
+    """Products in float8, and compiled blocks, as the stage asks: in this order, and before the
+    model is sharded."""
+    config = context.config
+    assert config.model is not None and config.train is not None
+    size, steady = float8.micro_batch_tokens(config.train, config.data)
+    for line in float8.convert(
+        model, config.model, context.runtime, tokens=size, steady=steady,
+        compiled=config.model.compile,
+    ):  # fmt: skip
+        context.say(line)
+    if config.model.compile:
+        blocks.compile_blocks(model, packing=config.data.packing)
+
+
 def _say_what_learns(context: Context, model: Any) -> None:
     mask = frozen_mask(model)
     if context.runtime.main:
@@ -342,6 +374,23 @@ def _say_what_learns(context: Context, model: Any) -> None:
             f"trainable: {learns['parameters']:,} of {mask['parameters']:,} parameters"
             f" ({learns['share']:.2%}) in {learns['tensors']} tensors; frozen_mask.json lists them"
         )
+
+
+def _curriculum(context: Context, rows: Rows, micro_batch: int, accumulate: int) -> Stream:
+    """The stream of `rows` whose first ones are shorter. Errors: `ConfigError`."""
+    config, runtime = context.config, context.runtime
+    if (wrong := phases.problem(config)) is not None:
+        raise ConfigError(f"stage {config.id}: {'.'.join(map(str, wrong[0]))}: {wrong[1]}")
+    assert config.train is not None
+    return Curriculum(
+        rows,
+        config.data.curriculum,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        seed=config.train.seed,
+    )
 
 
 def _horizon(context: Context, stream: Stream) -> Horizon:

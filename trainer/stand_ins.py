@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import torch
 
+from trainer import phases
 from trainer.config import (
     ConfigError,
     Data,
@@ -136,6 +137,7 @@ class _Making:
             train=tuple(self._source(source, "train", stage) for source in data.train),
             validation=tuple(self._source(source, "heldout", stage) for source in data.validation),
             sequence_length=length,
+            curriculum=phases.shortened(data, length),
             chat_template=template,
         )
 

@@ -24,14 +24,19 @@ class Meter:
         self, model: nn.Module, rows: Rows, runtime: Runtime, peak_tflops: Optional[float]
     ) -> None:
         self._flops_per_row: Optional[float] = None
+        self._model, self._device = model, runtime.device
         self._peak = (peak_tflops or 0.0) * 1e12 * runtime.world_size
+        self._gpu = gpu_reader(runtime.device)
+        self.read(rows)
+
+    def read(self, rows: Rows) -> None:
+        """From now on the rows that are counted are these."""
         # Of rows that only ask, what is trained on is not known here.
         learns = rows.summary["supervised_tokens"] > 0
-        if self._peak and learns and runtime.device.type == "cuda":
-            per_token = flops_per_token(model, mean_context(rows))
+        if self._peak and learns and self._device.type == "cuda":
+            per_token = flops_per_token(self._model, mean_context(rows))
             if per_token is not None:
                 self._flops_per_row = per_token * rows.summary["tokens"] / len(rows)
-        self._gpu = gpu_reader(runtime.device)
 
     def facts(self, examples_per_sec: float) -> dict[str, float]:
         """`mfu` (of 1) for `examples_per_sec` rows of all workers, padding not counted; and the

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import parallel
+from trainer import float8, parallel
 from trainer.attention import kind_of, needs_16_bits
 from trainer.batch import Batch
 from trainer.config import ConfigError
@@ -47,8 +47,7 @@ def check(
     """Errors: `ConfigError` when `model` (called `name` there) rescales its logits, gets another
     result from its attention than from eager attention, or lets the documents of a row see each
     other, or without `packing` those of other rows. `pairs`: rows hold two answers each, packed or
-    not. The model, its mode
-    and the random states are as before; no rank waits for another."""
+    not. The model, its mode and the random states are as before."""
     with _undisturbed(model, runtime.device):
         dtype = torch.float32 if _exact(model, runtime) else runtime.dtype
         off = logits_off(model, runtime)
@@ -175,10 +174,12 @@ def _exact(model: Any, runtime: Runtime) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; mode and random states are restored."""
+    """Evaluation mode without gradients, no compiler and plain products; mode and random states are
+    restored."""
     training = model.training
     cards = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cards), torch.no_grad():
+    uncompiled = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(cards), torch.no_grad(), uncompiled, float8.plain(model):
         model.eval()
         try:
             yield

@@ -9,8 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speed.world import CLIP, LR, STUDENT_SEED, Size, peak_mib, texts
+from speed.world import (
+    CLIP,
+    LR,
+    RANK,
+    STUDENT_SEED,
+    Absent,
+    Size,
+    pair_tokens,
+    peak_mib,
+    texts,
+)
 from trainer.config import (
+    ConfigError,
     Data,
     Distill,
     Job,
@@ -20,14 +31,51 @@ from trainer.config import (
     StageName,
     Targets,
     Train,
+    build,
+    to_dict,
 )
 
 #: case -> (stage, what `kd` says, packed rows)
 CASES: dict[str, tuple[StageName, dict[str, Any], bool]] = {
     "sft ours packed": ("sft", {}, True),
     "sft ours padded": ("sft", {}, False),
+    **{
+        f"sft ours {how}": ("sft", {}, True)
+        for how in (
+            "compiled",
+            "checkpointing",
+            "checkpointing compiled",
+            "selective",
+            "selective compiled",
+            "fsdp",
+            "float8",
+            "checkpointing float8",
+        )
+    },
+    "lora ours": ("sft", {}, True),
+    "lora ours compiled": ("sft", {}, True),
+    "dpo ours": ("dpo", {}, False),
     "kd ours": ("kd", {"teacher": "teacher"}, True),
     "kd-precompute ours": ("kd", {"mode": "precompute", "targets": "targets"}, True),
+}
+
+_COMPILED = {"compile": True}
+#: case -> what else its stage says, by block. `BASE` stands for the model that has weights.
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "sft ours compiled": {"model": _COMPILED},
+    "sft ours checkpointing": {"model": {"gradient_checkpointing": True}},
+    "sft ours checkpointing compiled": {"model": {"gradient_checkpointing": True, **_COMPILED}},
+    "sft ours checkpointing float8": {
+        "model": {"gradient_checkpointing": True, "float8": "torchao", **_COMPILED}
+    },
+    "sft ours selective": {"model": {"gradient_checkpointing": "selective"}},
+    "sft ours selective compiled": {"model": {"gradient_checkpointing": "selective", **_COMPILED}},
+    "sft ours fsdp": {"train": {"parallel": "fsdp"}},
+    "sft ours float8": {"model": {"float8": "torchao", **_COMPILED}},
+    "lora ours": {"model": {"name": "BASE", "init": "pretrained", "adapter": {"rank": RANK}}},
+    "lora ours compiled": {
+        "model": {"name": "BASE", "init": "pretrained", "adapter": {"rank": RANK}, **_COMPILED}
+    },
 }
 
 
@@ -44,6 +92,8 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
     from trainer.data.stream import build_rows
 
     config = stage(case, work, size)
+    if config.stage not in stages.STAGES:
+        raise Absent(f"no stage '{config.stage}' in this trainer")
     shutil.rmtree(config.output, ignore_errors=True)
     assert config.train is not None
     middle, last = f"step {size.steps}/", f"step {2 * size.steps}/"
@@ -59,9 +109,20 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
         job = Job(run="throughput", stages=(config,), peak_tflops=peak_tflops)
         try:
             stages.run_stage(config, job, process, say, lambda: False)
+        except ConfigError as error:  # such as a device that lacks what the case is about
+            if case not in CHANGES:
+                raise
+            raise Absent(str(error).splitlines()[0]) from error
         except Enough:
             before, after = logged_steps(Path(config.output))[-2:]
         peak = peak_mib(process.device)
+    seconds = times[-1] - times[-2]
+    if config.stage == "dpo":  # every pair is as long as any other
+        micro, accumulate, _ = size.dpo
+        learned = size.steps * micro * accumulate * pair_tokens(size) / seconds
+        shutil.rmtree(config.output)
+        return {"supervised_per_sec": learned, "real_per_sec": learned, "peak_mib": peak,
+                "loss": after["train_loss"]}  # fmt: skip
     tokens = models.load_tokenizer(str(work / "student"))
     rows = build_rows(
         config.data.train, tokens, sequence_length=config.data.sequence_length,
@@ -69,7 +130,7 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
     )  # fmt: skip
     # Metrics count what is learned: all tokens but the first of each text.
     real = rows.summary["tokens"] / rows.summary["supervised_tokens"]
-    learned = (after["tokens"] - before["tokens"]) / (times[-1] - times[-2])
+    learned = (after["tokens"] - before["tokens"]) / seconds
     shutil.rmtree(config.output)
     return {
         "supervised_per_sec": learned,
@@ -97,12 +158,12 @@ def write_targets(work: Path, size: Size) -> None:
 def stage(case: str, work: Path, size: Size) -> StageConfig:
     """The job's stage. Distillation is the divergence alone, at T = 1, as TRL's trainer has it."""
     name, kd, packing = CASES[case]
-    micro, accumulate, length = size.kd if name == "kd" else size.sft
+    micro, accumulate, length = {"kd": size.kd, "dpo": size.dpo}.get(name, size.sft)
     paths = {k: str(work / v) if k in ("teacher", "targets") else v for k, v in kd.items()}
     path = str(work / f"{name}.jsonl")
-    if not packing:
+    if not packing and name == "sft":
         micro = padded_micro_batch(work, size)
-    return StageConfig(
+    made = StageConfig(
         id=name,
         stage=name,
         output=str(work / "out"),
@@ -116,6 +177,21 @@ def stage(case: str, work: Path, size: Size) -> StageConfig:
         ),
         kd=Distill(**paths, temperature=1.0, alpha=0.0) if kd else None,
     )  # fmt: skip
+    return changed(made, CHANGES[case], work) if case in CHANGES else made
+
+
+def changed(config: StageConfig, blocks: dict[str, dict[str, Any]], work: Path) -> StageConfig:
+    """The stage with other settings. Errors: `Absent` where this trainer has no such key."""
+    raw, problems = to_dict(config), []  # type: ignore[var-annotated]
+    for block, settings in blocks.items():
+        raw[block].update(settings)
+    if raw["model"]["name"] == "BASE":
+        raw["model"]["name"] = str(work / "teacher")
+    made: StageConfig = build(StageConfig, raw, (), problems)
+    if problems:
+        at, what = problems[0]
+        raise Absent(f"{'.'.join(map(str, at))}: {what}")
+    return made
 
 
 def padded_micro_batch(work: Path, size: Size) -> int:

@@ -8,18 +8,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speed.world import CLIP, LR, Size, peak_mib, student, synchronize, teacher, texts
+from speed.world import (
+    CLIP,
+    LR,
+    RANK,
+    Absent,
+    Size,
+    pair_tokens,
+    peak_mib,
+    student,
+    synchronize,
+    teacher,
+    texts,
+)
 
 #: case -> modules that it needs
 CASES = {
     "sft trl packed": ("trl", "datasets"),
     "sft trl packed liger": ("trl", "datasets", "liger_kernel"),
+    "lora trl": ("trl", "datasets", "peft"),
+    "dpo trl": ("trl", "datasets"),
     "kd trl": ("trl.experimental.gkd", "datasets"),
 }
-
-
-class Absent(Exception):
-    """A baseline that cannot be imported here."""
 
 
 def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dict[str, float]:
@@ -34,12 +44,16 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
         except Exception as error:  # a peer may fail in any way while it is imported
             raise Absent(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = (distillation if case.startswith("kd") else fine_tuning)(case, work, size, device)
+    made = {"kd": distillation, "dpo": preference}.get(case.split()[0], fine_tuning)
+    trainer = made(case, work, size, device)
     clock = Clock(size.steps, device)
     trainer.add_callback(clock.callback())
     counts = count_tokens(trainer, clock)
     trainer.train()
     seconds = clock.seconds()
+    if case.startswith("dpo"):  # every pair is as long as any other
+        tokens = size.steps * size.dpo[0] * size.dpo[1] * pair_tokens(size)
+        counts = {"supervised": tokens, "real": tokens}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "supervised_per_sec": float(counts["supervised"]) / seconds,
@@ -61,10 +75,38 @@ def fine_tuning(case: str, work: Path, size: Size, device: Any) -> Any:
         per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate,
         use_liger_kernel="liger" in case,
     )  # fmt: skip
+    adapter = None
+    if case.startswith("lora"):
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     return SFTTrainer(
+        (teacher if adapter else student)(work, device, attention(device)),
+        args=arguments,
+        peft_config=adapter,
+        train_dataset=Dataset.from_dict({"text": texts(work / "sft.jsonl")}),
+        processing_class=AutoTokenizer.from_pretrained(work / "student"),
+    )
+
+
+def preference(case: str, work: Path, size: Size, device: Any) -> Any:
+    """DPOTrainer with the reference's log-probs computed before the first step, as ours."""
+    import json
+
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    micro, accumulate, length = size.dpo
+    pairs = [json.loads(line) for line in (work / "dpo.jsonl").read_text().splitlines()]
+    arguments = DPOConfig(
+        **common(work, size, device), max_length=length, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate, precompute_ref_log_probs=True,
+    )  # fmt: skip
+    return DPOTrainer(
         student(work, device, attention(device)),
         args=arguments,
-        train_dataset=Dataset.from_dict({"text": texts(work / "sft.jsonl")}),
+        train_dataset=Dataset.from_list(pairs),
         processing_class=AutoTokenizer.from_pretrained(work / "student"),
     )
 
@@ -158,7 +200,8 @@ def count_tokens(trainer: Any, clock: Clock) -> dict[str, Any]:
         if clock.running:
             mask = inputs.get("attention_mask")  # packed rows have none, and no padding
             sums["real"] += inputs["input_ids"].numel() if mask is None else mask.sum()
-            sums["supervised"] += (inputs["labels"][:, 1:] != -100).sum()
+            if "labels" in inputs:  # pairs have none
+                sums["supervised"] += (inputs["labels"][:, 1:] != -100).sum()
         return train(model, inputs, *more, **named)
 
     trainer.training_step = training_step

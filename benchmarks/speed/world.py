@@ -13,6 +13,8 @@ import numpy as np
 #: The students and teachers have equal shapes; seeds tell them apart.
 STUDENT_SEED, TEACHER_SEED = 1, 2
 CLIP, LR = 1.0, 1e-5
+#: Of the adapters; their alpha is twice that.
+RANK = 16
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,24 @@ class Size:
     steps: int
     rounds: int
     documents: int
+    weights: bool = True  # a second model's, which `kd` has as its teacher and `lora` as its base
+    dpo: tuple[int, int, int] = (2, 1, 128)  # pairs, micro-batches, tokens of a pair's row
 
 
 #: The shape of Llama-3.2-1B; distillation at 32 x 1,024 tokens.
-FULL = Size(2048, 16, 32, 8, 8192, 128256, (4, 2, 2048), (4, 8, 1024), 10, 3, 1500)
+FULL = Size(2048, 16, 32, 8, 8192, 128256, (4, 2, 2048), (4, 8, 1024), 10, 3, 1500,
+            dpo=(4, 1, 2048))  # fmt: skip
 TINY = Size(64, 2, 4, 2, 128, 4096, (4, 1, 128), (2, 2, 128), 4, 1, 200)
+#: Those of `--gpu`: the shapes of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, without a teacher.
+GPU_1B = Size(2048, 16, 32, 8, 8192, 128256, (8, 1, 2048), (4, 8, 1024), 10, 1, 2000, weights=False)
+GPU_3B = Size(3072, 28, 24, 8, 8192, 128256, (4, 1, 2048), (4, 8, 1024), 8, 1, 1500, weights=False)
+GPU_8B = Size(4096, 32, 32, 8, 14336, 128256, (4, 1, 2048), (4, 8, 1024), 8, 1, 1500)
+SIZES = {"tiny": TINY, "full": FULL, "1b": GPU_1B, "3b": GPU_3B, "8b": GPU_8B}
+
+
+class Absent(Exception):
+    """A case that cannot be measured here, and why: a baseline that cannot be imported, a key or a
+    stage that this trainer has not, a device that lacks something."""
 
 
 def prepare(work: Path, size: Size, on_gpu: bool) -> None:
@@ -55,12 +70,16 @@ def prepare(work: Path, size: Size, on_gpu: bool) -> None:
     config.save_pretrained(work / "student")
     torch.manual_seed(TEACHER_SEED)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(work / "teacher")
-    tokens.save_pretrained(work / "teacher")
+    if size.weights:
+        with torch.device("cuda" if on_gpu else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.save_pretrained(work / "teacher")
+        tokens.save_pretrained(work / "teacher")
     micro, accumulate, length = size.kd
     write_texts(work / "sft.jsonl", mixed_lengths(size.documents, size.sft[2]), size.vocabulary)
     full = [length] * (2 * size.steps * micro * accumulate)  # padding plays no part
     write_texts(work / "kd.jsonl", full, size.vocabulary)
+    write_pairs(work / "dpo.jsonl", size)
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> Any:
@@ -93,6 +112,36 @@ def write_texts(path: Path, lengths: list[int], vocabulary: int) -> None:
         for tokens in lengths:
             words = random.integers(0, vocabulary - 2, tokens - 1)
             file.write(json.dumps({"text": " ".join(f"w{word}" for word in words)}) + "\n")
+
+
+def write_pairs(path: Path, size: Size) -> None:
+    """Pairs that fill their rows: a prompt of an eighth, and two answers, of random words."""
+    random = np.random.default_rng(2)
+    prompt, answer = pair_lengths(size)
+    micro, accumulate, _ = size.dpo
+    with path.open("w") as file:
+        for _ in range(2 * size.steps * micro * accumulate):
+            drawn = random.integers(0, size.vocabulary - 2, prompt + 2 * answer)
+            words = [f"w{word}" for word in drawn]
+            line = {
+                "prompt": " ".join(words[:prompt]),
+                "chosen": " " + " ".join(words[prompt : prompt + answer]),
+                "rejected": " " + " ".join(words[prompt + answer :]),
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def pair_lengths(size: Size) -> tuple[int, int]:
+    """Words of a pair's prompt and of each answer; with its end, an answer has a token more."""
+    length = size.dpo[2]
+    prompt = length // 8
+    return prompt, length // 2 - prompt - 1
+
+
+def pair_tokens(size: Size) -> int:
+    """Tokens of a pair, as both sides read them: each answer with its prompt and its end."""
+    prompt, answer = pair_lengths(size)
+    return 2 * (prompt + answer + 1)
 
 
 def texts(path: Path) -> list[str]:

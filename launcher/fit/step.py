@@ -51,6 +51,7 @@ class Step:
     dense: bool = False
     teacher: Optional[Shape] = None
     start: bool = False  # the model it began as stays beside it (kd.keep_logits)
+    selective: bool = False  # checkpointing, but for results of products and of attention
     on_cpu: bool = False
 
     @property
@@ -139,6 +140,31 @@ def layer_activations(step: Step) -> float:
     return norms + inputs + outputs + kept + attention
 
 
+def products_kept(step: Step) -> float:
+    """What selective checkpointing keeps of one block (trainer/blocks.py): the results of its
+    matrix products, those of an adapter too, and that of fused attention with its logarithm."""
+    sizes = step.shape.projections
+    active = max(step.shape.experts_per_token, 1)
+    outputs = sum(
+        size[0] * (active if name in ("gate_proj", "up_proj", "down_proj") else 1)
+        for name, size in sizes.items()
+    )
+    outputs += sum(step.rank + sizes[name][0] for name in step.targets)
+    attention = 0 if step.eager else step.wide * step.shape.heads * step.shape.head_dim
+    return step.wide * outputs + attention + (0 if step.eager else 4 * step.shape.heads)
+
+
+def _shared(step: Step) -> float:
+    """Of what a block computes again, what is one of the results that selective checkpointing kept
+    and is counted with them: gate, up, values, and attention's own."""
+    if not step.selective:
+        return 0.0
+    shape = step.shape
+    inner = shape.intermediate * max(shape.experts_per_token, 1)
+    own = 2 * inner + shape.kv_heads * shape.head_dim
+    return step.wide * (own + (0 if step.eager else shape.heads * shape.head_dim))
+
+
 def transient(shape: Shape) -> float:
     """What a block of a model that is only read has in hand at most (measured: 8.4 hidden + 6
     intermediate)."""
@@ -209,7 +235,7 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     if step.checkpointing:
         again = Part(
             "activations of one block",
-            step.tokens * (layer_activations(step) - _between(step)),
+            step.tokens * (layer_activations(step) - _between(step) - _shared(step)),
             f"computed again: {count(step.tokens)} tokens x {layer_activations(step):,.0f} bytes",
         )
         one = [
@@ -217,7 +243,7 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
         ]
         head = _head_gradients(step)
         yield "the last block's backward pass", [kept, again, *one, head, backward]
-        rest = Part(kept.name, kept.bytes / layers, "the first block's input")
+        rest = Part(kept.name, kept.bytes / layers, "what the first block keeps")
         most = _without(step, gradients, "model.layers.0.")
         yield "the first block's backward pass", [rest, again, *one, most, backward]
     else:
@@ -232,7 +258,9 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
 def _kept(step: Step) -> Part:
     """What all blocks keep until the backward pass."""
     layers, tokens = step.shape.layers, step.tokens
-    if step.checkpointing:
+    if step.selective:
+        each, what = _between(step) + products_kept(step), "inputs and products of"
+    elif step.checkpointing:
         each, what = _between(step), "the inputs of"
     else:
         each, what = layer_activations(step), "of"

@@ -18,7 +18,18 @@ from launcher.fit import Change, Memory, Part
 from launcher.forecast import Forecast
 from launcher.spec import Budget, Expected, Recipe, Stage
 from tests.launcher.recorded import Recorder
-from trainer.config import Adapter, Data, Distill, Model, Sdce, Source, Targets, Train, to_dict
+from trainer.config import (
+    Adapter,
+    Data,
+    Distill,
+    Model,
+    Phase,
+    Sdce,
+    Source,
+    Targets,
+    Train,
+    to_dict,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = shapes.Shape(512, 64, 2, 4, 2, 16, 128, True)
@@ -104,6 +115,25 @@ def test_checkpointing_adds_a_forward_pass_of_the_blocks() -> None:
     assert speed.forward_flops(SMALL, 128) - speed.forward_flops(SMALL, 128, head=False) == (
         2 * SMALL.vocabulary * SMALL.hidden
     )
+
+
+def test_selective_checkpointing_repeats_no_product() -> None:
+    selective = Model("a/b", gradient_checkpointing="selective")
+    assert flops(selective) == flops(Model("a/b"))
+    plain, some = (speed.work(stage(model=model), SMALL) for model in (Model("a/b"), selective))
+    assert some.elements > plain.elements
+
+
+def test_a_curriculum_has_as_many_tokens_over_a_shorter_context() -> None:
+    whole = Data(sequence_length=128)
+    shorter = Data(sequence_length=128, curriculum=(Phase(32, 0.5), Phase(64, 0.75)))
+    mean = Data(sequence_length=64)  # 0.5 * 32 + 0.25 * 64 + 0.25 * 128
+    long, short, even = (speed.work(stage(data=data), SMALL) for data in (whole, shorter, mean))
+    assert short.tokens == long.tokens == 2 * even.tokens
+    assert short.flops / short.tokens == even.flops / even.tokens < long.flops / long.tokens
+    read = [amount.of_stage(stage(data=data), 1) for data in (whole, shorter)]
+    assert (read[0].tokens, read[0].steps) == (read[1].tokens, read[1].steps)
+    assert "rows of 32 tokens until 50%, 64 until 75%, then 128" in read[1].how[-1]
 
 
 def test_a_teacher_adds_two_flops_a_parameter_and_stored_answers_none() -> None:

@@ -90,3 +90,52 @@ def test_ours_and_the_textbook_are_measured_on_the_same_batches(
     assert min(mine["real_per_sec"], book["real_per_sec"], mine["peak_mib"]) > 0
     shares = [facts["supervised_per_sec"] / facts["real_per_sec"] for facts in (mine, book)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-9) and 0.8 < shares[0] < 1
+
+
+def test_a_key_that_the_trainer_lacks_makes_a_case_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from speed import ours, world
+
+    monkeypatch.setitem(ours.CHANGES, "sft ours fsdp", {"train": {"warp": 9}})
+    with pytest.raises(world.Absent, match=r"train\.warp: unknown key"):
+        ours.stage("sft ours fsdp", tmp_path, world.TINY)
+    monkeypatch.setitem(ours.CHANGES, "sft ours fsdp", {"model": {"compile": True}})
+    made = ours.stage("sft ours fsdp", tmp_path, world.TINY)
+    assert made.model is not None and made.model.compile
+
+
+def test_every_case_has_a_side_and_every_ratio_its_cases(
+    throughput: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from speed import gpu, ours, peers, textbook, world
+
+    sides = {*ours.CASES, *peers.CASES, *textbook.CASES}
+    cases = {f"{task} {case}" for task, found in throughput.CASES.items() for case in found}
+    assert cases | {case for found in gpu.CASES.values() for case in found} <= sides
+    assert {case for ratio in throughput.RATIOS for case in ratio[:2]} <= cases
+    assert ours.CHANGES.keys() <= ours.CASES.keys() and gpu.CASES.keys() <= world.SIZES.keys()
+
+
+def test_what_is_asked_of_an_h100_is_met_missed_or_not_measured(
+    throughput: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from speed import gpu
+
+    plain, eight = gpu.CASES["3b"]
+
+    def asked(mfu: float, faster: float, loss: float) -> list[Any]:
+        reports = {
+            "1b": {"results": {"sft ours compiled": {**speed(1.0), "mfu": mfu}}},
+            "3b": {"results": {plain: speed(100.0), eight: {**speed(100 * faster), "loss": loss}}},
+            "8b": {"results": {"lora ours": speed(5000.0), "lora trl": {"absent": "no trl"}}},
+        }
+        return [met for _, met in gpu.verdicts(reports)]
+
+    assert asked(0.51, 1.2, 1.004) == [True, True, True, None]
+    assert asked(0.49, 1.1, 1.006) == [False, False, False, None]
+    nothing: dict[str, Any] = {name: {"results": {}} for name in gpu.CASES}
+    assert [met for _, met in gpu.verdicts(nothing)] == [None] * 4

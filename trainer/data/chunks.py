@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import numpy as np
@@ -33,7 +33,9 @@ class Chunks:
     `targets[i]` of them are successors in chunk i, at least one. `sources`: of each {name, shards,
     documents, tokens, sample_ids} and, where there are any, `truncated` and `unsupervised`
     documents and `skipped` lines with `skipped_lines`, the first of them.
-    Chunk i is part of `documents[document[i]]`: (index of the source, id of the document)."""
+    Chunk i is part of `documents[document[i]]`: (index of the source, id of the document). `sizes`:
+    tokens of each document, all of which lie in `tokens`, one behind the other; `cut`: whether it
+    goes on in further chunks (text), or loses its end (an exchange)."""
 
     tokens: Tokens
     starts: NDArray[np.int64]
@@ -45,6 +47,8 @@ class Chunks:
     sources: list[dict[str, Any]]
     document: NDArray[np.int64]
     documents: list[tuple[int, str]]
+    sizes: NDArray[np.int64]
+    cut: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -67,6 +71,7 @@ class _Read:
     tokens: list[Tokens]
     learned: list[Optional[Learned]]
     names: list[tuple[int, str]]
+    cut: list[bool]
     facts: list[dict[str, Any]]
 
 
@@ -89,29 +94,93 @@ def read_chunks(
     require_sources(sources)
     sources = expand(sources)
     encoder = Encoder(tokenizer, sequence_length)
-    read = _Read([], [], [], [])
+    read = _Read([], [], [], [], [])
     have = 0
     for index, source in enumerate(sources):
         quota = None if limit is None else have + -(-(limit - have) // (len(sources) - index))
         have = _read_source(source, encoder, view or View(), read, have, quota, worth)
     sizes = np.array([len(part) for part in read.tokens], dtype=np.int64)
     starts, lengths, supervised, document = _cut(sizes, sequence_length)
-    learned, targets = None, supervised
+    learned = None
     if any(part is not None for part in read.learned):
         learned = np.concatenate(
             [np.ones(n, bool) if part is None else part for n, part in zip(sizes, read.learned)]
         )
-        before = np.concatenate([[0], np.cumsum(learned)])
-        targets = before[starts + 1 + supervised] - before[starts + 1]
-        used = targets > 0  # a chunk that only asks teaches nothing
-        starts, lengths, supervised = starts[used], lengths[used], supervised[used]
-        targets, document = targets[used], document[used]
-    if not len(starts):
+    tokens = np.concatenate(read.tokens) if read.tokens else np.zeros(0, dtype=np.int32)
+    chunks = Chunks(
+        tokens, starts, lengths, supervised, learned, supervised, encoder.eos, read.facts, document,
+        read.names, sizes, np.array(read.cut, dtype=np.bool_),
+    )  # fmt: skip
+    chunks = _that_teach(chunks)
+    if not len(chunks):
         raise DataError(_nothing(read.facts, sequence_length))
-    tokens = np.concatenate(read.tokens)
-    return Chunks(
-        tokens, starts, lengths, supervised, learned, targets, encoder.eos, read.facts, document,
-        read.names,
+    return chunks
+
+
+def recut(
+    chunks: Chunks,
+    sequence_length: int,
+    used: NDArray[np.int64],
+    read: NDArray[np.bool_],
+) -> Chunks:
+    """The documents `used` (ascending) of `chunks` in chunks of at most `sequence_length` tokens,
+    without the tokens that were `read` [tokens]: what is left of a document between those begins a
+    chunk of its own. An exchange has only its beginning, and none where that was read."""
+    ends = np.cumsum(chunks.sizes)
+    begins = ends - chunks.sizes
+    wanted = np.zeros(len(chunks.sizes), dtype=np.bool_)
+    wanted[used] = True
+    left = np.repeat(wanted, chunks.sizes) & ~read
+    if not left.any():
+        return _of(chunks, *(np.zeros(0, dtype=np.int64) for _ in range(4)))
+    # A run of tokens that are left ends where its document does.
+    first, last = left.copy(), left.copy()
+    first[1:] &= ~left[:-1]
+    last[:-1] &= ~left[1:]
+    first[begins[chunks.sizes > 0]] |= left[begins[chunks.sizes > 0]]
+    last[ends[chunks.sizes > 0] - 1] |= left[ends[chunks.sizes > 0] - 1]
+    start, end = np.flatnonzero(first), np.flatnonzero(last) + 1
+    document = np.searchsorted(ends, start, side="right")
+    # Of these tokens the next one is known: all but the last of a document.
+    known = np.minimum(end, ends[document] - 1) - start
+    count = -(-known // sequence_length)
+    whole = chunks.cut[document]
+    count = np.where(whole, count, np.where(start == begins[document], np.minimum(count, 1), 0))
+    run = np.repeat(np.arange(len(start)), count)
+    at = (np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)) * sequence_length
+    starts = start[run] + at
+    lengths = np.minimum(end[run] - starts, sequence_length)
+    supervised = np.minimum(known[run] - at, sequence_length)
+    return _of(chunks, starts, lengths, supervised, document[run])
+
+
+def _of(
+    chunks: Chunks,
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    supervised: NDArray[np.int64],
+    document: NDArray[np.int64],
+) -> Chunks:
+    """Other chunks of the same tokens."""
+    return _that_teach(
+        replace(
+            chunks, starts=starts, lengths=lengths, supervised=supervised, targets=supervised,
+            document=document,
+        )
+    )  # fmt: skip
+
+
+def _that_teach(chunks: Chunks) -> Chunks:
+    """`chunks` with their `targets`, without those that only ask: they teach nothing."""
+    if chunks.learned is None:
+        return chunks
+    starts, supervised = chunks.starts, chunks.supervised
+    before = np.concatenate([[0], np.cumsum(chunks.learned)])
+    targets = before[starts + 1 + supervised] - before[starts + 1]
+    used = targets > 0
+    return replace(
+        chunks, starts=starts[used], lengths=chunks.lengths[used], supervised=supervised[used],
+        targets=targets[used], document=chunks.document[used],
     )  # fmt: skip
 
 
@@ -136,6 +205,7 @@ def _read_source(
         read.tokens.append(tokens)
         read.learned.append(learned)
         read.names.append((len(read.facts), document.id))
+        read.cut.append(document.cut)
         if len(ids) < _SAMPLE_IDS:
             ids[document.id] = None
         have += worth(len(tokens))

@@ -178,6 +178,8 @@ def _chunks(read: _Read, end_of_text: int) -> Chunks:
         sources=read.facts,
         document=np.arange(len(sizes)),
         documents=read.names,
+        sizes=sizes,
+        cut=np.zeros(len(sizes), dtype=np.bool_),
     )
 
 

@@ -102,7 +102,7 @@ def read_prompts(
     chunks = Chunks(
         np.concatenate([np.array(prompt.ids, dtype=np.int32) for prompt in found]),
         np.cumsum(lengths) - lengths, lengths, none, None, none, encoder.eos, facts,
-        np.arange(len(found)), names,
+        np.arange(len(found)), names, lengths, np.zeros(len(found), dtype=np.bool_),
     )  # fmt: skip
     return Prompts(chunks, found, data.sequence_length, repeats)
 

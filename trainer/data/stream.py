@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any, Optional
@@ -172,9 +172,17 @@ class Stream:
         self.rows_per_step = micro_batch * accumulate * world_size
         self.position = 0
         self.served = 0  # steps that have had the rows at `position`
+        #: Called with the rows of a phase that begins.
+        self.changed: Callable[[Rows], None] = lambda rows: None
+        self.curriculum: list[list[float]] = []  # [sequence_length, until] of shorter rows
         self._rank, self._world_size = rank, world_size
         self._entropy = seed % 2**64
         self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    @property
+    def reading_batch(self) -> int:
+        """The rows of a micro-batch where rows have their whole length, as held-out ones have."""
+        return self.micro_batch
 
     def next_group(self) -> list[Batch]:
         """This rank's micro-batches of the next step; afterwards the position is behind it, once
@@ -188,6 +196,12 @@ class Stream:
         self.served += 1
         self._advance()
         return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
+
+    def advance(self, step: int, progress: float) -> bool:
+        """Whether rows become longer with `step` (counted from 0), at `progress` of the horizon:
+        here they never do."""
+        del step, progress
+        return False
 
     def resize(self, micro_batch: int) -> None:
         """From now on, cut the same global batch into micro-batches of at most `micro_batch`."""
@@ -211,14 +225,25 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the rows already seen. Errors: `DataError` if the data is not the same."""
-        if (state["epoch_rows"], state["digest"]) != (len(self.rows), self.rows.digest):
-            raise DataError(
-                f"the data changed: the checkpoint was made with {state['epoch_rows']} rows, now"
-                f" there are {len(self.rows)}, of other content; restore the data, its order and"
-                " the tokenizer, or start a new run"
-            )
+        self.check(state, self.rows)
         self.position, self.served = state["position"], state.get("served", 0)
         self._advance()  # they may serve fewer steps now
+
+    def check(self, state: dict[str, Any], rows: Rows) -> None:
+        """Errors: `DataError` where `state` is of other data than `rows`, or of rows of other
+        lengths."""
+        if (state["epoch_rows"], state["digest"]) != (len(rows), rows.digest):
+            raise DataError(
+                f"the data changed: the checkpoint was made with {state['epoch_rows']} rows, now"
+                f" there are {len(rows)}, of other content; restore the data, its order and"
+                " the tokenizer, or start a new run"
+            )
+        if state.get("curriculum", []) != self.curriculum:
+            raise DataError(
+                "data.curriculum changed: the checkpoint was made with"
+                f" {state.get('curriculum', []) or 'none'}, now it is {self.curriculum or 'none'}"
+                " ([sequence_length, until]); restore it, or start a new run"
+            )
 
     def _advance(self) -> None:
         if self.served >= self.rows.repeats:
