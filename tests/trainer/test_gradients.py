@@ -17,6 +17,7 @@ from trainer.batch import IGNORE
 from trainer.models import head_weight, hidden_states
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float64, torch.float32]
 
 
@@ -59,8 +60,10 @@ def test_packed_and_padded_rows_give_the_same_gradient(
 
 def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [gradients.__file__, tokenizer, texts, str(tmp_path)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
+    arguments = ["-m", "tests.trainer.gradients", tokenizer, texts, str(tmp_path)]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for dtype in DTYPES:
         for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity", "grpo"):

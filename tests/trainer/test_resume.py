@@ -129,10 +129,10 @@ def test_the_clean_steps_of_the_loss_scale_go_on_counting(
 def test_a_worse_loss_after_a_resume_is_not_the_best(
     stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer import loop
+    from trainer import evaluate
 
     losses = iter([4.0, 4.5, 4.6])
-    monkeypatch.setattr(loop, "cross_entropy", lambda *a, **k: (next(losses), 10))
+    monkeypatch.setattr(evaluate, "cross_entropy", lambda *a, **k: (next(losses), 10))
     stage = in_folder(stage, tmp_path / "out", steps=6, evaluate_every=2)
     run_stage(in_folder(stage, tmp_path / "out", until=2))
     run_stage(stage, attempt=2)
