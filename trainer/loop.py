@@ -165,7 +165,10 @@ class Loop:
         self.optimizer.load_state_dict(held)
         self.stream.load_state_dict(state["stream"])
         mine = self.runtime.rank if len(state["rng"]) == self.runtime.world_size else 0
-        self.objective.load_state_dict(state["objective"][mine])
+        held_by_all = state["objective"]  # earlier checkpoints hold one for all workers
+        self.objective.load_state_dict(
+            held_by_all[mine] if isinstance(held_by_all, list) else held_by_all
+        )
         self.step, self.tokens = state["step"], state["tokens"]
         self.training_seconds, self.best = state["training_seconds"], state["best"]
         self.evaluation = state["evaluation"]

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer import parallel
 from trainer.batch import IGNORE, Batch
 from trainer.config import ConfigError
 from trainer.data.stream import Rows
@@ -100,7 +101,8 @@ def precompute(
     same `about` is kept, and what is found is saved there.
 
     Out of memory, a rank goes on with halves. Errors: `ConfigError`, on all ranks, when one row
-    does not fit; `Left` when some rank was asked to `leave`: what was found until then is saved."""
+    does not fit; `Left` when some rank was asked to `leave`: what was found until then is saved;
+    `Leave` when a rank runs out of memory and the model is sharded."""
     path, wanted = folder / NAME, [_digest(rows) for rows in parts]
     # Nodes may have disks of their own: what counts is what the first rank has.
     found = runtime.gather(_load(path, about, say) if runtime.main else None)[0]
@@ -122,7 +124,11 @@ def precompute(
         if runtime.any(leave())[0]:
             save(complete=False)
             raise Left
-        fresh, fitting = _read(model, mine[first : first + block], runtime, fitting, say)
+        here = mine[first : first + block]
+        if parallel.is_sharded(model):
+            fresh = _read_together(model, here, everything[0], runtime, fitting)
+        else:
+            fresh, fitting = _read(model, here, runtime, fitting, say)
         if runtime.any(fitting == 0)[0]:
             raise ConfigError(
                 f"{_WHERE}: one row does not fit in the device's memory: lower"
@@ -164,6 +170,30 @@ def _read(
                 return found, 0
             say(f"reference: out of memory: {fitting} rows at a time")
     return found, fitting
+
+
+def _read_together(
+    model: nn.Module,
+    places: Sequence[tuple[Rows, int]],
+    other: tuple[Rows, int],
+    runtime: Runtime,
+    size: int,
+) -> dict[int, float]:
+    """The answers of these rows, by a model of which each rank has a part: it runs equally often on
+    every rank, in the end on the row `other`, whose answers are not kept."""
+    parts = [places[i : i + size] for i in range(0, len(places), size)]
+    waiting = [batch for part in parts for batch in _batches(part)]
+    found: dict[int, float] = {}
+    try:
+        for turn in range(int(runtime.largest(float(len(waiting))))):
+            mine = turn < len(waiting)
+            batch = waiting[turn] if mine else next(_batches([other]))
+            fresh = parallel.attempt(model, batch.rows, _batch, model, batch, runtime)
+            if mine and fresh is not None:
+                found.update(fresh)
+    finally:
+        parallel.settle(model)
+    return found
 
 
 def _batches(places: Sequence[tuple[Rows, int]]) -> Iterator[Batch]:

@@ -37,6 +37,7 @@ from trainer.data.corpus import python_reference
 from trainer.data.preferences import python_preferences
 from trainer.data.questions import python_questions
 from trainer.data.read import source_name
+from trainer.data.shapes import TEXTS
 from trainer.data.tokenizer import byte_tokenizer
 from trainer.shrink import STAND_IN_REWARD, first_layer, model_type, tiny, words
 
@@ -52,7 +53,9 @@ GROUP, ANSWER = 2, 8  # answers to a prompt, tokens of one
 _VOCABULARY, _TOP_K = 512, 16
 _KINDS = {
     "text": "pieces of Python's own reference",
+    "math_tool": "pieces of Python's own reference",
     "messages": "questions about Python",
+    "prompt": "questions about Python",
     "preference": "questions about Python with two answers",
 }
 _MAGIC = re.compile(r"\[[^\]]*\]|[*?]+")
@@ -129,7 +132,7 @@ class _Making:
         if template is not None and "://" in template:
             self.notes.append(f"data.chat_template: chatml instead of {template}")
             template = "chatml"
-        elif template is None and stage in ("sft", "dpo", "ipo", "grpo"):
+        elif template is None and _talks(data, stage):
             self.notes.append("data.chat_template: chatml, which the tiny tokenizer lacks")
             template = "chatml"
         return replace(
@@ -144,10 +147,7 @@ class _Making:
     def _source(self, source: Source, split: str, stage: str) -> Source:
         if source.builtin is not None:
             return source
-        chat = stage in ("sft", "grpo") or source.format in ("messages", "prompt", "math_tool")
-        shape: Any = "messages" if chat else "text"
-        if stage in ("dpo", "ipo") or source.format == "preference":
-            shape = "preference"
+        shape: Any = _shape(source, stage)
         count = self._documents(self._uri_of(source, split), source, split, shape)
         self.notes.append(f"data {source_name(source)}: {count} {_KINDS[shape]}")
         if source.hf is None:
@@ -309,16 +309,42 @@ class _Making:
             self.notes.append(f"{what}: {now} instead of {before}")
 
 
+def _talks(data: Data, stage: str) -> bool:
+    """Whether a chat template is needed."""
+    shapes = {_shape(source, stage) for source in (*data.train, *data.validation)}
+    return stage in ("sft", "dpo", "ipo", "grpo") or not shapes <= {*TEXTS}
+
+
+def _shape(source: Source, stage: str) -> str:
+    """The shape of a source's records: what the stage reads in any case, else what the source
+    says, else what fits the stage. The source keeps what it says."""
+    if stage in ("dpo", "ipo"):
+        return "preference"
+    if stage == "grpo":
+        return "messages"
+    if str(source.path).endswith(".txt") and source.format != "math_tool":
+        return "text"
+    if source.format not in (None, "auto"):
+        return source.format
+    return "messages" if stage == "sft" else "text"
+
+
 def _records(split: Any, shape: str, key: str, characters: int) -> Iterator[dict[str, Any]]:
     """Some hundred documents that this Python brings."""
-    if shape != "text":
+    if shape not in TEXTS:
         brought = python_preferences if shape == "preference" else python_questions
         found: Iterator[tuple[str, Any]] = brought(split)
-        make: Callable[[Any], dict[str, Any]] = dict
+        make: Callable[[Any], dict[str, Any]] = _completion if shape == "prompt" else dict
     else:
         found, make = python_reference(split), lambda text: {key: text[:characters]}
     for (_, content), _ in zip(found, range(DOCUMENTS)):
         yield make(content)
+
+
+def _completion(exchange: dict[str, Any]) -> dict[str, Any]:
+    """A question and its answer as a record of the shape `prompt`."""
+    *asked, answer = exchange["messages"]
+    return {"prompt": asked[-1]["content"], "completion": answer["content"]}
 
 
 def _chosen(wild: re.Match[str]) -> str:

@@ -63,12 +63,15 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
-        """Tells other texts, tokens or layouts apart: a checkpoint's position is of these rows. Of
-        a large store, a sample of the tokens is hashed."""
+        """Tells other texts, tokens, masks or layouts apart: a checkpoint's position is of these
+        rows. Of a large store, a sample of the tokens is hashed, and of what is learned of them."""
         tokens, lengths = self.chunks.tokens, self.chunks.lengths[self.packing.items]
-        sample = np.ascontiguousarray(tokens[:: max(1, len(tokens) // _HASHED)])
+        sample = slice(None, None, max(1, len(tokens) // _HASHED))
         digest = hashlib.sha256(str(len(tokens)).encode())
-        for array in (sample, lengths, self.packing.starts):
+        arrays = [tokens[sample], lengths, self.packing.starts]
+        if self.chunks.learned is not None:
+            arrays.append(np.packbits(self.chunks.learned[sample]))
+        for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional
 
 from torch import nn
 
-from trainer import copies, models
+from trainer import copies, models, parallel, probe
 from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Preference, Source, preference_problems, to_dict
 from trainer.context import Context
@@ -18,7 +18,6 @@ from trainer.data.stream import Rows
 from trainer.evaluate import held_out_rows
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
-from trainer.probe import first_cut
 from trainer.reference import Known, precompute
 
 #: Rows of the reference's forward pass, at most; halved when they do not fit.
@@ -68,9 +67,11 @@ def _known(context: Context, tokens: Any) -> Known:
             return context.model
         # Of another model than the one that goes on: random numbers are to be as they were.
         state = rng_state()
+        shared = context.model is not None and parallel.is_sharded(context.model)
         found = models.load_model(
-            replace(plan, gradient_checkpointing=False), tokens, runtime, settings.seed
-        )
+            replace(plan, gradient_checkpointing=False), tokens, runtime, settings.seed,
+            share="fsdp" if shared else "ddp",
+        )  # fmt: skip
         set_rng_state(state)
         context.say(f"reference: {models.parameter_count(found):,} parameters, read in again")
         return found
@@ -85,13 +86,16 @@ def _known(context: Context, tokens: Any) -> Known:
     read = [rows]
     if context.held_out is not None:
         read.append(context.held_out.first(held_out_rows(settings)))
+    fits = min(probe.first_cut(settings, runtime.world_size)[0], _ROWS)
+    if (fewer := probe.noted(context.folder, runtime)) is not None:
+        fits = min(fits, fewer)
     known = precompute(
         context.folder,
         read,
         start,
         runtime,
         about=about,
-        micro_batch=min(first_cut(settings, runtime.world_size)[0], _ROWS),
+        micro_batch=fits,
         say=context.say,
         leave=context.signalled,
     )
