@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Optional, Protocol
 import torch
 from torch import nn
 
+from trainer import float8
 from trainer.config import Grpo
 from trainer.runtime import Runtime
 from trainer.step import unless_out_of_memory
@@ -49,7 +50,7 @@ class Generate:
     ) -> list[list[Answer]]:
         asked = [prompt for prompt in prompts for _ in range(count)]
         found: list[Answer] = []
-        with reading(self.wrapped), _seeded(seed, self.runtime.device), self._plain_settings():
+        with reading(self.wrapped), _seeded(seed, self.runtime.device), self._plainly():
             while len(found) < len(asked):
                 size = min(self.most or len(asked), len(asked))
                 made = unless_out_of_memory(
@@ -97,13 +98,16 @@ class Generate:
         return [cut(row, self.ends) for row in output[:, width:].tolist()]
 
     @contextlib.contextmanager
-    def _plain_settings(self) -> Iterator[None]:
-        """A model's own defaults (a temperature, a penalty) would fill what ours leave open."""
+    def _plainly(self) -> Iterator[None]:
+        """A model's own defaults (a temperature, a penalty) would fill what ours leave open; a
+        cache that grows has compiled blocks compiled again, and one token at a time is neither
+        what float8 is fast at nor, always, what its libraries take."""
         from transformers import GenerationConfig
 
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"), float8.plain(self.wrapped):
+                yield
         finally:
             self.model.generation_config = own
 

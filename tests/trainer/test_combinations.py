@@ -201,12 +201,6 @@ def test_experts_of_a_shared_model_learn_as_those_of_a_whole_one(
     assert apart(theirs, ours) < 1e-4
 
 
-def test_compiled_blocks_may_be_shared(begin: Start, plain: StageConfig) -> None:
-    assert plain.model is not None
-    config = replace(plain, model=replace(plain.model, compile=True))
-    alike(begin(plain, "compile-one", 1), begin(config, "compile-fsdp", 2, parallel="fsdp"))
-
-
 def test_answers_are_drawn_by_two_workers_with_an_adapter_that_goes_on(
     begin: Start, plain: StageConfig, base: Ran
 ) -> None:
