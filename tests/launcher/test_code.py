@@ -282,3 +282,59 @@ def test_a_plan_and_a_dry_run_take_the_code(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("own code, reward -2") == 1
+
+
+GRPO = """
+launch: 1
+name: own-reward
+stage: grpo
+model:
+  init: random
+  tokenizer: TOKENIZER
+  architecture: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, intermediate_size: 64}
+data: {train: [{builtin: digits}], sequence_length: 32}
+train: {steps: 2, micro_batch: 2, log_every: 1, warmup: 1, report_to: []}
+grpo: {rewards: ["rewards.short:score"], group: 2, max_new_tokens: 2}
+code: {path: mine, include: [rewards/**]}
+hardware: {backend: local, accelerator: "cpu:1"}
+"""
+#: Of every other answer.
+SCORE = """
+def score(completions: list[str], prompts: list[str]) -> list[float]:
+    print("scored", len(prompts), flush=True)
+    return [0.25 + i % 2 for i in range(len(completions))]
+"""
+
+
+def test_answers_are_judged_by_a_function_of_the_users_in_a_run_and_in_a_dry_run(
+    mine: Path, tmp_path: Path
+) -> None:
+    from trainer.data.tokenizer import byte_tokenizer
+
+    byte_tokenizer(tmp_path / "tokenizer")
+    (mine / "rewards" / "short.py").write_text(SCORE)
+    file = tmp_path / "own.yaml"
+    file.write_text(GRPO.replace("TOKENIZER", str(tmp_path / "tokenizer")))
+    elsewhere, home = tmp_path / "elsewhere", tmp_path / "home"
+    elsewhere.mkdir()
+    environ = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1",
+        "LAUNCH_HOME": str(home), "NO_COLOR": "1",
+    }  # fmt: skip
+
+    def launch(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", *arguments], capture_output=True, text=True,
+            timeout=240, env=environ, cwd=elsewhere,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    assert "scored 4" in launch("up", str(file), "--dry-run")
+    launch("up", str(file), "--yes")
+    (metrics,) = home.rglob("metrics/*.jsonl")
+    steps = [line for line in map(json.loads, metrics.read_text().splitlines())
+             if line["kind"] == "step"]  # fmt: skip
+    assert [step["reward"] for step in steps] == [0.75, 0.75]
+    (snapshot,) = home.rglob("code/rewards/short.py")
+    assert snapshot.read_text() == SCORE
