@@ -234,7 +234,7 @@ def _training(stage: Stage) -> Iterator[Problem]:
     if stage.preference and model:
         for key, what in preference_problems(stage.stage, stage.preference, model):
             yield ("preference", key), what
-    if train is not None and (what := refused(stage.stage, train.parallel)):
+    if train is not None and (what := refused(stage.stage, train.parallel, model)):
         yield ("train", "parallel"), what
 
 

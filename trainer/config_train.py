@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
+from trainer.config_model import Model
 from trainer.loading import Strict, require
 
 
-def refused(stage: str, parallel: str) -> str:
+def refused(stage: str, parallel: str, model: Optional[Model] = None) -> str:
     """Why a stage's model cannot be shared so; empty where it can."""
-    if stage == "grpo" and parallel == "fsdp":
+    if parallel != "fsdp":
+        return ""
+    if stage == "grpo":
         return "fsdp: grpo writes answers of any length, which needs the whole model; use ddp"
+    adapter = model.adapter if model is not None else None
+    if adapter is not None and adapter.quantization != "none":
+        packed = f"model.adapter.quantization: {adapter.quantization}"
+        return f"fsdp cannot share quantised weights ({packed}); use ddp or auto"
     return ""
 
 

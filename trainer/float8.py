@@ -141,7 +141,9 @@ def micro_batch_tokens(train: Train, data: Data) -> tuple[int, bool]:
     """(tokens of a micro-batch, whether they are a multiple of 16 every time); with `micro_batch:
     auto` those of one row."""
     rows = 1 if isinstance(train.micro_batch, str) else train.micro_batch
-    return rows * data.sequence_length, data.packing and not data.sequence_length % MULTIPLE
+    lengths = (data.sequence_length, *(phase.sequence_length for phase in data.curriculum))
+    steady = data.packing and not any(length % MULTIPLE for length in lengths)
+    return rows * data.sequence_length, steady
 
 
 def _as_before(layer: Any, given: Tensor) -> Tensor:

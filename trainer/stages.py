@@ -345,7 +345,7 @@ def _share(config: StageConfig) -> parallel.Parallel:
     """How workers hold the stage's model. Errors: `ConfigError`."""
     assert config.train is not None
     wanted = config.train.parallel
-    if why := refused(config.stage, wanted):
+    if why := refused(config.stage, wanted, config.model):
         raise ConfigError(f"stage {config.id}: train.parallel: {why}")
     return "ddp" if wanted == "auto" and refused(config.stage, "fsdp") else wanted
 

@@ -44,6 +44,15 @@ def test_wrong_adapters_are_told_where_they_are(at: Path, old: str, new: str, wh
     assert problem.startswith("r.yaml:4:") and what in problem
 
 
+def test_weights_in_4_bits_cannot_be_shared(at: Path) -> None:
+    quantised = ADAPTED.replace("rank: 8", "rank: 8, quantization: nf4")
+    assert quantised != ADAPTED
+    (problem,) = problems(quantised.replace("lr: 1e-4", "lr: 1e-4, parallel: fsdp"))
+    assert "train.parallel: fsdp cannot share quantised weights" in problem
+    assert "nf4" in problem and "use ddp or auto" in problem
+    load(quantised)
+
+
 def test_an_export_goes_to_a_folder_beside_its_recipe_or_to_the_hub(at: Path) -> None:
     (at / "m").mkdir()
     (stage,) = load(EXPORT % "out").stages

@@ -90,7 +90,9 @@ def prefers(plain: StageConfig, tmp_path_factory: pytest.TempPathFactory) -> Sta
             {"prompt": "ab" * (3 + i), "chosen": f"A{i}", "rejected": f"B{i}" * 3}
             for i in range(count)
         )
-        (folder / name).with_suffix(".jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+        (folder / name).with_suffix(".jsonl").write_text(
+            "".join(json.dumps(p) + "\n" for p in pairs)
+        )
     data = replace(
         plain.data, train=(Source(path=str(folder / "train.jsonl")),), packing=False,
         validation=(Source(path=str(folder / "heldout.jsonl")),), sequence_length=128,
@@ -121,9 +123,7 @@ def test_pairs_are_learned_from_by_workers_that_share_a_model(
     assert calm.column("margin")[-1] != 0
     # Without its file, the starting model is read in again, and shared as well.
     half = begin(prefers, "dpo-half", 2, parallel="fsdp", until=2)
-    lost = begin(
-        prefers, "dpo-lost", 2, go_on=half, without=reference.NAME, parallel="fsdp"
-    )
+    lost = begin(prefers, "dpo-lost", 2, go_on=half, without=reference.NAME, parallel="fsdp")
     assert lost.codes == [0, 0] and "parameters, read in again" in lost.said, lost.said
     assert apart(shared.weights(), lost.weights()) < 1e-6
 

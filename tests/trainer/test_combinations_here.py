@@ -96,7 +96,7 @@ def test_blocks_in_float8_are_compiled_and_then_shared(
 
 
 def test_answers_are_drawn_plainly_by_a_model_in_float8_with_compiled_blocks(
-    as_it_is: None
+    as_it_is: None,
 ) -> None:
     plan = Grpo(rewards=("x:y",), group=2, max_new_tokens=6)
     model = tiny("llama").eval()
@@ -152,7 +152,9 @@ def test_the_rows_of_a_micro_batch_are_looked_for_whatever_is_learned(
     """Equal steps, however they are cut."""
     pairs = tmp_path / "pairs.jsonl"
     record = {"prompt": "a question, ", "chosen": "A", "rejected": "B"}
-    pairs.write_text("".join(json.dumps({**record, "chosen": "A" * i}) + "\n" for i in range(1, 13)))
+    pairs.write_text(
+        "".join(json.dumps({**record, "chosen": "A" * i}) + "\n" for i in range(1, 13))
+    )
     grows = replace(
         digits, stage="pretrain", grpo=None,
         data=Data(train=(Source(path=texts),), sequence_length=64, curriculum=(Phase(32, 1),)),
@@ -243,3 +245,19 @@ def test_answers_of_a_pair_do_not_see_each_other_or_the_model_is_refused(
         with pytest.raises(ConfigError, match="the two answers of a pair share a row") as raised:
             run_stage(config)
         assert "\n" not in str(raised.value)
+
+
+def test_weights_in_4_bits_are_refused_before_the_model_is_read(
+    digits: StageConfig, tokenizer: str, run_stage: Run
+) -> None:
+    model = Model(name=tokenizer, adapter=Adapter(quantization="nf4"))
+    config = replace(digits, stage="sft", grpo=None, model=model)
+    with pytest.raises(ConfigError, match=r"^stage rl: train\.parallel: fsdp cannot share quant"):
+        run_stage(in_folder(config, Path(config.output), parallel="fsdp"))
+
+
+def test_float8_is_told_of_every_length_of_a_curriculum() -> None:
+    train = Train(steps=9, micro_batch=4)
+    for length, steady in ((32, True), (16, True), (8, False)):
+        data = Data(sequence_length=64, curriculum=(Phase(length, 3),))
+        assert float8.micro_batch_tokens(train, data) == (256, steady)
