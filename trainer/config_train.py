@@ -8,10 +8,12 @@ from typing import Literal, Optional, Union
 from trainer.loading import Strict, require
 
 
-def refused(stage: str, parallel: str) -> str:
+def refused(stage: str, parallel: str, quantization: str = "none") -> str:
     """Why a stage's model cannot be shared so; empty where it can."""
     if stage == "grpo" and parallel == "fsdp":
         return "fsdp: grpo writes answers of any length, which needs the whole model; use ddp"
+    if parallel == "fsdp" and quantization != "none":
+        return f"fsdp cannot share weights of model.adapter.quantization: {quantization}; use ddp"
     return ""
 
 
