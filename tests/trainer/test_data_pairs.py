@@ -100,7 +100,8 @@ def test_the_usual_shapes_say_the_same(
         ({"prompt": [ASK], "chosen": [YES], "rejected": [{**NO, "content": ""}]},
          "'rejected[0]' is an empty answer"),
         ({"text": "a"}, "no key 'chosen'"),
-        ({"prompt": "a", "chosen": 1, "rejected": 2}, "'chosen' must be a list of messages, or a string"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2},
+         "'chosen' must be a list of messages, or a string, got a number"),
     ],
 )  # fmt: skip
 def test_what_is_no_pair_is_refused_with_its_line(

@@ -121,7 +121,9 @@ def _answer(given: Any, name: str, at: str) -> list[Message]:
     if isinstance(given, str):
         given = {"role": "assistant", "content": given}
     if not isinstance(given, (dict, list)):
-        raise DataError(f"{at}: '{name}' must be a list of messages, or a string, got {kind(given)}")
+        raise DataError(
+            f"{at}: '{name}' must be a list of messages, or a string, got {kind(given)}"
+        )
     return checked_messages([given] if isinstance(given, dict) else given, name, at)
 
 
