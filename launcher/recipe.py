@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import drafts, rules
+from launcher import drafts, rewards, rules
 from launcher.drafts import NAME_RULE, Draft, absolute
 from launcher.errors import RecipeErrors
 from launcher.positions import Node, Position, Problems, locate, looks_secret, plain
@@ -190,6 +190,10 @@ def _whole(
             _report((p for p in found if not looks_secret(str(p[0][-1]))), tree, sources)
     if top.get("code") is not None:
         top["code"] = replace(top["code"], path=absolute(top["code"].path, tree.map["code"].at))
+    if tree.get("code") is None or top.get("code") is not None:  # a wrong one is told already
+        nodes = {draft.id: draft.node for draft in stages}
+        for stage in typed:
+            _report(rewards.problems(stage, top.get("code")), nodes[stage.id], sources)
     empty = Node({}, tree.at)
     secrets, env = tree.get("secrets") or empty, tree.get("env") or empty
     sources.problems += rules.secret_problems(secrets, env)

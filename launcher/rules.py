@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from launcher import backends, code, hardware, wheels
+from launcher import backends, code, hardware, shapes, wheels
 from launcher.positions import Node, Problems, looks_secret
 from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
@@ -21,6 +21,7 @@ STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
 CAPACITY = {"local": ("standard",), "vertex": ("spot", "standard", "flex")}
 _CLOUD = {"vertex": "gcp"}
 _FLOAT8 = 8.9  # compute capability from which a GPU multiplies in float8 (Ada)
+_NO_SINKS = ("flash_attention_2", "flash_attention_3", "varlen", "sdpa")
 _SECRET = re.compile(
     r"env://[A-Za-z_][A-Za-z0-9_]*|secret-manager://[a-z][a-z0-9:.-]*/[A-Za-z0-9_-]+"
     r"(?:/[A-Za-z0-9_-]+)?"
@@ -231,11 +232,27 @@ def _training(stage: Stage) -> Iterator[Problem]:
     again = stage.sdce and model and model.name and stage.sdce.surrogate == model.name
     if again and model and model.init == "pretrained":
         yield ("sdce", "surrogate"), "is the model itself: its targets would teach nothing"
+    if stage.stage in ("dpo", "ipo"):
+        yield from _no_pairs(stage)
     if stage.preference and model:
         for key, what in preference_problems(stage.stage, stage.preference, model):
             yield ("preference", key), what
     if train is not None and (what := refused(stage.stage, train.parallel, model)):
         yield ("train", "parallel"), what
+
+
+def _no_pairs(stage: Stage) -> Iterator[Problem]:
+    """Sources of a stage that reads pairs, which say themselves that they hold none."""
+    pairs = ("auto", "preference", None)
+    for key in ("train", "validation"):
+        for index, source in enumerate(getattr(stage.data, key)):
+            at = ("data", key, index)
+            if source.format not in pairs:
+                what = f"'{source.format}' holds no pairs, which stage '{stage.stage}' needs; "
+                yield (*at, "format"), what + "take preference, or leave it out"
+            elif source.builtin not in ("python-preferences", None):
+                what = f"'{source.builtin}' holds no pairs, which stage '{stage.stage}' needs; "
+                yield (*at, "builtin"), what + "take python-preferences"
 
 
 def _kernels(stage: Stage) -> Iterator[Problem]:
@@ -255,12 +272,23 @@ def _kernels(stage: Stage) -> Iterator[Problem]:
         needs = "an H100 or H200" if wanted == "flash_attention_3" else (
             f"a GPU of compute capability {lowest[wanted]} or higher")  # fmt: skip
         yield ("model", "attention"), f"'{wanted}' needs {needs}; {asked}; take auto or sdpa"
+    elif wanted in _NO_SINKS and _has_sinks(model.name):
+        what = (
+            f"'{wanted}' leaves out the attention sinks of {model.name}, or gives them no gradient"
+        )
+        yield ("model", "attention"), f"{what}; take auto, flex or eager"
     if model.float8 not in ("off", "auto") and kind.capability < _FLOAT8:
         yield (
             ("model", "float8"),
             f"'{model.float8}' needs a GPU of compute capability {_FLOAT8} or higher, such as L4 "
             f"or H100; {asked}; take off or auto",
         )
+
+
+def _has_sinks(name: Optional[str]) -> bool:
+    """Whether it is a gpt-oss, as far as is known here."""
+    found = shapes.of_reference(name, Path()) if name and "${" not in name else None
+    return found is not None and found.family == "gpt_oss"
 
 
 def _references(stage: Stage, earlier: Collection[str], known: Sequence[str]) -> Iterator[Problem]:

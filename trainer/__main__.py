@@ -71,13 +71,12 @@ def run(job: Job) -> int:
     if job.dry_run:  # before the libraries are imported: they read it once
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     copies.use(job.copies)
-    from transformers.utils import logging
-
-    from trainer import interrupts, quantized, runtime, stages
+    from trainer import interrupts, quantized, reward_functions, runtime, stages
     from trainer.context import stop_asked
 
-    logging.disable_progress_bar()  # a log is read as lines
+    _quieten()
     quantized.check_library(job.stages)
+    reward_functions.check(job.stages)
     made = {config.output for config in job.stages}
     with interrupts.listening() as signalled, runtime.start() as process:
         for config in job.stages:
@@ -118,14 +117,24 @@ def smoke(flags: list[str]) -> int:
 def stand_ins(job: str, folder: str, place: str) -> int:
     """Small files and models for a job, and the job for them; its changes, one a line."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    from transformers.utils import logging
-
     from trainer.stand_ins import write
 
-    logging.disable_progress_bar()
+    _quieten()
     for note in write(load_job(job), Path(folder), place):
         say(note)
     return OK
+
+
+def _quieten() -> None:
+    """A log is read as lines, and each should say something of the run. Transformers imports
+    torchao wherever it is installed, which warns of its kernels for GPUs that are not here."""
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def say(line: str) -> None:

@@ -58,6 +58,8 @@ def banner(
     ]
     if config.data.curriculum:
         lines.append(f"curriculum: {words(config.data)}; a step has as many tokens at each length")
+    if config.model is not None and config.model.compile:
+        lines.append("each block is compiled as it first runs: the first steps may take minutes")
     for name, part, sources in (
         ("train", rows, config.data.train), ("validation", held_out, config.data.validation)
     ):  # fmt: skip

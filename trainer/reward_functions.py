@@ -8,13 +8,13 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, StageConfig
 
 #: What every function may ask for, besides the columns of the data.
 GIVEN = ("prompts", "completions", "completion_ids")
@@ -81,9 +81,17 @@ class Reward:
         return number
 
 
+def check(stages: Iterable[StageConfig]) -> None:
+    """Errors: `ConfigError` when a stage names a reward that cannot be loaded: before the stages
+    ahead of it have cost anything."""
+    for stage in stages:
+        if stage.grpo is not None:
+            load(stage.grpo.rewards)
+
+
 def load(names: Sequence[str]) -> list[Reward]:
-    """The functions called `module:function` or `path/file.py:function`; modules are looked for in
-    the working folder, too. Errors: `ConfigError`."""
+    """The functions called `module:function` or `path/file.py:function`; both are looked for in the
+    working folder, too, and then on PYTHONPATH. Errors: `ConfigError`."""
     rewards = [_load(name) for name in names]
     labels = [reward.label for reward in rewards]
     for reward in rewards:
@@ -97,10 +105,9 @@ def _load(name: str) -> Reward:
     try:
         with _working_folder():
             module = _file(where) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is no module
         raise ConfigError(
-            f"grpo.rewards: cannot import {name}: {type(error).__name__}: {error}; modules are"
-            f" looked for in {Path.cwd()} and on PYTHONPATH"
+            f"grpo.rewards: cannot import {name}: {type(error).__name__}: {error}{_where(error)}"
         ) from error
     function = getattr(module, wanted, None)
     if function is None:
@@ -110,8 +117,22 @@ def _load(name: str) -> Reward:
     return Reward(name, function)
 
 
+def _where(error: BaseException) -> str:
+    """What helps: where was looked, or which line of the user's file is at fault."""
+    if isinstance(error, ImportError):
+        return "; send files of your own with `code:`, install others where the job runs"
+    if isinstance(error, SyntaxError):  # names its file and line itself
+        return ""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({place.filename}:{place.lineno})"
+
+
 def _file(path: str) -> ModuleType:
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    places = [folder / path for folder in map(Path, ("", *sys.path))]
+    place = next((place for place in places if place.is_file()), None)
+    if place is None:
+        raise ModuleNotFoundError(f"no such file in {Path.cwd()} or on PYTHONPATH")
+    found = importlib.util.spec_from_file_location(place.stem, place)
     if found is None or found.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)

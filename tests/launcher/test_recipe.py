@@ -563,6 +563,12 @@ def test_kernels_that_the_accelerator_does_not_have(
             "stage: ipo\npreference: {label_smoothing: 0.1}",
             "4:31: preference.label_smoothing: belongs to stage `dpo`",
         ),
+        ("stage: pretrain", "stage: dpo", "'python-reference' holds no pairs, which stage 'dpo'"),
+        (
+            "stage: pretrain\nmodel: {name: org/model}",
+            "stage: pretrain\nmodel: {name: openai/gpt-oss-20b, attention: sdpa}",
+            "'sdpa' leaves out the attention sinks of openai/gpt-oss-20b",
+        ),
         ("launch: 1\n", "", "missing key `launch`; write `launch: 1`"),
         ("launch: 1", "launch: true", "reads recipes of version 1, not True"),
         ("stage: pretrain\n", "", "missing key `stage` (or `pipeline`)"),
@@ -649,6 +655,26 @@ def test_a_stage_that_writes_answers_cannot_share_its_model(at: Path) -> None:
     text = SINGLE.replace("stage: pretrain", "stage: grpo\ngrpo: {rewards: [rewards:length]}")
     said = problems(text.replace("lr: 1e-4", "lr: 1e-4, parallel: fsdp"))
     assert any("train.parallel: fsdp: grpo writes answers of any length" in x for x in said), said
+
+
+def test_a_base_of_4_bits_cannot_be_shared(at: Path) -> None:
+    text = SINGLE.replace("org/model}", "org/model, adapter: {quantization: nf4}}")
+    load(text)
+    said = problems(text.replace("lr: 1e-4", "lr: 1e-4, parallel: fsdp"))
+    assert any("train.parallel: fsdp cannot share weights of model.adapter" in x for x in said), (
+        said
+    )
+
+
+def test_a_source_of_another_format_holds_no_pairs(at: Path) -> None:
+    (at / "pairs.jsonl").write_text("")
+    text = SINGLE.replace("stage: pretrain", "stage: ipo").replace("  validation", "  # validation")
+    text = text.replace(
+        "builtin: python-reference, split: train", "path: pairs.jsonl, format: FORMAT"
+    )
+    load(text.replace("FORMAT", "preference"))
+    (said,) = problems(text.replace("FORMAT", "messages"))
+    assert "data.train[0].format: 'messages' holds no pairs, which stage 'ipo' needs" in said
 
 
 @fuzzed

@@ -190,7 +190,8 @@ def test_compiled_blocks_train_the_same_under_the_same_names(
     compiled = replace(stage, model=replace(model, compile=True))
     settings: dict[str, Any] = {"steps": 4, "save_every": 2}
     run_stage(in_folder(stage, tmp_path / "plain", **settings))
-    run_stage(in_folder(compiled, tmp_path / "parts", **settings, until=2))
+    said = run_stage(in_folder(compiled, tmp_path / "parts", **settings, until=2)).lines
+    assert any("each block is compiled as it first runs" in line for line in said)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     run_stage(in_folder(compiled, tmp_path / "parts", **settings), attempt=2)
     losses, gradients = (

@@ -100,6 +100,8 @@ def test_the_usual_shapes_say_the_same(
         ({"prompt": [ASK], "chosen": [YES], "rejected": [{**NO, "content": ""}]},
          "'rejected[0]' is an empty answer"),
         ({"text": "a"}, "no key 'chosen'"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2},
+         "'chosen' must be a list of messages, or a string, got a number"),
     ],
 )  # fmt: skip
 def test_what_is_no_pair_is_refused_with_its_line(
@@ -114,6 +116,16 @@ def test_what_is_no_pair_is_refused_with_its_line(
     kept = rows_of(tokenizer, path, 64, skip_bad=True)
     (facts,) = kept.summary["sources"]
     assert (facts["documents"], facts["unit"], facts["skipped"]) == (2, "pair", 1)
+
+
+def test_pairs_under_other_names_are_told_the_right_ones(tokenizer: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [{"question": "a", "good": "b", "bad": "c"}])
+    with pytest.raises(DataError) as raised:
+        rows_of(tokenizer, path, 64)
+    assert str(raised.value) == (
+        f"{path}:1: no `chosen` and `rejected`; keys here: 'bad', 'good', 'question'; give the two"
+        " answers these names, and the question `prompt`"
+    )
 
 
 def test_other_formats_are_refused_by_name(tokenizer: str, tmp_path: Path) -> None:

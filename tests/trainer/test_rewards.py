@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,61 @@ def test_functions_are_found_in_modules_of_the_working_folder_and_in_files(
     assert labels == ["my_own_rewards.right", "..my_own_rewards.py.right", "exact"]
 
 
+def test_a_file_is_found_on_the_path_where_code_of_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code" / "rewards").mkdir(parents=True)
+    (tmp_path / "code/rewards/mine.py").write_text("def one(completions):\n    return [1]\n")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    (found,) = load(["rewards/mine.py:one"])
+    assert found(completions=["a"]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("1 / 0\n", r"ZeroDivisionError: division by zero \(.*broken_rewards\.py:1\)$"),
+        ("import sys\nsys.exit(0)\n", r"SystemExit: 0 \(.*broken_rewards\.py:2\)$"),
+        ("def f(:\n", r"SyntaxError: .*broken_rewards\.py, line 1\)$"),
+        ("import no_such_module\n", "No module named 'no_such_module'; send files of your own"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_one_line_with_its_place(
+    text: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=what) as error:
+        load(["broken_rewards.py:f"])
+    assert "\n" not in str(error.value)
+
+
+def test_rewards_are_looked_for_before_the_stages_ahead_of_theirs(tmp_path: Path) -> None:
+    stages = [
+        {"id": "words", "stage": "tokenizer", "tokenizer": {"vocab_size": 260},
+         "data": {"train": [{"builtin": "digits"}]}, "output": str(tmp_path / "words")},
+        {"id": "learn", "stage": "grpo", "model": {"name": str(tmp_path / "words")},
+         "data": {"train": [{"builtin": "digits"}]}, "train": {"steps": 1},
+         "grpo": {"rewards": ["no_such_rewards:f"]}, "output": str(tmp_path / "learn")},
+    ]  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps({"schema": 1, "run": "x", "stages": stages}))
+    command = [sys.executable, "-m", "trainer", "run", str(tmp_path / "job.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 64, ended.stderr
+    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    assert "cannot import no_such_rewards:f" in line
+    assert not (tmp_path / "words").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
         ("no_such_module:f", "cannot import no_such_module:f: ModuleNotFoundError"),
         ("trainer.rewards:exactly", "trainer.rewards has no `exactly`"),
         ("trainer.rewards:__doc__", "is no plain function"),
-        ("no/such/file.py:f", "cannot import no/such/file.py:f: FileNotFoundError"),
+        ("no/such/file.py:f", "cannot import no/such/file.py:f: ModuleNotFoundError: no such"),
     ],
 )
 def test_a_function_that_is_not_there_is_one_line(name: str, what: str) -> None:

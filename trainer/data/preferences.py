@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Union
 from trainer.data import DataError
 from trainer.data.chat import Message, checked_messages, words
 from trainer.data.questions import python_questions
-from trainer.data.shapes import Piece, Renderer, Value, View, checked_text
+from trainer.data.shapes import Piece, Renderer, Value, View, checked_text, kind
 
 SIDES = ("chosen", "rejected")
 #: Who speaks first in a whole conversation.
@@ -120,6 +120,10 @@ def _texts(before: str | None, at: str, chosen: str, rejected: str) -> Sides:
 def _answer(given: Any, name: str, at: str) -> list[Message]:
     if isinstance(given, str):
         given = {"role": "assistant", "content": given}
+    if not isinstance(given, (dict, list)):
+        raise DataError(
+            f"{at}: '{name}' must be a list of messages, or a string, got {kind(given)}"
+        )
     return checked_messages([given] if isinstance(given, dict) else given, name, at)
 
 

@@ -255,12 +255,12 @@ def _unread(source: Source) -> Iterator[_Unread]:
 
 def _records(source: Source, view: View, skipped: Optional[Skipped]) -> Iterator[_Record]:
     """The records of a source, blank texts left out."""
-    for record in _all(source, source.format or view.default, skipped):
+    for record in _all(source, source.format or view.default, skipped, view.pairs):
         if not isinstance(record.value, str) or record.value.strip():
             yield record
 
 
-def _all(source: Source, shape: str, skipped: Optional[Skipped]) -> Iterator[_Record]:
+def _all(source: Source, shape: str, skipped: Optional[Skipped], pairs: bool) -> Iterator[_Record]:
     if source.builtin == "python-reference":
         for name, text in python_reference(source.split):
             yield _Record(name, name, "text", text)
@@ -271,11 +271,12 @@ def _all(source: Source, shape: str, skipped: Optional[Skipped]) -> Iterator[_Re
         for name, exchange in _EXCHANGES[source.builtin](source.split):
             yield _Record(name, name, "messages" if "messages" in exchange else "prompt", exchange)
     elif source.hf is not None:
-        yield from _shaped(_rows(source.hf), source, shape, skipped)
+        yield from _shaped(_rows(source.hf), source, shape, skipped, pairs)
     else:
         for name, path in _files(str(source.path)):
             if path.suffix == ".jsonl":
-                yield from _shaped(_lines(name, path, source.field), source, shape, skipped)
+                lines = _lines(name, path, source.field)
+                yield from _shaped(lines, source, shape, skipped, pairs)
             elif shape in (*TEXTS, "auto"):
                 text = _whole(path)
                 yield _Record(name, str(path), shape if shape in TEXTS else "text", text)
@@ -387,7 +388,7 @@ def _object(line: bytes, key: str, at: str) -> dict[str, Any]:
 
 
 def _shaped(
-    unread: Iterable[_Unread], source: Source, shape: str, skipped: Optional[Skipped]
+    unread: Iterable[_Unread], source: Source, shape: str, skipped: Optional[Skipped], pairs: bool
 ) -> Iterator[_Record]:
     """The records of one file; `auto` is settled by the first one that can be read."""
     for name, at, load in unread:
@@ -395,7 +396,7 @@ def _shaped(
         if record is None:
             continue
         if shape == "auto":
-            shape = _attempt(shape_of, skipped, record, source.field, at) or "auto"
+            shape = _attempt(shape_of, skipped, record, source.field, at, pairs) or "auto"
         if shape != "auto":
             value = _attempt(value_of, skipped, record, shape, source.field, at)
             if value is not None:

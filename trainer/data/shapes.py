@@ -76,6 +76,8 @@ def parse(content: str, key: str, at: str) -> dict[str, Any]:
         record: Any = json.loads(content)
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
+        if content.strip().startswith("[") and at.endswith(":1"):
+            what += "; a file that is one list has to become one object a line"
         raise DataError(f"{at}: not JSON at column {error.colno}: {what}") from error
     except (ValueError, RecursionError) as error:  # absurd numbers, absurd nesting
         raise DataError(f"{at}: cannot be read as JSON: {error}") from error
@@ -84,9 +86,9 @@ def parse(content: str, key: str, at: str) -> dict[str, Any]:
     return record
 
 
-def shape_of(record: dict[str, Any], key: str, at: str) -> str:
+def shape_of(record: dict[str, Any], key: str, at: str, pairs: bool = False) -> str:
     """The shape that the keys of a record tell; two answers do, whatever stands beside them.
-    Errors: `DataError` for none, or more than one."""
+    `pairs`: nothing else will do. Errors: `DataError` for none, or more than one."""
     found = [
         shape
         for shape, keys in (*KEYS.items(), ("text", (key,)))
@@ -96,6 +98,11 @@ def shape_of(record: dict[str, Any], key: str, at: str) -> str:
         return "preference"
     if len(found) == 1:
         return found[0]
+    if pairs and not found:
+        raise DataError(
+            f"{at}: no `chosen` and `rejected`; keys here: {_keys(record)}; give the two answers"
+            " these names, and the question `prompt`"
+        )
     if found:
         raise DataError(f"{at}: could be {' or '.join(found)}; say which with `format`")
     raise DataError(
