@@ -199,7 +199,9 @@ def in_process(case: str, options: argparse.Namespace, work: Path, size: str) ->
     out.unlink(missing_ok=True)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
                "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "home"),
-               "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+               "TOKENIZERS_PARALLELISM": "false",
+               # Not that of all programs, where one that was killed may leave half a file.
+               "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}  # fmt: skip
     environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device, also where there are several
     if is_tiny(size):  # threads that wait for each other cost more than a toy's products
         environ.setdefault("OMP_NUM_THREADS", "1")
