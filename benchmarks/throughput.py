@@ -117,6 +117,9 @@ def on_an_h100(options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(reports, indent=1) + "\n")
     code = max(verdict(report, check=False) for report in reports.values())
+    if options.tiny:
+        print("what is asked of an H100: not checked: --tiny")
+        return code
     for line, met in gpu.verdicts(reports):
         print(line)
         code = max(code, int(options.check and met is False))
