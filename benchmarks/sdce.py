@@ -3,10 +3,11 @@ with a surrogate of another tokenizer and of the model's own, beside KL and plai
 
     python benchmarks/sdce.py [--seeds 0 1 2] [--out FILE] [--threads N]
 
-For each seed two surrogates learn from all training topics of the text that comes with CPython, one
-with the model's tokenizer, one with another. Then models learn from a fifth of it: same start, same
-rows in the same order, same number of steps, but for `ce-longer`, which has twice as many. The
-stages are the trainer's own. Prints the table of docs/sdce.md; there is nothing to fail.
+Two surrogates learn from all training topics of the text that comes with CPython, one with the
+model's tokenizer, one with another; all seeds share them. For each seed models then learn from a
+fifth of that text: same start, same rows in the same order, same number of steps, but for
+`ce-longer`, which has twice as many. The stages are the trainer's own. Prints the table of
+docs/sdce.md; there is nothing to fail.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from trainer.config import (
 )
 from trainer.data.corpus import python_reference
 
-STEPS, SURROGATE_STEPS = 120, 200
+STEPS, SURROGATE_STEPS = 120, 600
 SMALL = Architecture(hidden_size=64, layers=2, heads=2, intermediate_size=176)
 LARGE = Architecture(hidden_size=128, layers=2, heads=4, intermediate_size=352)
 #: Run -> (form or loss, whose tokenizer the surrogate has).
@@ -72,9 +73,13 @@ def main() -> None:
     logging.disable_progress_bar()
     started, load = time.time(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        found = {str(seed): one_seed(Path(scratch) / str(seed), seed) for seed in options.seeds}
+        shared = Path(scratch) / "surrogates"
+        guides = surrogates(shared)
+        found = {
+            str(seed): one_seed(Path(scratch) / str(seed), seed, shared) for seed in options.seeds
+        }
     summary = over_seeds(found)
-    print(table(summary))
+    print(table(guides, summary))
     if options.out is not None:
         results = {
             "v": 1,
@@ -83,6 +88,7 @@ def main() -> None:
             f" {torch.__version__}, {options.threads} thread",
             "seconds": round(time.time() - started, 1),
             "settings": {"steps": STEPS, "surrogate_steps": SURROGATE_STEPS},
+            "surrogates": guides,
             "runs": found,
             "over_seeds": summary,
         }
@@ -90,38 +96,45 @@ def main() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def one_seed(folder: Path, seed: int) -> dict[str, Figures]:
-    """Train everything with `seed`: the figures of each run."""
-    bench = Bench(folder, seed)
+def surrogates(folder: Path) -> dict[str, Figures]:
+    """Train both tokenizers and both surrogates below `folder`: the surrogates' figures."""
+    bench = Bench(folder, 0, folder)
     for name, data, size in (("same", TEXT, 1024), ("other", QUESTIONS, 768)):
         bench.run(f"{name}-tokenizer", stage="tokenizer", model=None, train=None, data=data,
                   tokenizer=Tokenizer(vocab_size=size))  # fmt: skip
-    found = {}
-    for name in ("same", "other"):
-        found[f"surrogate, {name} tokenizer"] = bench.run(
-            name, model=bench.model(name, LARGE), train=bench.train(SURROGATE_STEPS), data=TEXT
-        )
-    found["ce"] = bench.run("ce")
-    found["ce-longer"] = bench.run("ce-longer", train=bench.train(2 * STEPS))
+    rarely = replace(bench.train(SURROGATE_STEPS), evaluate_every=200)
+    return {
+        name: bench.run(name, model=bench.model(name, LARGE), train=rarely, data=TEXT)
+        for name in ("same", "other")
+    }
+
+
+def one_seed(folder: Path, seed: int, shared: Path) -> dict[str, Figures]:
+    """Train the models of `seed`, guided by the surrogates in `shared`: the figures of each run."""
+    bench = Bench(folder, seed, shared)
+    found = {
+        "ce": bench.run("ce"),
+        "ce-longer": bench.run("ce-longer", train=bench.train(2 * STEPS)),
+    }
     for label, (kind, whose) in GUIDED.items():
         loss: dict[str, Any] = {"loss": "kl"} if kind == "kl" else {"form": kind}
-        sdce = Sdce(f"{folder / whose}@best", **loss)
+        sdce = Sdce(f"{shared / whose}@best", **loss)
         found[label] = bench.run(label.replace(", ", "-"), stage="sdce", sdce=sdce)
     return found
 
 
 class Bench:
-    """The stages of one seed, below `folder`."""
+    """The stages of one seed, below `folder`; tokenizers and surrogates lie in `shared`."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, shared: Path) -> None:
+        self.folder, self.seed, self.shared = folder, seed, shared
 
     def model(self, whose: str, architecture: Architecture) -> Model:
-        tokenizer = str(self.folder / f"{whose}-tokenizer")
+        tokenizer = str(self.shared / f"{whose}-tokenizer")
         return Model(init="random", tokenizer=tokenizer, architecture=architecture)
 
     def train(self, steps: int) -> Train:
-        return Train(steps=steps, lr=3e-3, micro_batch=8, warmup=20, evaluate_every=30,
+        return Train(steps=steps, lr=3e-3, micro_batch=8, warmup=20, evaluate_every=60,
                      evaluate_batches=0, keep=1, seed=self.seed, report_to=())  # fmt: skip
 
     def run(self, name: str, **fields: Any) -> Figures:
@@ -136,8 +149,10 @@ class Bench:
         with interrupts.listening() as signalled, runtime.start() as process:
             outcome = stages.run_stage(config, job, process, lambda line: None, signalled)
         spent = time.process_time() - started
-        print(f"{out}: {spent:.1f} s of CPU", file=sys.stderr)
-        return self.figures(out, outcome.evaluation, spent) if config.train is not None else {}
+        trained = config.train is not None
+        figures = self.figures(out, outcome.evaluation, spent) if trained else {}
+        print(f"{out}: {spent:.1f} s of CPU, {json.dumps(figures)}", file=sys.stderr)
+        return figures
 
     @staticmethod
     def figures(out: Path, facts: Mapping[str, float], spent: float) -> Figures:
@@ -177,20 +192,25 @@ def over_seeds(found: Mapping[str, Mapping[str, Figures]]) -> dict[str, dict[str
     }  # fmt: skip
 
 
-def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of docs/sdce.md: means over the seeds, with the spread where it matters."""
+def table(guides: Mapping[str, Figures], summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of docs/sdce.md: means over the seeds, with the spread where it matters. Losses of
+    another tokenizer's tokens are not compared."""
     lines = [
         "| run | held-out CE, best | last | gain over `ce`, best | nats a byte | coverage"
         " | kept | agreement | CPU, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    for name, own in guides.items():
+        best, last = (f"{own[key]:.3f}" if name == "same" else "" for key in ("ce_best", "ce_last"))
+        cells = [f"surrogate, {name} tokenizer", best, last, "", f"{own['nats_per_byte']:.3f}"]
+        cells += ["", "", "", f"{own['cpu_seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     for name, figures in summary.items():
-        own = name.startswith("surrogate") and "other" in name
         cells = [
             f"`{name}`",
-            "" if own else _spread(figures["ce_best"]),
-            "" if own else _spread(figures["ce_last"]),
-            "" if name == "ce" or name.startswith("surrogate") else _spread(figures["gain"], "+"),
+            _spread(figures["ce_best"]),
+            _spread(figures["ce_last"]),
+            "" if name == "ce" else _spread(figures["gain"], "+"),
             f"{figures['nats_per_byte']['mean']:.3f}",
             _mean(figures.get("coverage")),
             _mean(figures.get("kept")),

@@ -21,10 +21,10 @@ TORCHTUNE = 4699.0
 
 def verdicts(reports: dict[str, Any]) -> Iterator[tuple[str, Optional[bool]]]:
     """A line for each thing that is asked, and whether it is met; None: it was not measured."""
-    small = measured(reports["1b"], "sft ours")
+    small = measured(reports, "1b", "sft ours")
     used = max((facts["mfu"] for facts in small.values() if facts.get("mfu")), default=None)
     yield _line("1B, full, bf16: MFU", used, MFU)
-    large = measured(reports["3b"], "sft ours")
+    large = measured(reports, "3b", "sft ours")
     plain, eight = (large.get(name) for name in CASES["3b"])
     faster = apart = None
     if plain and eight:
@@ -33,17 +33,17 @@ def verdicts(reports: dict[str, Any]) -> Iterator[tuple[str, Optional[bool]]]:
     yield _line("3B, full: float8 over bf16", faster, FLOAT8)
     shown = "not measured" if apart is None else f"{apart:.3%} apart, at most {APART:.1%}"
     yield f"3B, full: losses of float8 and bf16: {shown}", None if apart is None else apart <= APART
-    adapters = measured(reports["8b"], "lora ours")
+    adapters = measured(reports, "8b", "lora ours")
     best = max((facts["real_per_sec"] for facts in adapters.values()), default=None)
     told = "not measured" if best is None else f"{best:,.0f} tokens/s"
-    peer = measured(reports["8b"], "lora trl").get("lora trl")
+    peer = measured(reports, "8b", "lora trl").get("lora trl")
     beside = f"TRL {peer['real_per_sec']:,.0f}" if peer else "TRL not measured"
     yield f"8B, LoRA, rows of 2,048: {told}; {beside}; torchtune, published: {TORCHTUNE:,.0f}", None
 
 
-def measured(report: dict[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
-    """The results of the cases whose names begin so, as far as there are any."""
-    results = report["results"].items()
+def measured(reports: dict[str, Any], size: str, prefix: str) -> dict[str, dict[str, Any]]:
+    """The results of the cases of `size` whose names begin so, as far as there are any."""
+    results = reports.get(size, {"results": {}})["results"].items()
     return {n: facts for n, facts in results if n.startswith(prefix) and "real_per_sec" in facts}
 
 

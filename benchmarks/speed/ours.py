@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from speed.world import (
     STUDENT_SEED,
     Absent,
     Size,
+    now,
     pair_tokens,
     peak_mib,
     texts,
@@ -92,20 +92,19 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
     from trainer.data.stream import build_rows
 
     config = stage(case, work, size)
-    if config.stage not in stages.STAGES:
-        raise Absent(f"no stage '{config.stage}' in this trainer")
     shutil.rmtree(config.output, ignore_errors=True)
     assert config.train is not None
     middle, last = f"step {size.steps}/", f"step {2 * size.steps}/"
     times: list[float] = []
 
-    def say(line: str) -> None:
-        if line.startswith((middle, last)):
-            times.append(time.perf_counter())
-        if line.startswith(last):
-            raise Enough
-
     with runtime.start() as process:
+
+        def say(line: str) -> None:
+            if line.startswith((middle, last)):
+                times.append(now(process.device))
+            if line.startswith(last):
+                raise Enough
+
         job = Job(run="throughput", stages=(config,), peak_tflops=peak_tflops)
         try:
             stages.run_stage(config, job, process, say, lambda: False)
@@ -181,7 +180,7 @@ def stage(case: str, work: Path, size: Size) -> StageConfig:
 
 
 def changed(config: StageConfig, blocks: dict[str, dict[str, Any]], work: Path) -> StageConfig:
-    """The stage with other settings. Errors: `Absent` where this trainer has no such key."""
+    """The stage with other settings. Errors: `ConfigError` where the trainer has no such key."""
     raw, problems = to_dict(config), []  # type: ignore[var-annotated]
     for block, settings in blocks.items():
         raw[block].update(settings)
@@ -190,7 +189,7 @@ def changed(config: StageConfig, blocks: dict[str, dict[str, Any]], work: Path) 
     made: StageConfig = build(StageConfig, raw, (), problems)
     if problems:
         at, what = problems[0]
-        raise Absent(f"{'.'.join(map(str, at))}: {what}")
+        raise ConfigError(f"{'.'.join(map(str, at))}: {what}")
     return made
 
 

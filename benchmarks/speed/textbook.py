@@ -3,13 +3,12 @@ the same batches as ours, so what differs is the head and its loss."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from speed.ours import CASES as OURS
 from speed.ours import stage
-from speed.world import CLIP, LR, Size, peak_mib, student, synchronize, teacher
+from speed.world import CLIP, LR, Size, now, peak_mib, student, teacher
 
 #: case -> the case of ours whose batches it draws
 CASES = {
@@ -82,11 +81,9 @@ def measure(case: str, work: Path, size: Size, peak_tflops: float | None) -> dic
 
         for _ in range(size.steps):
             step()
-        synchronize(device)
-        started = time.perf_counter()
+        started = now(device)
         done = [step() for _ in range(size.steps)]
-        synchronize(device)
-        seconds = time.perf_counter() - started
+        seconds = now(device) - started
         supervised = sum(count for count, _ in done)
         real = rows.summary["tokens"] / rows.summary["supervised_tokens"]
         return {

@@ -4,7 +4,8 @@ how memory is read. Nothing is downloaded."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ GPU_1B = Size(2048, 16, 32, 8, 8192, 128256, (8, 1, 2048), (4, 8, 1024), 10, 1, 
 GPU_3B = Size(3072, 28, 24, 8, 8192, 128256, (4, 1, 2048), (4, 8, 1024), 8, 1, 1500, weights=False)
 GPU_8B = Size(4096, 32, 32, 8, 14336, 128256, (4, 1, 2048), (4, 8, 1024), 8, 1, 1500)
 SIZES = {"tiny": TINY, "full": FULL, "1b": GPU_1B, "3b": GPU_3B, "8b": GPU_8B}
+#: `--gpu --tiny`: the same files are prepared and the same cases run, on the toy.
+SIZES |= {f"{name} tiny": replace(TINY, weights=SIZES[name].weights) for name in ("1b", "3b", "8b")}
 
 
 class Absent(Exception):
-    """A case that cannot be measured here, and why: a baseline that cannot be imported, a key or a
-    stage that this trainer has not, a device that lacks something."""
+    """A case that cannot be measured here, and why: a baseline that cannot be imported, a device or
+    an installation that lacks what the case is about."""
 
 
 def prepare(work: Path, size: Size, on_gpu: bool) -> None:
@@ -171,6 +174,13 @@ def teacher(work: Path, device: Any, attention: str) -> Any:
         work / "teacher", dtype=dtype, attn_implementation=attention
     )
     return model.to(device).eval().requires_grad_(False)
+
+
+def now(device: Any) -> float:
+    """Seconds since an arbitrary moment: by the wall after the work of a GPU, on a CPU those that
+    this process has had of it, which other programs do not lengthen."""
+    synchronize(device)
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 def synchronize(device: Any) -> None:

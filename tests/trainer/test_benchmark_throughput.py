@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from trainer.config import ConfigError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "throughput.py"
 
@@ -92,18 +95,56 @@ def test_ours_and_the_textbook_are_measured_on_the_same_batches(
     assert shares[0] == pytest.approx(shares[1], rel=1e-9) and 0.8 < shares[0] < 1
 
 
-def test_a_key_that_the_trainer_lacks_makes_a_case_absent(
+def test_a_key_that_the_trainer_lacks_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from speed import ours, world
 
     monkeypatch.setitem(ours.CHANGES, "sft ours fsdp", {"train": {"warp": 9}})
-    with pytest.raises(world.Absent, match=r"train\.warp: unknown key"):
+    with pytest.raises(ConfigError, match=r"train\.warp: unknown key"):
         ours.stage("sft ours fsdp", tmp_path, world.TINY)
     monkeypatch.setitem(ours.CHANGES, "sft ours fsdp", {"model": {"compile": True}})
     made = ours.stage("sft ours fsdp", tmp_path, world.TINY)
     assert made.model is not None and made.model.compile
+
+
+def test_a_case_of_ours_may_be_absent_on_a_toy_and_not_at_full_size(throughput: Any) -> None:
+    results = {"sft ours float8": {"absent": "there is no GPU"}}
+    assert throughput.verdict(report(throughput, results, tiny=True), check=False) == 0
+    assert throughput.verdict(report(throughput, results), check=False) == 1
+    failed = {"sft ours float8": {"failed": "there is no GPU"}}
+    assert throughput.verdict(report(throughput, failed, tiny=True), check=False) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
+def test_without_a_gpu_its_cases_are_refused_but_on_a_toy(
+    throughput: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--gpu"])
+    assert throughput.main() == 1
+    assert "--gpu --tiny runs its cases on a toy" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--gpu", "--tiny", "--only", "kd"])
+    assert throughput.main() == 1
+    assert "--gpu has no case of kd" in capsys.readouterr().err
+
+
+def test_the_set_up_of_a_gpus_cases_is_made_on_a_cpu(
+    throughput: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from speed import gpu, ours, world
+
+    for name, cases in gpu.CASES.items():
+        size, work = world.SIZES[f"{name} tiny"], tmp_path / name
+        assert throughput.is_tiny(f"{name} tiny") and not throughput.is_tiny(name)
+        world.prepare(work, size, on_gpu=False)
+        assert (work / "teacher").exists() == world.SIZES[name].weights
+        for case in cases:
+            if case in ours.CASES:
+                model = ours.stage(case, work, size).model
+                assert model is not None and model.name is not None and Path(model.name).exists()
 
 
 def test_every_case_has_a_side_and_every_ratio_its_cases(
