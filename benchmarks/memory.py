@@ -44,7 +44,8 @@ LIMIT, CUDA_LIMIT = 0.10, 0.15
 
 @dataclass(frozen=True)
 class Case:
-    """One step of one model. `stored`: distillation from a teacher's stored answers."""
+    """One step of one model. `stored`: distillation from a teacher's stored answers; `stage` says
+    what else is learned, with `teacher` as the surrogate of sdce."""
 
     name: str
     model: str
@@ -59,6 +60,9 @@ class Case:
     precision: Literal["bf16", "fp32"] = "bf16"
     freeze: tuple[str, ...] = ()
     selective: bool = False
+    stage: Literal["sft", "dpo", "ipo", "sdce"] = "sft"
+    kl: bool = False  # sdce: the whole distribution
+    off: bool = False  # dpo and ipo: the reference is the model with its adapter switched off
 
 
 _1B, _8B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
@@ -91,6 +95,15 @@ CASES = (
     Case("qwen3-0.6b-full-2048", "Qwen/Qwen3-0.6B", 2048, 4),
     Case("1b-fp32-full-1024", _1B, 1024, 4, precision="fp32"),
     Case("1b-fp32-lora-1024-checkpointing", _1B, 1024, 4, True, True, precision="fp32"),
+    Case("1b-dpo-1024", _1B, 1024, 8, stage="dpo"),
+    Case("1b-fp32-dpo-1024", _1B, 1024, 4, precision="fp32", stage="dpo"),
+    Case("1b-ipo-2048-checkpointing", _1B, 2048, 8, True, stage="ipo"),
+    Case("1b-dpo-1024-accumulate", _1B, 1024, 2, accumulate=4, stage="dpo"),
+    Case("8b-dpo-lora-1024", _8B, 1024, 4, adapter=True, stage="dpo", off=True),
+    Case("1b-sdce8b-1024", _1B, 1024, 8, teacher=_8B, stage="sdce"),
+    Case("1b-sdce8b-2048-checkpointing", _1B, 2048, 8, True, teacher=_8B, stage="sdce"),
+    Case("1b-sdce8b-kl-1024", _1B, 1024, 8, teacher=_8B, stage="sdce", kl=True),
+    Case("1b-fp32-sdce1b-1024", _1B, 1024, 4, teacher=_1B, precision="fp32", stage="sdce"),
 )  # fmt: skip
 
 
@@ -147,16 +160,20 @@ def compare(case: Case, counting: Optional[Callable[[Case], int]] = None) -> dic
 def stage_of(case: Case) -> Any:
     """The stage of a recipe that a case is."""
     from launcher.spec import Stage
-    from trainer.config import Adapter, Data, Distill, Model, Train
+    from trainer.config import Adapter, Data, Distill, Model, Preference, Sdce, Train
 
-    kd = None
+    kd = sdce = preference = None
     if case.stored:
         kd = Distill(mode="precompute", targets="stored")
+    elif case.stage == "sdce":
+        sdce = Sdce(surrogate=case.teacher, loss="kl" if case.kl else "surrogate")
     elif case.teacher is not None:
         kd = Distill(teacher=case.teacher)
+    elif case.stage != "sft":
+        preference = Preference(reference="adapter" if case.off else "precompute")
     return Stage(
         id="step",
-        stage="sft" if kd is None else "kd",
+        stage=case.stage if kd is None else "kd",
         model=Model(
             name=case.model,
             attention="sdpa",
@@ -168,6 +185,8 @@ def stage_of(case: Case) -> Any:
         data=Data(sequence_length=case.length, packing=case.packing),
         train=Train(steps=1, micro_batch=case.rows, accumulate=case.accumulate),
         kd=kd,
+        sdce=sdce,
+        preference=preference,
     )
 
 
@@ -217,6 +236,11 @@ def _step(case: Case, device: Any, watch: Callable[..., Any]) -> None:
     objective: Any = NextToken()
     if case.stored:
         objective = _stored(stage.kd, runtime)
+    elif case.stage == "sdce":
+        read = [models.load_frozen(str(case.teacher), runtime, models.PLAIN_ATTENTION)]
+        objective = _guided(stage.sdce, read[0], runtime)
+    elif stage.preference is not None:
+        objective = _prefer(case.stage, stage.preference, runtime)
     elif case.teacher is not None:
         read = [models.load_frozen(case.teacher, runtime, models.PLAIN_ATTENTION)]
         objective = DistillOnline(stage.kd, read[0], runtime)
@@ -361,6 +385,43 @@ def _stored(kd: Any, runtime: Any) -> Any:
             return batch
 
     return Stored(kd, Answers(), runtime)  # type: ignore[arg-type]
+
+
+def _prefer(kind: Any, config: Any, runtime: Any) -> Any:
+    """Two answers to a row, whose log-probs by the reference are known, or are asked for."""
+    import torch
+
+    from trainer.objectives.preference import Prefer
+    from trainer.reference import Known
+
+    class Pairs(Prefer):
+        def prepare(self, batch: Any, step: int) -> Any:
+            answers, device = 2 * batch.rows, batch.labels.device
+            each = len(batch.labels) // answers
+            number = torch.arange(len(batch.labels), device=device)
+            tokens = torch.full((answers,), float(each), dtype=torch.float64, device=device)
+            batch.extra.update(answer=number // each, tokens=tokens, reference=-tokens)
+            weight = torch.tensor(float(batch.rows), dtype=torch.float64)
+            batch.weights.update(tokens=weight * each * 2, pairs=weight, chosen=weight * each)
+            return batch
+
+    return Pairs(kind, config, runtime, Known({}) if config.reference == "precompute" else None)
+
+
+def _guided(config: Any, model: Any, runtime: Any) -> Any:
+    """What a surrogate with the model's own tokenizer holds likely."""
+    import numpy as np
+
+    from trainer.models import head_weight
+    from trainer.objectives.sdce import SurrogateGuided
+    from trainer.surrogate import Surrogate
+
+    class Words:
+        same, to_ours = True, np.arange(len(head_weight(model)))
+
+    surrogate = Surrogate(model, Words(), runtime)  # type: ignore[arg-type]
+    surrogate.move()
+    return SurrogateGuided(config, surrogate)
 
 
 if __name__ == "__main__":

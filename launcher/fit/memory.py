@@ -11,13 +11,16 @@ from launcher.fit.step import Step
 from launcher.hardware import Accelerator
 from launcher.shapes import Shape, Shapes
 from launcher.spec import Stage
+from trainer.config import TRAINING as TRAINING
 from trainer.config import Model
+from trainer.config_train import refused
 
-TRAINING = ("pretrain", "sft", "kd")
 #: Rows of a forward pass of stage `evaluate` (trainer/stages.py); halved when they do not fit.
 _EVALUATED_ROWS = 8
 #: Bytes of a buffer of logits of stage `targets` (trainer/teacher_pass.py).
 _TARGETS_BUFFER = 64 * 2**20
+#: Objectives whose gradient is known only when all log-probs are (losses/linear.token_logprobs).
+LATE = ("dpo", "ipo", "grpo")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -53,11 +56,14 @@ def unknown(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> Optional[
     wanted = ["model"] if stage.stage in TRAINING else []
     if stage.targets is not None or (stage.kd is not None and stage.kd.teacher is not None):
         wanted.append("teacher")
+    if stage.sdce is not None and stage.sdce.surrogate is not None:
+        wanted.append("teacher")
     if stage.evaluate is not None:
         wanted += [f"evaluate.{label}" for label in stage.evaluate.models]
     missing = [part for part in wanted if part not in shapes]
     if missing:
-        named = ", ".join(missing)
+        guided = stage.sdce is not None
+        named = ", ".join("surrogate" if guided and m == "teacher" else m for m in missing)
         return f"the shape of {named} is not known on this machine; fetch its config.json first"
     return None
 
@@ -78,8 +84,10 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
     """What of a training stage decides its memory; its shapes must be known."""
     assert stage.model is not None and stage.train is not None
     model, train, shape = stage.model, stage.train, shapes["model"]
-    kd = stage.kd
+    kd, sdce, grpo = stage.kd, stage.sdce, stage.grpo
     online = kd is not None and kd.mode == "online"
+    guided = sdce is not None and sdce.surrogate is not None
+    whole = sdce is not None and sdce.loss == "kl"
     keeps = kd is not None and kd.keep_logits is not None
     eager = model.attention == "eager" or shape.attention == "eager"
     automatic = isinstance(train.micro_batch, str)
@@ -87,7 +95,8 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
     workers = accelerator.count * nodes
     return Step(
         shape=shape,
-        rows=1 if isinstance(train.micro_batch, str) else train.micro_batch,
+        # Of stage grpo each prompt comes with all its answers, at most of full length.
+        rows=(1 if automatic else int(train.micro_batch)) * (grpo.group if grpo else 1),
         length=stage.data.sequence_length,
         half=_half(model, accelerator),
         checkpointing=bool(model.gradient_checkpointing),
@@ -103,9 +112,13 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
         accumulate=max(1, (train.global_batch or 1) // workers) if automatic else train.accumulate,
         workers=workers,
         heads=1 + (kd is not None and not online) + keeps,
-        dense=online or keeps,
-        teacher=shapes.get("teacher") if online else None,
-        start=keeps,
+        dense=online or keeps or whole,
+        teacher=shapes.get("teacher") if online or guided else None,
+        teacher_name="surrogate" if guided else "teacher",
+        opinions=1 + sdce.k if sdce is not None and sdce.loss == "surrogate" else 0,
+        late=stage.stage in LATE,
+        start=keeps or (grpo is not None and grpo.beta > 0 and not rank),
+        start_states=keeps,
         on_cpu=accelerator.kind.vendor == "cpu",
     )
 

@@ -19,7 +19,7 @@ from launcher.shapes import Shape
 
 #: Bytes of one fp32 buffer of logits (trainer/losses/chunks.py), on a CPU and elsewhere.
 CPU_BUFFER, DEVICE_BUFFER = 128 * MIB, 512 * MIB
-_STAYING = {"weights", "adapter", "optimizer", "teacher", "start", "gradients"}
+_STAYING = {"weights", "adapter", "optimizer", "teacher", "surrogate", "start", "gradients"}
 #: The largest flat piece in which gradients are summed over workers (trainer/runtime.py).
 BUCKET = 64 * MIB
 
@@ -50,7 +50,11 @@ class Step:
     heads: int = 1
     dense: bool = False
     teacher: Optional[Shape] = None
-    start: bool = False  # the model it began as stays beside it (kd.keep_logits)
+    teacher_name: str = "teacher"  # what that model is called: `surrogate` of stage sdce
+    opinions: int = 0  # tokens that a surrogate names in place of each; 0: its hidden states count
+    start: bool = False  # the model it began as stays beside it (kd.keep_logits, grpo.beta)
+    start_states: bool = False  # with its hidden states (kd.keep_logits)
+    late: bool = False  # the loss's gradient is made in the backward pass (token_logprobs)
     selective: bool = False  # checkpointing, but for results of products and of attention
     on_cpu: bool = False
 
@@ -206,13 +210,21 @@ def _held(step: Step) -> list[Part]:
         parts.append(_product("adapter", step.adapted, 4, "parameters x 4 bytes (fp32)"))
     parts.append(_product("optimizer", trained, 8, "parameters x 8 bytes (AdamW's moments, fp32)"))
     frozen = 2 if step.half else 4
-    for name, other in (("teacher", step.teacher), ("start", shape if step.start else None)):
+    beside = ((step.teacher_name, step.teacher, not step.opinions),
+              ("start", shape if step.start else None, step.start_states))  # fmt: skip
+    for name, other, kept in beside:
         if other is None:
             continue
         parts.append(_product(name, other.parameters, frozen, f"parameters x {frozen} bytes"))
+        if not kept:
+            continue
         states = step.tokens * other.hidden * frozen * step.accumulate
         how = f"{count(step.tokens * step.accumulate)} tokens x {other.hidden:,} x {frozen} bytes"
         parts.append(Part(f"hidden states of the {name}", states, how))
+    if step.opinions:  # a token's id and weight
+        tokens = step.tokens * step.accumulate
+        how = f"{count(tokens)} tokens x {step.opinions} x 12 bytes"
+        parts.append(Part("targets of the surrogate", 12.0 * tokens * step.opinions, how))
     if step.accumulate > 1:
         parts.append(_product("gradients", trained, 4, "parameters x 4 bytes (fp32)"))
     return parts
@@ -226,7 +238,7 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     gradients = _gradients(step)
     widened = _widened(step)
     of_all = [] if step.checkpointing else widened
-    yield "the loss", [kept, *copies, *of_all, *_tail(step), *_loss(step)]
+    yield "the backward pass of the loss" if step.late else "the loss", [kept, *copies, *of_all, *_tail(step), *_loss(step)]
     if step.rank and not step.checkpointing:
         hidden, inner = step.shape.hidden, step.shape.intermediate
         size = step.tokens * (8.5 * hidden + 6.5 * inner) * step.wide / 2
