@@ -62,6 +62,7 @@ class Case:
     selective: bool = False
     stage: Literal["sft", "dpo", "ipo", "sdce"] = "sft"
     kl: bool = False  # sdce: the whole distribution
+    workers: int = 1  # that share the model (train.parallel: fsdp)
     off: bool = False  # dpo and ipo: the reference is the model with its adapter switched off
 
 
@@ -104,6 +105,14 @@ CASES = (
     Case("1b-sdce8b-2048-checkpointing", _1B, 2048, 8, True, teacher=_8B, stage="sdce"),
     Case("1b-sdce8b-kl-1024", _1B, 1024, 8, teacher=_8B, stage="sdce", kl=True),
     Case("1b-fp32-sdce1b-1024", _1B, 1024, 4, teacher=_1B, precision="fp32", stage="sdce"),
+    Case("1b-fsdp8-1024", _1B, 1024, 8, workers=8),
+    Case("8b-fsdp8-2048-checkpointing", _8B, 2048, 4, True, workers=8),
+    Case("8b-fsdp8-512-checkpointing", _8B, 512, 1, True, workers=8),
+    Case("8b-fsdp8-2048-accumulate", _8B, 2048, 1, accumulate=4, workers=8),
+    Case("8b-fsdp8-lora-2048-checkpointing", _8B, 2048, 8, True, adapter=True, workers=8),
+    Case("1b-fp32-fsdp4-1024", _1B, 1024, 4, precision="fp32", workers=4),
+    Case("qwen3-0.6b-fsdp2-2048", "Qwen/Qwen3-0.6B", 2048, 4, workers=2),
+    Case("8b-fsdp8-dpo-1024", _8B, 1024, 4, stage="dpo", workers=8),
 )  # fmt: skip
 
 
@@ -146,7 +155,7 @@ def compare(case: Case, counting: Optional[Callable[[Case], int]] = None) -> dic
     from launcher import fit, hardware, shapes
 
     stage = stage_of(case)
-    accelerator = hardware.parse("H100:1")
+    accelerator = hardware.parse(f"H100:{case.workers}")
     found = fit.memory(stage, accelerator, 1, shapes.of_stage(stage, (stage,), REPOSITORY))
     assert found is not None
     counted = (counting or count)(case)
@@ -183,7 +192,12 @@ def stage_of(case: Case) -> Any:
             adapter=Adapter(rank=16) if case.adapter else None,
         ),
         data=Data(sequence_length=case.length, packing=case.packing),
-        train=Train(steps=1, micro_batch=case.rows, accumulate=case.accumulate),
+        train=Train(
+            steps=1,
+            micro_batch=case.rows,
+            accumulate=case.accumulate,
+            parallel="fsdp" if case.workers > 1 else "ddp",
+        ),
         kd=kd,
         sdce=sdce,
         preference=preference,
@@ -203,7 +217,7 @@ def count(case: Case) -> int:
         with tracker, _values():
             yield
 
-    with _configured(case), _losses_as_on_cuda(case), FakeTensorMode():
+    with _configured(case), _losses_as_on_cuda(case), _workers(case), FakeTensorMode():
         _step(case, torch.device("cpu"), tracked)
         return int(sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()))
 
@@ -230,8 +244,9 @@ def _step(case: Case, device: Any, watch: Callable[..., Any]) -> None:
     from trainer.runtime import Runtime
     from trainer.step import backward, normalisers, prepare
 
-    stage, runtime = stage_of(case), Runtime(device, case.precision)
-    model = models.load_model(stage.model, None, runtime, seed=0)
+    stage, runtime = stage_of(case), Runtime(device, case.precision, 0, case.workers)
+    with _values() if case.workers > 1 else contextlib.nullcontext():
+        model = models.load_model(stage.model, None, runtime, seed=0, share=stage.train.parallel)
     read = []
     objective: Any = NextToken()
     if case.stored:
@@ -328,6 +343,26 @@ def _losses_as_on_cuda(case: Case) -> Iterator[None]:
             )
             stack.enter_context(one)
         yield
+
+
+@contextlib.contextmanager
+def _workers(case: Case) -> Iterator[None]:
+    """A group of as many workers, of which only the first is there: what it would get from the
+    others has the right size and no values."""
+    if case.workers == 1:
+        yield
+        return
+    import torch.distributed as dist
+    from torch.distributed import device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.workers)
+    try:  # a mesh has values to look at, so it cannot be made of fakes
+        mesh = device_mesh.init_device_mesh("cpu", (case.workers,))
+        with patch.object(device_mesh, "init_device_mesh", lambda *arguments: mesh):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _tracker() -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Optional
 
+from launcher.fit import sharding
 from launcher.fit import step as steps
 from launcher.fit.parts import COMMUNICATION, CONTEXT, SLACK, Memory, Part, count, usable
 from launcher.fit.step import Step
@@ -13,7 +15,6 @@ from launcher.shapes import Shape, Shapes
 from launcher.spec import Stage
 from trainer.config import TRAINING as TRAINING
 from trainer.config import Model
-from trainer.config_train import refused
 
 #: Rows of a forward pass of stage `evaluate` (trainer/stages.py); halved when they do not fit.
 _EVALUATED_ROWS = 8
@@ -93,7 +94,7 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
     automatic = isinstance(train.micro_batch, str)
     rank, targets = _adapter(model, shape)
     workers = accelerator.count * nodes
-    return Step(
+    made = Step(
         shape=shape,
         # Of stage grpo each prompt comes with all its answers, at most of full length.
         rows=(1 if automatic else int(train.micro_batch)) * (grpo.group if grpo else 1),
@@ -120,7 +121,9 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
         start=keeps or (grpo is not None and grpo.beta > 0 and not rank),
         start_states=keeps,
         on_cpu=accelerator.kind.vendor == "cpu",
+        float8=model.float8 != "off" and accelerator.kind.capability >= 8.9,
     )
+    return replace(made, sharded=sharding.chosen(stage, accelerator, made) is not None)
 
 
 def _half(model: Optional[Model], accelerator: Accelerator) -> bool:

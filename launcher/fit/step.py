@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Optional
 
+from launcher.fit import sharding
 from launcher.fit.parts import MIB, Part, count
 from launcher.shapes import Shape
 
@@ -57,6 +58,8 @@ class Step:
     late: bool = False  # the loss's gradient is made in the backward pass (token_logprobs)
     selective: bool = False  # checkpointing, but for results of products and of attention
     on_cpu: bool = False
+    sharded: bool = False  # the workers share weights, gradients and moments (FSDP2)
+    float8: bool = False  # products of the blocks
 
     @property
     def tokens(self) -> int:
@@ -227,29 +230,28 @@ def _held(step: Step) -> list[Part]:
         parts.append(Part("targets of the surrogate", 12.0 * tokens * step.opinions, how))
     if step.accumulate > 1:
         parts.append(_product("gradients", trained, 4, "parameters x 4 bytes (fp32)"))
-    return parts
+    return sharding.shared(parts, step) if step.sharded else parts
 
 
 def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     """The moments that can be the peak, and what each has beside `_held`."""
+    if step.sharded:
+        yield from _sharded_moments(step)
+        return
     layers = step.shape.layers
     kept, copies = _kept(step), _copies(step)
     backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
     gradients = _gradients(step)
     widened = _widened(step)
     of_all = [] if step.checkpointing else widened
-    yield "the backward pass of the loss" if step.late else "the loss", [kept, *copies, *of_all, *_tail(step), *_loss(step)]
+    yield _name_of_loss(step), [kept, *copies, *of_all, *_tail(step), *_loss(step)]
     if step.rank and not step.checkpointing:
         hidden, inner = step.shape.hidden, step.shape.intermediate
         size = step.tokens * (8.5 * hidden + 6.5 * inner) * step.wide / 2
         last = Part("forward pass", size, "of the last block")
         yield "the forward pass", [kept, *copies, *of_all, last]
     if step.checkpointing:
-        again = Part(
-            "activations of one block",
-            step.tokens * (layer_activations(step) - _between(step) - _shared(step)),
-            f"computed again: {count(step.tokens)} tokens x {layer_activations(step):,.0f} bytes",
-        )
+        again = _again(step)
         one = [
             Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in (*copies, *widened)
         ]
@@ -265,6 +267,42 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     if step.workers > 1:
         flat = min(BUCKET, gradients.bytes or step.trained * 4)
         yield "the sum over workers", [gradients, Part("bucket", flat, "of the gradients")]
+
+
+def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
+    """The same where the workers share the model: no block's weights are copied, they are gathered
+    in the precision of the products, and of a block's gradients one worker's part is left."""
+    layers, root, kept = step.shape.layers, sharding.root(step), _kept(step)
+    backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
+    widened = _widened(step)
+    of_all = [] if step.checkpointing else widened
+    yield _name_of_loss(step), [kept, root, *of_all, *_tail(step), *_loss(step)]
+    again = [_again(step)] if step.checkpointing else []
+    one = [Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in widened]
+    here = [root, *again, *(one if step.checkpointing else widened), _head_gradients(step), backward]
+    yield "the last block's backward pass", [kept, *here, *sharding.block(step, ahead=True)]
+    rest = Part(kept.name, kept.bytes / layers, "what the first block keeps")
+    size = 0.0 if step.accumulate > 1 else step.trained - sharding.root_learns(step)
+    left = sharding.shared([_product("gradients", size, 4, "parameters x 4 bytes (fp32)")], step)
+    yield "the first block's backward pass", [rest, *left, *here, *sharding.block(step, False)]
+    yield "the end of the backward pass", [root, *left, *_embedding(step)]
+    twice = _product("gradients of embeddings and head", 2 * sharding.root_learns(step), 4,
+                     "parameters x 4 bytes (fp32), and the buffer that sums them")  # fmt: skip
+    yield "the sum over workers", [*left, twice]
+
+
+def _name_of_loss(step: Step) -> str:
+    return "the backward pass of the loss" if step.late else "the loss"
+
+
+def _again(step: Step) -> Part:
+    """What checkpointing computes again for the backward pass of a block."""
+    each = layer_activations(step)
+    return Part(
+        "activations of one block",
+        step.tokens * (each - _between(step) - _shared(step)),
+        f"computed again: {count(step.tokens)} tokens x {each:,.0f} bytes",
+    )
 
 
 def _kept(step: Step) -> Part:
@@ -345,6 +383,7 @@ def _working(step: Step) -> float:
     hidden, inner = step.shape.hidden, step.shape.intermediate
     inner *= max(step.shape.experts_per_token, 1)
     matrix = hidden * step.shape.intermediate
+    casts = step.tokens * (hidden + inner) + matrix if step.float8 else 0  # of one product
     if step.rank:
         each = 8.0 * hidden + 4.0 * inner
         if step.checkpointing:
@@ -352,9 +391,9 @@ def _working(step: Step) -> float:
         whole = step.widened  # the gradient of W + B A, from which those of B and A follow
         if step.nf4:  # a matrix as the product has it
             whole += step.wide * max(map(math.prod, step.shape.projections.values()))
-        return step.tokens * each * step.wide / 2 + whole
+        return step.tokens * each * step.wide / 2 + whole + casts
     grows = 10 * matrix if step.checkpointing else 2 * matrix
-    return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows
+    return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows + casts
 
 
 def _gradients(step: Step) -> Part:
