@@ -268,6 +268,8 @@ def _step(case: Case, device: Any, watch: Callable[..., Any]) -> None:
         norm = unscale(model, 1.0)
         ballast.clear()
         clip(model, norm, stage.train.clip)
+        if case.workers > 1:  # DTensor asks for shapes with whole tensors, which would be counted
+            return
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
 

@@ -9,12 +9,12 @@ from typing import Optional
 from launcher.fit import sharding
 from launcher.fit import step as steps
 from launcher.fit.parts import COMMUNICATION, CONTEXT, SLACK, Memory, Part, count, usable
-from launcher.fit.step import Step
+from launcher.fit.step import Step, cache
 from launcher.hardware import Accelerator
 from launcher.shapes import Shape, Shapes
 from launcher.spec import Stage
 from trainer.config import TRAINING as TRAINING
-from trainer.config import Model
+from trainer.config import Grpo, Model
 
 #: Rows of a forward pass of stage `evaluate` (trainer/stages.py); halved when they do not fit.
 _EVALUATED_ROWS = 8
@@ -35,7 +35,7 @@ def memory(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) -
     if stage.stage in TRAINING:
         step = step_of(stage, accelerator, nodes, shapes)
         moment, parts = steps.peak(step, slack)
-        notes = tuple(_notes(stage, step))
+        notes = (*_notes(stage, step), *_notes_of_workers(stage, accelerator, step))
     else:
         moment, notes = "the forward pass", ()
         parts = _reading(stage, accelerator, shapes)
@@ -167,6 +167,12 @@ def _notes(stage: Stage, step: Step) -> list[str]:
     notes = []
     if isinstance(stage.train.micro_batch, str):
         notes.append("micro_batch auto: counted as one row, the least; the job tries for more")
+    if stage.grpo is not None:
+        notes += _notes_of_answers(stage.grpo, step)
+    if step.opinions:
+        notes.append("the surrogate is counted with as many tokens as the model reads")
+    if step.float8:
+        notes.append("float8 saves no memory: weights stay as they are, casts come on top")
     if step.masked and not step.eager:
         notes.append("attention through SDPA with a mask; with flash-attn it takes less")
     if step.nf4 and step.shape.fused_experts:
@@ -178,6 +184,29 @@ def _notes(stage: Stage, step: Step) -> list[str]:
     if step.eager:
         notes.append("eager attention keeps whole matrices of scores; counted roughly")
     return notes
+
+
+def _notes_of_answers(grpo: Grpo, step: Step) -> list[str]:
+    size = cache(step) * step.tokens / 2**30
+    notes = [
+        f"counted: {step.rows // grpo.group} prompts x {grpo.group} answers of {step.length:,} tokens"
+        " with their prompts, the most that may come"
+    ]
+    if grpo.rollouts == "vllm":
+        return [*notes, "the vLLM server's memory is not counted"]
+    return [
+        *notes,
+        f"not counted: {size:.1f} GiB of keys and values while all answers are drawn at once; "
+        "where they do not fit, the job draws fewer at a time",
+    ]
+
+
+def _notes_of_workers(stage: Stage, accelerator: Accelerator, step: Step) -> list[str]:
+    assert stage.train is not None
+    if step.nf4 and stage.train.parallel == "fsdp":
+        return ["the job will refuse train.parallel: fsdp with weights of 4 bits"]
+    why = sharding.chosen(stage, accelerator, step)
+    return [] if why is None else [f"{step.workers} workers share the model ({why})"]
 
 
 def _reading(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> list[Part]:

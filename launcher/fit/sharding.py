@@ -63,7 +63,9 @@ def root(step: Step) -> Part:
 def root_learns(step: Step) -> float:
     """Parameters outside the blocks that learn."""
     return sum(
-        math.prod(size) for name, size in step.learns.items() if not name.startswith("model.layers.")
+        math.prod(size)
+        for name, size in step.learns.items()
+        if not name.startswith("model.layers.")
     )
 
 

@@ -20,6 +20,8 @@ from launcher.shapes import Shape
 
 #: Bytes of one fp32 buffer of logits (trainer/losses/chunks.py), on a CPU and elsewhere.
 CPU_BUFFER, DEVICE_BUFFER = 128 * MIB, 512 * MIB
+#: The same of a surrogate's (trainer/surrogate.py).
+SURROGATE_BUFFER = 64 * MIB
 _STAYING = {"weights", "adapter", "optimizer", "teacher", "surrogate", "start", "gradients"}
 #: The largest flat piece in which gradients are summed over workers (trainer/runtime.py).
 BUCKET = 64 * MIB
@@ -172,6 +174,13 @@ def _shared(step: Step) -> float:
     return step.wide * (own + (0 if step.eager else shape.heads * shape.head_dim))
 
 
+def cache(step: Step) -> float:
+    """Bytes of the keys and values of one token while answers are drawn: keys are fp32, as rotary
+    embeddings leave them, unless the model itself is 16-bit."""
+    key = step.base_bytes if step.half else 4
+    return step.shape.layers * step.shape.kv_heads * step.shape.head_dim * (key + step.wide)
+
+
 def transient(shape: Shape) -> float:
     """What a block of a model that is only read has in hand at most (measured: 8.4 hidden + 6
     intermediate)."""
@@ -235,6 +244,8 @@ def _held(step: Step) -> list[Part]:
 
 def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     """The moments that can be the peak, and what each has beside `_held`."""
+    if step.teacher is not None:
+        yield f"the {step.teacher_name}'s forward pass", _asked(step, step.teacher)
     if step.sharded:
         yield from _sharded_moments(step)
         return
@@ -279,7 +290,13 @@ def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     yield _name_of_loss(step), [kept, root, *of_all, *_tail(step), *_loss(step)]
     again = [_again(step)] if step.checkpointing else []
     one = [Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in widened]
-    here = [root, *again, *(one if step.checkpointing else widened), _head_gradients(step), backward]
+    here = [
+        root,
+        *again,
+        *(one if step.checkpointing else widened),
+        _head_gradients(step),
+        backward,
+    ]
     yield "the last block's backward pass", [kept, *here, *sharding.block(step, ahead=True)]
     rest = Part(kept.name, kept.bytes / layers, "what the first block keeps")
     size = 0.0 if step.accumulate > 1 else step.trained - sharding.root_learns(step)
@@ -289,6 +306,18 @@ def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     twice = _product("gradients of embeddings and head", 2 * sharding.root_learns(step), 4,
                      "parameters x 4 bytes (fp32), and the buffer that sums them")  # fmt: skip
     yield "the sum over workers", [*left, twice]
+
+
+def _asked(step: Step, other: Shape) -> list[Part]:
+    """A frozen model reads the micro-batch, before the model itself does; what stays of that is
+    held."""
+    size = 2 if step.half else 4
+    each = transient(other) * size / 2 + size * other.hidden
+    parts = [Part("forward pass", step.tokens * each, f"of the {step.teacher_name}")]
+    if step.opinions:
+        one = max(SURROGATE_BUFFER, 16 * 4 * other.vocabulary)
+        parts.append(Part("chunks of logits", 3.0 * one, "of the surrogate"))
+    return parts
 
 
 def _name_of_loss(step: Step) -> str:
