@@ -8,8 +8,9 @@ from typing import Optional
 
 from launcher.fit import sharding
 from launcher.fit import step as steps
+from launcher.fit.activations import cache, transient
 from launcher.fit.parts import COMMUNICATION, CONTEXT, SLACK, Memory, Part, count, usable
-from launcher.fit.step import Step, cache
+from launcher.fit.step import Step
 from launcher.hardware import Accelerator
 from launcher.shapes import Shape, Shapes
 from launcher.spec import Stage
@@ -189,8 +190,8 @@ def _notes(stage: Stage, step: Step) -> list[str]:
 def _notes_of_answers(grpo: Grpo, step: Step) -> list[str]:
     size = cache(step) * step.tokens / 2**30
     notes = [
-        f"counted: {step.rows // grpo.group} prompts x {grpo.group} answers of {step.length:,} tokens"
-        " with their prompts, the most that may come"
+        f"counted: {step.rows // grpo.group} prompts x {grpo.group} answers, each of"
+        f" {step.length:,} tokens with its prompt, the most that may come"
     ]
     if grpo.rollouts == "vllm":
         return [*notes, "the vLLM server's memory is not counted"]
@@ -222,7 +223,7 @@ def _reading(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> list[Par
             2 * steps.CPU_BUFFER if accelerator.kind.vendor == "cpu" else (2 * steps.DEVICE_BUFFER)
         )
     tokens = rows * stage.data.sequence_length
-    each = steps.transient(shape) * size / 2 + size * shape.hidden
+    each = transient(shape) * size / 2 + size * shape.hidden
     parts = [
         Part("weights", shape.parameters * size,
              f"{count(shape.parameters)} parameters x {size} bytes"),

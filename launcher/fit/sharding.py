@@ -1,8 +1,8 @@
 """What FSDP2 changes of a step's memory: what the workers share, and what is gathered.
 
-trainer/parallel.py is followed: each block is a unit, whose tensors are gathered in the precision of
-the products and given back after its pass; embeddings, last norm and head are another unit, gathered
-as they are at the beginning of a forward pass and kept to the end of the backward pass.
+trainer/parallel.py is followed: each block is a unit, whose tensors are gathered in the precision
+of the products and given back after its pass; embeddings, last norm and head are another unit,
+gathered as they are at the beginning of a forward pass and kept to the end of the backward pass.
 """
 
 from __future__ import annotations
