@@ -69,24 +69,22 @@ def root_learns(step: Step) -> float:
     )
 
 
-def block(step: Step, ahead: bool) -> list[Part]:
-    """Of the backward pass of a block: its weights, with those of the next one (`ahead`) in the
-    buffer that gathers them and as they come out of it; and its gradients, with the fp32 buffer
-    that sums them over the workers."""
+def block(step: Step, first: bool) -> list[Part]:
+    """Of the backward pass of a block: its weights, gathered, and its gradients. Before the `first`
+    one, whose turn is last, there is the next block too, in the buffer that gathers it and as it
+    comes out of that; with the first one there are the fp32 buffers in which its gradients and
+    those of the block before are summed over the workers."""
     adapted = step.adapted / step.shape.layers
-    held = _of_block(step) + adapted
-    times = 3 if ahead else 1
-    learns = adapted + sum(
-        math.prod(size) for name, size in step.learns.items() if name.startswith("model.layers.0.")
-    )
-    size = step.wide
+    inside = "model.layers.0."
+    learns = adapted + sum(math.prod(d) for n, d in step.learns.items() if n.startswith(inside))
+    held, size = _of_block(step) + adapted, step.wide
+    times, sums = (1, 8) if first else (3, 0)
+    how = f"{count(learns)} parameters x {size} bytes"
+    if sums:
+        how += ", and 2 buffers x 4 bytes that sum them"
     return [
         Part("gathered blocks", times * size * held, f"{times} x {count(held)} x {size} bytes"),
-        Part(
-            "gradients of one block",
-            (size + 4) * learns,
-            f"{count(learns)} parameters x {size} bytes, and x 4 to be summed",
-        ),
+        Part("gradients of one block", (size + sums) * learns, how),
     ]
 
 

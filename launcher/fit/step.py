@@ -234,11 +234,11 @@ def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
         _head_gradients(step),
         backward,
     ]
-    yield "the last block's backward pass", [kept, *here, *sharding.block(step, ahead=True)]
+    yield "the last block's backward pass", [kept, *here, *sharding.block(step, first=False)]
     rest = Part(kept.name, kept.bytes / layers, "what the first block keeps")
     size = 0.0 if step.accumulate > 1 else step.trained - sharding.root_learns(step)
     left = sharding.shared([_product("gradients", size, 4, "parameters x 4 bytes (fp32)")], step)
-    yield "the first block's backward pass", [rest, *left, *here, *sharding.block(step, False)]
+    yield "the first block's backward pass", [rest, *left, *here, *sharding.block(step, first=True)]
     yield "the end of the backward pass", [root, *left, *_embedding(step)]
     twice = _product("gradients of embeddings and head", 2 * sharding.root_learns(step), 4,
                      "parameters x 4 bytes (fp32), and the buffer that sums them")  # fmt: skip
@@ -354,6 +354,8 @@ def _working(step: Step) -> float:
             whole += step.wide * max(map(math.prod, step.shape.projections.values()))
         return step.tokens * each * step.wide / 2 + whole + casts
     grows = 10 * matrix if step.checkpointing else 2 * matrix
+    if step.sharded:  # its gradients are in the precision of the products, and counted as such
+        grows = 0
     return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows + casts
 
 
