@@ -24,6 +24,7 @@ from trainer.config import (
     KeepLogits,
     Merge,
     Model,
+    Preference,
     Sdce,
     Targets,
     Train,
@@ -499,3 +500,15 @@ def test_float8_takes_its_casts_and_saves_nothing() -> None:
     cast = of(sft(EIGHT_B, rows=1, length=512, gradient_checkpointing=True, float8="torchao"))
     assert parts(cast)["weights"] == parts(plain)["weights"]
     assert plain.bytes <= cast.bytes and any("float8 saves no memory" in n for n in cast.notes)
+
+
+def test_the_reference_reads_all_pairs_once_or_with_each_step() -> None:
+    once = replace(sft(), stage="dpo")
+    each = replace(once, preference=Preference(reference="adapter"))
+    shape = SHAPES[ONE_B]
+    forward = speed.forward_flops(shape, 2048)
+    step = speed.work(once, shape)
+    assert speed.reference_share(once, shape) == pytest.approx(forward * step.tokens / step.flops)
+    assert 0.3 < speed.reference_share(once, shape) < 0.35, "2 of 6, but for what attention takes"
+    assert speed.reference_share(each, shape) == speed.reference_share(sft(), shape) == 0
+    assert speed.work(each, shape).flops - step.flops == pytest.approx(forward * step.tokens)
