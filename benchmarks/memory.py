@@ -44,7 +44,8 @@ LIMIT, CUDA_LIMIT = 0.10, 0.15
 
 @dataclass(frozen=True)
 class Case:
-    """One step of one model. `stored`: distillation from a teacher's stored answers."""
+    """One step of one model. `stored`: distillation from a teacher's stored answers; `stage` says
+    what else is learned, with `teacher` as the surrogate of sdce."""
 
     name: str
     model: str
@@ -59,6 +60,10 @@ class Case:
     precision: Literal["bf16", "fp32"] = "bf16"
     freeze: tuple[str, ...] = ()
     selective: bool = False
+    stage: Literal["sft", "dpo", "ipo", "sdce"] = "sft"
+    kl: bool = False  # sdce: the whole distribution
+    workers: int = 1  # that share the model (train.parallel: fsdp)
+    off: bool = False  # dpo and ipo: the reference is the model with its adapter switched off
 
 
 _1B, _8B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"
@@ -91,6 +96,21 @@ CASES = (
     Case("qwen3-0.6b-full-2048", "Qwen/Qwen3-0.6B", 2048, 4),
     Case("1b-fp32-full-1024", _1B, 1024, 4, precision="fp32"),
     Case("1b-fp32-lora-1024-checkpointing", _1B, 1024, 4, True, True, precision="fp32"),
+    Case("1b-dpo-1024", _1B, 1024, 8, stage="dpo"),
+    Case("1b-fp32-dpo-1024", _1B, 1024, 4, precision="fp32", stage="dpo"),
+    Case("1b-ipo-2048-checkpointing", _1B, 2048, 8, True, stage="ipo"),
+    Case("1b-dpo-1024-accumulate", _1B, 1024, 2, accumulate=4, stage="dpo"),
+    Case("8b-dpo-lora-1024", _8B, 1024, 4, adapter=True, stage="dpo", off=True),
+    Case("1b-sdce8b-1024", _1B, 1024, 8, teacher=_8B, stage="sdce"),
+    Case("1b-sdce8b-2048-checkpointing", _1B, 2048, 8, True, teacher=_8B, stage="sdce"),
+    Case("1b-sdce8b-kl-1024", _1B, 1024, 8, teacher=_8B, stage="sdce", kl=True),
+    Case("1b-fp32-sdce1b-1024", _1B, 1024, 4, teacher=_1B, precision="fp32", stage="sdce"),
+    Case("1b-fsdp8-1024", _1B, 1024, 8, workers=8),
+    Case("8b-fsdp8-2048-checkpointing", _8B, 2048, 4, True, workers=8),
+    Case("8b-fsdp8-512-checkpointing", _8B, 512, 1, True, workers=8),
+    Case("8b-fsdp8-2048-accumulate", _8B, 2048, 1, accumulate=4, workers=8),
+    Case("1b-fp32-fsdp4-1024", _1B, 1024, 4, precision="fp32", workers=4),
+    Case("qwen3-0.6b-fsdp2-2048", "Qwen/Qwen3-0.6B", 2048, 4, workers=2),
 )  # fmt: skip
 
 
@@ -133,7 +153,7 @@ def compare(case: Case, counting: Optional[Callable[[Case], int]] = None) -> dic
     from launcher import fit, hardware, shapes
 
     stage = stage_of(case)
-    accelerator = hardware.parse("H100:1")
+    accelerator = hardware.parse(f"H100:{case.workers}")
     found = fit.memory(stage, accelerator, 1, shapes.of_stage(stage, (stage,), REPOSITORY))
     assert found is not None
     counted = (counting or count)(case)
@@ -147,16 +167,20 @@ def compare(case: Case, counting: Optional[Callable[[Case], int]] = None) -> dic
 def stage_of(case: Case) -> Any:
     """The stage of a recipe that a case is."""
     from launcher.spec import Stage
-    from trainer.config import Adapter, Data, Distill, Model, Train
+    from trainer.config import Adapter, Data, Distill, Model, Preference, Sdce, Train
 
-    kd = None
+    kd = sdce = preference = None
     if case.stored:
         kd = Distill(mode="precompute", targets="stored")
+    elif case.stage == "sdce":
+        sdce = Sdce(surrogate=case.teacher, loss="kl" if case.kl else "surrogate")
     elif case.teacher is not None:
         kd = Distill(teacher=case.teacher)
+    elif case.stage != "sft":
+        preference = Preference(reference="adapter" if case.off else "precompute")
     return Stage(
         id="step",
-        stage="sft" if kd is None else "kd",
+        stage=case.stage if kd is None else "kd",
         model=Model(
             name=case.model,
             attention="sdpa",
@@ -166,8 +190,15 @@ def stage_of(case: Case) -> Any:
             adapter=Adapter(rank=16) if case.adapter else None,
         ),
         data=Data(sequence_length=case.length, packing=case.packing),
-        train=Train(steps=1, micro_batch=case.rows, accumulate=case.accumulate),
+        train=Train(
+            steps=1,
+            micro_batch=case.rows,
+            accumulate=case.accumulate,
+            parallel="fsdp" if case.workers > 1 else "ddp",
+        ),
         kd=kd,
+        sdce=sdce,
+        preference=preference,
     )
 
 
@@ -184,7 +215,7 @@ def count(case: Case) -> int:
         with tracker, _values():
             yield
 
-    with _configured(case), _losses_as_on_cuda(case), FakeTensorMode():
+    with _configured(case), _losses_as_on_cuda(case), _workers(case), FakeTensorMode():
         _step(case, torch.device("cpu"), tracked)
         return int(sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()))
 
@@ -211,12 +242,18 @@ def _step(case: Case, device: Any, watch: Callable[..., Any]) -> None:
     from trainer.runtime import Runtime
     from trainer.step import backward, normalisers, prepare
 
-    stage, runtime = stage_of(case), Runtime(device, case.precision)
-    model = models.load_model(stage.model, None, runtime, seed=0)
+    stage, runtime = stage_of(case), Runtime(device, case.precision, 0, case.workers)
+    with _values() if case.workers > 1 else contextlib.nullcontext():
+        model = models.load_model(stage.model, None, runtime, seed=0, share=stage.train.parallel)
     read = []
     objective: Any = NextToken()
     if case.stored:
         objective = _stored(stage.kd, runtime)
+    elif case.stage == "sdce":
+        read = [models.load_frozen(str(case.teacher), runtime, models.PLAIN_ATTENTION)]
+        objective = _guided(stage.sdce, read[0], runtime)
+    elif stage.preference is not None:
+        objective = _prefer(case.stage, stage.preference, runtime)
     elif case.teacher is not None:
         read = [models.load_frozen(case.teacher, runtime, models.PLAIN_ATTENTION)]
         objective = DistillOnline(stage.kd, read[0], runtime)
@@ -229,6 +266,8 @@ def _step(case: Case, device: Any, watch: Callable[..., Any]) -> None:
         norm = unscale(model, 1.0)
         ballast.clear()
         clip(model, norm, stage.train.clip)
+        if case.workers > 1:  # DTensor asks for shapes with whole tensors, which would be counted
+            return
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
 
@@ -306,6 +345,26 @@ def _losses_as_on_cuda(case: Case) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _workers(case: Case) -> Iterator[None]:
+    """A group of as many workers, of which only the first is there: what it would get from the
+    others has the right size and no values."""
+    if case.workers == 1:
+        yield
+        return
+    import torch.distributed as dist
+    from torch.distributed import device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.workers)
+    try:  # a mesh has values to look at, so it cannot be made of fakes
+        mesh = device_mesh.init_device_mesh("cpu", (case.workers,))
+        with patch.object(device_mesh, "init_device_mesh", lambda *arguments: mesh):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
 def _tracker() -> Any:
     """Torch's MemTracker without its statistics of modules: its hooks fail on parameters that
     learn nothing and on a module that runs twice. What it counts is the same."""
@@ -361,6 +420,43 @@ def _stored(kd: Any, runtime: Any) -> Any:
             return batch
 
     return Stored(kd, Answers(), runtime)  # type: ignore[arg-type]
+
+
+def _prefer(kind: Any, config: Any, runtime: Any) -> Any:
+    """Two answers to a row, whose log-probs by the reference are known, or are asked for."""
+    import torch
+
+    from trainer.objectives.preference import Prefer
+    from trainer.reference import Known
+
+    class Pairs(Prefer):
+        def prepare(self, batch: Any, step: int) -> Any:
+            answers, device = 2 * batch.rows, batch.labels.device
+            each = len(batch.labels) // answers
+            number = torch.arange(len(batch.labels), device=device)
+            tokens = torch.full((answers,), float(each), dtype=torch.float64, device=device)
+            batch.extra.update(answer=number // each, tokens=tokens, reference=-tokens)
+            weight = torch.tensor(float(batch.rows), dtype=torch.float64)
+            batch.weights.update(tokens=weight * each * 2, pairs=weight, chosen=weight * each)
+            return batch
+
+    return Pairs(kind, config, runtime, Known({}) if config.reference == "precompute" else None)
+
+
+def _guided(config: Any, model: Any, runtime: Any) -> Any:
+    """What a surrogate with the model's own tokenizer holds likely."""
+    import numpy as np
+
+    from trainer.models import head_weight
+    from trainer.objectives.sdce import SurrogateGuided
+    from trainer.surrogate import Surrogate
+
+    class Words:
+        same, to_ours = True, np.arange(len(head_weight(model)))
+
+    surrogate = Surrogate(model, Words(), runtime)  # type: ignore[arg-type]
+    surrogate.move()
+    return SurrogateGuided(config, surrogate)
 
 
 if __name__ == "__main__":

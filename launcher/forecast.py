@@ -153,6 +153,7 @@ def of_stage(
     )
     made = _with_speed(made, stage, accelerator, models, launch_home)
     made = _with_hours(made, stage, read, before)
+    made = _with_reference(made, stage, models)
     return replace(made, usd=dollars(made.hours, offers))
 
 
@@ -347,7 +348,8 @@ def task(stage: Stage) -> str:
         return "targets"
     if stage.model is not None and stage.model.adapter is not None:
         return "lora"
-    return "kd" if stage.kd is not None else "full"
+    guided = stage.sdce is not None and stage.sdce.surrogate is not None
+    return "kd" if stage.kd is not None or guided else "full"
 
 
 def in_flight(stage: Stage, work: speed.Work) -> float:
@@ -388,6 +390,24 @@ def _with_hours(
     line = (f"time: {figure(read.tokens)} tokens / {made.tokens_per_second:,.0f} tokens/s = "
             f"{hours_text((one, one))}")  # fmt: skip
     return replace(made, hours=(one, one), explain=(*made.explain, line))
+
+
+def _with_reference(made: Forecast, stage: Stage, models: Shapes) -> Forecast:
+    """And the pass in which the reference of `dpo` and `ipo` reads all pairs once; a run that goes
+    on has its answers."""
+    share = speed.reference_share(stage, models.get("model"))
+    if not share or made.hours is None or made.tokens_per_second is None or made.done:
+        return made
+    held = amount.count(stage)
+    if held.examples is None or held.tokens_per_example is None:
+        line = "time: that the reference reads all pairs once, before the first step, comes on top"
+        return replace(made, explain=(*made.explain, line))
+    tokens = held.examples * held.tokens_per_example
+    more = share * tokens / made.tokens_per_second / 3600
+    line = (f"time: and {hours_text((more, more))} in which the reference reads {figure(tokens)} "
+            "tokens once")  # fmt: skip
+    low, high = made.hours
+    return replace(made, hours=(low + more, high + more), explain=(*made.explain, line))
 
 
 def _budget_notes(stages: Sequence[tuple[Forecast, Sequence[Offer]]], budget: Budget) -> list[str]:

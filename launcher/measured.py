@@ -112,7 +112,9 @@ def _work(stage: Stage) -> tuple[Any, ...]:
                    model.compile,
                    model.adapter, model.freeze),
         kd and (kd.mode, kd.top_k),
-        train and (train.micro_batch, train.accumulate, train.global_batch),
+        stage.sdce and (stage.sdce.loss, stage.sdce.k), stage.grpo,
+        stage.preference and stage.preference.reference,
+        train and (train.micro_batch, train.accumulate, train.global_batch, train.parallel),
         stage.targets and (stage.targets.top_k, stage.targets.sampler, stage.targets.micro_batch),
     )  # fmt: skip
 

@@ -98,11 +98,26 @@ def work(config: Any, model: Optional[Shape], teacher: Optional[Shape] = None) -
     if recomputed is True:  # a selective one computes no product again
         flops += forward_flops(model, context, head=False)
     flops += passes * micro_batches * _expert_sums(model, config.model) / tokens
+    if config.preference is not None and config.preference.reference == "adapter":
+        flops += forward_flops(model, context)  # the same model once more, its adapter off
+        elements += _elements(model) + model.vocabulary
+        calls += model.layers
     if teacher is not None:
         flops += forward_flops(teacher, context)
         elements += _elements(teacher) + 3 * model.vocabulary
         calls += teacher.layers
     return Work(tokens, flops * tokens, elements * tokens, calls * micro_batches)
+
+
+def reference_share(config: Any, model: Optional[Shape]) -> float:
+    """What a token costs in the pass with which the reference of `dpo` and `ipo` reads all pairs
+    before the first step, by what it costs in a step; 0: there is no such pass."""
+    if config.stage not in ("dpo", "ipo") or model is None:
+        return 0.0
+    if config.preference is not None and config.preference.reference == "adapter":
+        return 0.0
+    each = work(config, model)
+    return forward_flops(model, config.data.sequence_length) * each.tokens / each.flops
 
 
 def rows_of_step(train: Any) -> tuple[int, int]:

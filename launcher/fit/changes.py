@@ -14,6 +14,7 @@ from launcher.hardware import Accelerator
 from launcher.shapes import Shapes
 from launcher.spec import Stage
 from trainer.config import Adapter, Train
+from trainer.config_train import refused
 
 #: Where a backend's machines are listed; others have no table to choose from.
 CLOUDS = {"vertex": "gcp"}
@@ -54,7 +55,8 @@ def changes(
     stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes, prefix: str = ""
 ) -> tuple[Change, ...]:
     """What makes the stage fit, best first. What keeps the training the same: smaller
-    micro-batches, gradient checkpointing, or where neither is enough, both. Then what changes it:
+    micro-batches, gradient checkpointing, several workers sharing the model, or where none is
+    enough, both of the former, and then all. Then what changes it:
     frozen embeddings, an adapter, each with as few of the former as it needs; where none of these
     helps, an adapter on a base of 4 bits. Last the accelerator
     with more memory that costs least an hour by the table of prices, with as many rows in a step.
@@ -75,9 +77,11 @@ def changes(
         return None
 
     here = _Try(stage, accelerator)
-    same = [first(_smaller(here)), first(_checkpointing(here))]
-    if same == [None, None]:
+    same = [first(way) for way in (_smaller(here), _checkpointing(here), _sharded(here, nodes))]
+    if not any(same):
         same = [first(_both(here))]
+    if not any(same):
+        same = [first(eased for split in _sharded(here, nodes) for eased in _eased(split))]
     ease = _eased if not any(same) else _plainly
     other = [first(ease(changed)) for step in (_frozen, _adapter) for changed in step(here)]
     if not any(same) and not any(other) and not fused:
@@ -138,6 +142,20 @@ def _checkpointing(at: _Try) -> Iterator[_Try]:
         return
     stage = replace(at.stage, model=replace(model, gradient_checkpointing=True))
     yield at.with_(stage, "gradient checkpointing", {"model.gradient_checkpointing": "true"})
+
+
+def _sharded(at: _Try, nodes: int) -> Iterator[_Try]:
+    """Several workers with a part of the model each, where every one has all of it."""
+    train, model = at.stage.train, at.stage.model
+    if at.stage.stage not in TRAINING or train is None or model is None:
+        return
+    if train.parallel == "fsdp" or at.accelerator.count * nodes == 1:
+        return
+    packed = model.adapter is not None and model.adapter.quantization == "nf4"
+    if packed or refused(at.stage.stage, "fsdp"):
+        return
+    stage = replace(at.stage, train=replace(train, parallel="fsdp"))
+    yield at.with_(stage, "a part of the model on each worker", {"train.parallel": "fsdp"})
 
 
 def _frozen(at: _Try) -> Iterator[_Try]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Optional
 
+from launcher.fit import sharding
 from launcher.fit import step as steps
+from launcher.fit.activations import cache, transient
 from launcher.fit.parts import COMMUNICATION, CONTEXT, SLACK, Memory, Part, count, usable
 from launcher.fit.step import Step
 from launcher.hardware import Accelerator
 from launcher.shapes import Shape, Shapes
 from launcher.spec import Stage
-from trainer.config import Model
+from trainer.config import TRAINING as TRAINING
+from trainer.config import Grpo, Model
 
-TRAINING = ("pretrain", "sft", "kd")
 #: Rows of a forward pass of stage `evaluate` (trainer/stages.py); halved when they do not fit.
 _EVALUATED_ROWS = 8
 #: Bytes of a buffer of logits of stage `targets` (trainer/teacher_pass.py).
 _TARGETS_BUFFER = 64 * 2**20
+#: Objectives whose gradient is known only when all log-probs are (losses/linear.token_logprobs).
+LATE = ("dpo", "ipo", "grpo")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -31,7 +36,7 @@ def memory(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) -
     if stage.stage in TRAINING:
         step = step_of(stage, accelerator, nodes, shapes)
         moment, parts = steps.peak(step, slack)
-        notes = tuple(_notes(stage, step))
+        notes = (*_notes(stage, step), *_notes_of_workers(stage, accelerator, step))
     else:
         moment, notes = "the forward pass", ()
         parts = _reading(stage, accelerator, shapes)
@@ -53,11 +58,14 @@ def unknown(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> Optional[
     wanted = ["model"] if stage.stage in TRAINING else []
     if stage.targets is not None or (stage.kd is not None and stage.kd.teacher is not None):
         wanted.append("teacher")
+    if stage.sdce is not None and stage.sdce.surrogate is not None:
+        wanted.append("teacher")
     if stage.evaluate is not None:
         wanted += [f"evaluate.{label}" for label in stage.evaluate.models]
     missing = [part for part in wanted if part not in shapes]
     if missing:
-        named = ", ".join(missing)
+        guided = stage.sdce is not None
+        named = ", ".join("surrogate" if guided and m == "teacher" else m for m in missing)
         return f"the shape of {named} is not known on this machine; fetch its config.json first"
     return None
 
@@ -78,16 +86,19 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
     """What of a training stage decides its memory; its shapes must be known."""
     assert stage.model is not None and stage.train is not None
     model, train, shape = stage.model, stage.train, shapes["model"]
-    kd = stage.kd
+    kd, sdce, grpo = stage.kd, stage.sdce, stage.grpo
     online = kd is not None and kd.mode == "online"
+    guided = sdce is not None and sdce.surrogate is not None
+    whole = sdce is not None and sdce.loss == "kl"
     keeps = kd is not None and kd.keep_logits is not None
     eager = model.attention == "eager" or shape.attention == "eager"
     automatic = isinstance(train.micro_batch, str)
     rank, targets = _adapter(model, shape)
     workers = accelerator.count * nodes
-    return Step(
+    made = Step(
         shape=shape,
-        rows=1 if isinstance(train.micro_batch, str) else train.micro_batch,
+        # Of stage grpo each prompt comes with all its answers, at most of full length.
+        rows=(1 if automatic else int(train.micro_batch)) * (grpo.group if grpo else 1),
         length=stage.data.sequence_length,
         half=_half(model, accelerator),
         checkpointing=bool(model.gradient_checkpointing),
@@ -103,11 +114,17 @@ def step_of(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) 
         accumulate=max(1, (train.global_batch or 1) // workers) if automatic else train.accumulate,
         workers=workers,
         heads=1 + (kd is not None and not online) + keeps,
-        dense=online or keeps,
-        teacher=shapes.get("teacher") if online else None,
-        start=keeps,
+        dense=online or keeps or whole,
+        teacher=shapes.get("teacher") if online or guided else None,
+        teacher_name="surrogate" if guided else "teacher",
+        opinions=1 + sdce.k if sdce is not None and sdce.loss == "surrogate" else 0,
+        late=stage.stage in LATE,
+        start=keeps or (grpo is not None and grpo.beta > 0 and not rank),
+        start_states=keeps,
         on_cpu=accelerator.kind.vendor == "cpu",
+        float8=model.float8 != "off" and accelerator.kind.capability >= 8.9,
     )
+    return replace(made, sharded=sharding.chosen(stage, accelerator, made) is not None)
 
 
 def _half(model: Optional[Model], accelerator: Accelerator) -> bool:
@@ -151,6 +168,12 @@ def _notes(stage: Stage, step: Step) -> list[str]:
     notes = []
     if isinstance(stage.train.micro_batch, str):
         notes.append("micro_batch auto: counted as one row, the least; the job tries for more")
+    if stage.grpo is not None:
+        notes += _notes_of_answers(stage.grpo, step)
+    if step.opinions:
+        notes.append("the surrogate is counted with as many tokens as the model reads")
+    if step.float8:
+        notes.append("float8 saves no memory: weights stay as they are, casts come on top")
     if step.masked and not step.eager:
         notes.append("attention through SDPA with a mask; with flash-attn it takes less")
     if step.nf4 and step.shape.fused_experts:
@@ -162,6 +185,29 @@ def _notes(stage: Stage, step: Step) -> list[str]:
     if step.eager:
         notes.append("eager attention keeps whole matrices of scores; counted roughly")
     return notes
+
+
+def _notes_of_answers(grpo: Grpo, step: Step) -> list[str]:
+    size = cache(step) * step.tokens / 2**30
+    notes = [
+        f"counted: {step.rows // grpo.group} prompts x {grpo.group} answers, each of"
+        f" {step.length:,} tokens with its prompt, the most that may come"
+    ]
+    if grpo.rollouts == "vllm":
+        return [*notes, "the vLLM server's memory is not counted"]
+    return [
+        *notes,
+        f"not counted: {size:.1f} GiB of keys and values while all answers are drawn at once; "
+        "where they do not fit, the job draws fewer at a time",
+    ]
+
+
+def _notes_of_workers(stage: Stage, accelerator: Accelerator, step: Step) -> list[str]:
+    assert stage.train is not None
+    if step.nf4 and stage.train.parallel == "fsdp":
+        return ["the job will refuse train.parallel: fsdp with weights of 4 bits"]
+    why = sharding.chosen(stage, accelerator, step)
+    return [] if why is None else [f"{step.workers} workers share the model ({why})"]
 
 
 def _reading(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> list[Part]:
@@ -177,7 +223,7 @@ def _reading(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> list[Par
             2 * steps.CPU_BUFFER if accelerator.kind.vendor == "cpu" else (2 * steps.DEVICE_BUFFER)
         )
     tokens = rows * stage.data.sequence_length
-    each = steps.transient(shape) * size / 2 + size * shape.hidden
+    each = transient(shape) * size / 2 + size * shape.hidden
     parts = [
         Part("weights", shape.parameters * size,
              f"{count(shape.parameters)} parameters x {size} bytes"),

@@ -14,12 +14,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Optional
 
+from launcher.fit import sharding
+from launcher.fit.activations import (
+    kept_of_again,
+    layer_activations,
+    products_kept,
+    stream,
+    transient,
+)
 from launcher.fit.parts import MIB, Part, count
 from launcher.shapes import Shape
 
 #: Bytes of one fp32 buffer of logits (trainer/losses/chunks.py), on a CPU and elsewhere.
 CPU_BUFFER, DEVICE_BUFFER = 128 * MIB, 512 * MIB
-_STAYING = {"weights", "adapter", "optimizer", "teacher", "start", "gradients"}
+#: The same of a surrogate's (trainer/surrogate.py).
+SURROGATE_BUFFER = 64 * MIB
+_STAYING = {"weights", "adapter", "optimizer", "teacher", "surrogate", "start", "gradients"}
 #: The largest flat piece in which gradients are summed over workers (trainer/runtime.py).
 BUCKET = 64 * MIB
 
@@ -50,9 +60,15 @@ class Step:
     heads: int = 1
     dense: bool = False
     teacher: Optional[Shape] = None
-    start: bool = False  # the model it began as stays beside it (kd.keep_logits)
+    teacher_name: str = "teacher"  # what that model is called: `surrogate` of stage sdce
+    opinions: int = 0  # tokens that a surrogate names in place of each; 0: its hidden states count
+    start: bool = False  # the model it began as stays beside it (kd.keep_logits, grpo.beta)
+    start_states: bool = False  # with its hidden states (kd.keep_logits)
+    late: bool = False  # the loss's gradient is made in the backward pass (token_logprobs)
     selective: bool = False  # checkpointing, but for results of products and of attention
     on_cpu: bool = False
+    sharded: bool = False  # the workers share weights, gradients and moments (FSDP2)
+    float8: bool = False  # products of the blocks
 
     @property
     def tokens(self) -> int:
@@ -108,69 +124,6 @@ def passing(parts: Iterable[Part]) -> float:
     return sum(part.bytes for part in parts if part.name not in _STAYING)
 
 
-def layer_activations(step: Step) -> float:
-    """What one block keeps for its backward pass: the inputs of products, of RMSNorm (in fp32), of
-    attention and of the gated MLP, as Transformers' modules save them."""
-    shape, half = step.shape, step.half
-    hidden, inner = shape.hidden, shape.intermediate * max(shape.experts_per_token, 1)
-    query, pair = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    wide = step.wide
-    inputs: float
-    if step.rank:
-        # Per norm its fp32 input; a base that learns nothing keeps no inputs, each A its own.
-        norms = 2 * 4 * hidden
-        inputs = sum(_adapter_input(step, name) for name in step.targets)
-        outputs = wide * step.rank * len(step.targets)
-    else:
-        # Per norm its fp32 input and result; under autocast each product has a copy of its input.
-        norms = 2 * 2 * 4 * hidden
-        inputs = 5 * wide * hidden if half else 2 * wide * hidden
-        inputs += wide * inner  # of the last product; attention's result is counted below
-        outputs = 0
-    kept = 3 * wide * inner  # gate, its activation, and up
-    keys = query if step.masked or step.eager else pair  # with a mask, heads are repeated
-    attention = wide * (2 * query + 2 * keys) + 4 * shape.heads + 8
-    if step.eager:  # scores, and their softmax in fp32 and 16 bits
-        attention += shape.heads * step.length * (4 + 2 * wide)
-    if step.masked:
-        attention += wide * step.length
-    if shape.family.startswith("qwen3"):  # queries and keys have norms of their own
-        attention += (4 + (0 if step.rank else wide)) * (query + pair)
-        attention += 4 * (shape.heads + shape.kv_heads)
-    return norms + inputs + outputs + kept + attention
-
-
-def products_kept(step: Step) -> float:
-    """What selective checkpointing keeps of one block (trainer/blocks.py): the results of its
-    matrix products, those of an adapter too, and that of fused attention with its logarithm."""
-    sizes = step.shape.projections
-    active = max(step.shape.experts_per_token, 1)
-    outputs = sum(
-        size[0] * (active if name in ("gate_proj", "up_proj", "down_proj") else 1)
-        for name, size in sizes.items()
-    )
-    outputs += sum(step.rank + sizes[name][0] for name in step.targets)
-    attention = 0 if step.eager else step.wide * step.shape.heads * step.shape.head_dim
-    return step.wide * outputs + attention + (0 if step.eager else 4 * step.shape.heads)
-
-
-def _shared(step: Step) -> float:
-    """Of what a block computes again, what is one of the results that selective checkpointing kept
-    and is counted with them: gate, up, values, and attention's own."""
-    if not step.selective:
-        return 0.0
-    shape = step.shape
-    inner = shape.intermediate * max(shape.experts_per_token, 1)
-    own = 2 * inner + shape.kv_heads * shape.head_dim
-    return step.wide * (own + (0 if step.eager else shape.heads * shape.head_dim))
-
-
-def transient(shape: Shape) -> float:
-    """What a block of a model that is only read has in hand at most (measured: 8.4 hidden + 6
-    intermediate)."""
-    return 8.4 * shape.hidden + 6 * shape.intermediate * max(shape.experts_per_token, 1)
-
-
 def chunk_buffers(step: Step) -> tuple[float, str]:
     """Bytes of the logits, and what is made of them, that exist together; and why."""
     vocabulary, hidden = step.shape.vocabulary, step.shape.hidden
@@ -206,38 +159,47 @@ def _held(step: Step) -> list[Part]:
         parts.append(_product("adapter", step.adapted, 4, "parameters x 4 bytes (fp32)"))
     parts.append(_product("optimizer", trained, 8, "parameters x 8 bytes (AdamW's moments, fp32)"))
     frozen = 2 if step.half else 4
-    for name, other in (("teacher", step.teacher), ("start", shape if step.start else None)):
+    beside = ((step.teacher_name, step.teacher, not step.opinions),
+              ("start", shape if step.start else None, step.start_states))  # fmt: skip
+    for name, other, kept in beside:
         if other is None:
             continue
         parts.append(_product(name, other.parameters, frozen, f"parameters x {frozen} bytes"))
+        if not kept:
+            continue
         states = step.tokens * other.hidden * frozen * step.accumulate
         how = f"{count(step.tokens * step.accumulate)} tokens x {other.hidden:,} x {frozen} bytes"
         parts.append(Part(f"hidden states of the {name}", states, how))
+    if step.opinions:  # a token's id and weight
+        tokens = step.tokens * step.accumulate
+        how = f"{count(tokens)} tokens x {step.opinions} x 12 bytes"
+        parts.append(Part("targets of the surrogate", 12.0 * tokens * step.opinions, how))
     if step.accumulate > 1:
         parts.append(_product("gradients", trained, 4, "parameters x 4 bytes (fp32)"))
-    return parts
+    return sharding.shared(parts, step) if step.sharded else parts
 
 
 def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     """The moments that can be the peak, and what each has beside `_held`."""
+    if step.teacher is not None:
+        yield f"the {step.teacher_name}'s forward pass", _asked(step, step.teacher)
+    if step.sharded:
+        yield from _sharded_moments(step)
+        return
     layers = step.shape.layers
     kept, copies = _kept(step), _copies(step)
     backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
     gradients = _gradients(step)
     widened = _widened(step)
     of_all = [] if step.checkpointing else widened
-    yield "the loss", [kept, *copies, *of_all, *_tail(step), *_loss(step)]
+    yield _name_of_loss(step), [kept, *copies, *of_all, *_tail(step), *_loss(step)]
     if step.rank and not step.checkpointing:
         hidden, inner = step.shape.hidden, step.shape.intermediate
         size = step.tokens * (8.5 * hidden + 6.5 * inner) * step.wide / 2
         last = Part("forward pass", size, "of the last block")
         yield "the forward pass", [kept, *copies, *of_all, last]
     if step.checkpointing:
-        again = Part(
-            "activations of one block",
-            step.tokens * (layer_activations(step) - _between(step) - _shared(step)),
-            f"computed again: {count(step.tokens)} tokens x {layer_activations(step):,.0f} bytes",
-        )
+        again = _again(step)
         one = [
             Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in (*copies, *widened)
         ]
@@ -255,13 +217,67 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
         yield "the sum over workers", [gradients, Part("bucket", flat, "of the gradients")]
 
 
+def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
+    """The same where the workers share the model: no block's weights are copied, they are gathered
+    in the precision of the products, and of a block's gradients one worker's part is left."""
+    layers, root, kept = step.shape.layers, sharding.root(step), _kept(step)
+    backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
+    widened = _widened(step)
+    of_all = [] if step.checkpointing else widened
+    yield _name_of_loss(step), [kept, root, *of_all, *_tail(step), *_loss(step)]
+    again = [_again(step)] if step.checkpointing else []
+    one = [Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in widened]
+    here = [
+        root,
+        *again,
+        *(one if step.checkpointing else widened),
+        _head_gradients(step),
+        backward,
+    ]
+    yield "the last block's backward pass", [kept, *here, *sharding.block(step, first=False)]
+    rest = Part(kept.name, kept.bytes / layers, "what the first block keeps")
+    size = 0.0 if step.accumulate > 1 else step.trained - sharding.root_learns(step)
+    left = sharding.shared([_product("gradients", size, 4, "parameters x 4 bytes (fp32)")], step)
+    yield "the first block's backward pass", [rest, *left, *here, *sharding.block(step, first=True)]
+    yield "the end of the backward pass", [root, *left, *_embedding(step)]
+    twice = _product("gradients of embeddings and head", 2 * sharding.root_learns(step), 4,
+                     "parameters x 4 bytes (fp32), and the buffer that sums them")  # fmt: skip
+    yield "the sum over workers", [*left, twice]
+
+
+def _asked(step: Step, other: Shape) -> list[Part]:
+    """A frozen model reads the micro-batch, before the model itself does; what stays of that is
+    held."""
+    size = 2 if step.half else 4
+    each = transient(other) * size / 2 + size * other.hidden
+    parts = [Part("forward pass", step.tokens * each, f"of the {step.teacher_name}")]
+    if step.opinions:
+        one = max(SURROGATE_BUFFER, 16 * 4 * other.vocabulary)
+        parts.append(Part("chunks of logits", 3.0 * one, "of the surrogate"))
+    return parts
+
+
+def _name_of_loss(step: Step) -> str:
+    return "the backward pass of the loss" if step.late else "the loss"
+
+
+def _again(step: Step) -> Part:
+    """What checkpointing computes again for the backward pass of a block."""
+    each = layer_activations(step)
+    return Part(
+        "activations of one block",
+        step.tokens * (each - stream(step) - kept_of_again(step)),
+        f"computed again: {count(step.tokens)} tokens x {each:,.0f} bytes",
+    )
+
+
 def _kept(step: Step) -> Part:
     """What all blocks keep until the backward pass."""
     layers, tokens = step.shape.layers, step.tokens
     if step.selective:
-        each, what = _between(step) + products_kept(step), "inputs and products of"
+        each, what = stream(step) + products_kept(step), "inputs and products of"
     elif step.checkpointing:
-        each, what = _between(step), "the inputs of"
+        each, what = stream(step), "the inputs of"
     else:
         each, what = layer_activations(step), "of"
     size = tokens * layers * each
@@ -269,11 +285,6 @@ def _kept(step: Step) -> Part:
         size -= 4 * step.shape.hidden * tokens  # the first norm's input learns nothing
     how = f"{what} {layers} blocks: {count(tokens)} tokens x {each:,.0f} bytes each"
     return Part("activations", max(size, 0), how)
-
-
-def _between(step: Step) -> float:
-    """The residual stream: fp32 unless the embedding is 16-bit."""
-    return step.shape.hidden * (2 if step.rank and step.half else 4)
 
 
 def _tail(step: Step) -> list[Part]:
@@ -333,6 +344,7 @@ def _working(step: Step) -> float:
     hidden, inner = step.shape.hidden, step.shape.intermediate
     inner *= max(step.shape.experts_per_token, 1)
     matrix = hidden * step.shape.intermediate
+    casts = step.tokens * (hidden + inner) + matrix if step.float8 else 0  # of one product
     if step.rank:
         each = 8.0 * hidden + 4.0 * inner
         if step.checkpointing:
@@ -340,9 +352,11 @@ def _working(step: Step) -> float:
         whole = step.widened  # the gradient of W + B A, from which those of B and A follow
         if step.nf4:  # a matrix as the product has it
             whole += step.wide * max(map(math.prod, step.shape.projections.values()))
-        return step.tokens * each * step.wide / 2 + whole
+        return step.tokens * each * step.wide / 2 + whole + casts
     grows = 10 * matrix if step.checkpointing else 2 * matrix
-    return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows
+    if step.sharded:  # its gradients are in the precision of the products, and counted as such
+        grows = 0
+    return step.tokens * (6 * hidden + 4 * inner) * step.wide / 2 + grows + casts
 
 
 def _gradients(step: Step) -> Part:
@@ -392,15 +406,6 @@ def _packed(shape: Shape, size: int) -> Part:
     rest = shape.parameters - inside
     how = f"{count(inside)} parameters x {held / max(inside, 1):.3f} bytes (nf4), {count(rest)}"
     return Part("weights", held + rest * size, f"{how} x {size} bytes")
-
-
-def _adapter_input(step: Step, name: str) -> float:
-    """Under autocast each A keeps a copy of its input. In fp32 there is none: q, k and v share
-    one input, gate and up another, and that of o is attention's result, counted there."""
-    size = step.shape.projections[name][1]
-    if step.half:
-        return 2 * size
-    return 4 * size if name in ("q_proj", "gate_proj", "down_proj") else 0
 
 
 def _product(name: str, number: float, size: int, what: str) -> Part:

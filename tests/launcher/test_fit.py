@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher import fit, hardware, recipe, shapes, speed
+from launcher.fit import sharding
 from launcher.fit.parts import usable
 from launcher.spec import Hardware, Stage, Vertex
 from trainer.config import (
@@ -19,9 +20,12 @@ from trainer.config import (
     Data,
     Distill,
     Evaluate,
+    Grpo,
     KeepLogits,
     Merge,
     Model,
+    Preference,
+    Sdce,
     Targets,
     Train,
 )
@@ -385,3 +389,126 @@ def test_a_larger_accelerator_has_a_machine_on_that_backend() -> None:
     assert change.memory.fits
     here = replace(stage, hardware=Hardware(accelerator="L4:1"))
     assert fit.changes(here, L4, 1, shapes.of_stage(here, (here,), Path())) == ()
+
+
+# The other objectives.
+
+
+def test_pairs_take_what_fine_tuning_takes_and_their_gradient_comes_late() -> None:
+    plain = sft()
+    for stage in ("dpo", "ipo"):
+        found = of(replace(plain, stage=stage))
+        assert found.bytes == of(plain).bytes
+        assert found.moment == "the backward pass of the loss"
+
+
+def test_a_surrogate_lies_beside_the_model_and_says_a_few_tokens_or_all() -> None:
+    plain = sft(rows=1)
+    few = replace(plain, stage="sdce", sdce=Sdce(surrogate=EIGHT_B, k=30))
+    whole = replace(plain, stage="sdce", sdce=Sdce(surrogate=EIGHT_B, loss="kl"))
+    alone = replace(plain, stage="sdce", sdce=Sdce(loss="standard"))
+    named = "targets of the surrogate"
+    assert parts(of(few))["surrogate"] == 2 * SHAPES[EIGHT_B].parameters
+    assert parts(of(few))[named] == 2048 * 31 * 12
+    assert named not in parts(of(whole)) and "hidden states of the surrogate" in parts(of(whole))
+    assert of(alone).bytes == of(plain).bytes < of(few).bytes < of(whole).bytes
+    gone = shapes.of_stage(alone, (alone,), Path())
+    assert "shape of surrogate" in str(fit.unknown(few, H100, gone))
+
+
+def test_a_large_surrogate_reads_at_the_peak() -> None:
+    small = sft("Qwen/Qwen3-0.6B", rows=16, gradient_checkpointing=True)
+    stage = replace(small, stage="sdce", sdce=Sdce(surrogate="meta-llama/Llama-3.1-70B"))
+    known = shapes.of_stage(stage, (stage,), Path())
+    other = replace(SHAPES[EIGHT_B], hidden=16384, intermediate=53248, layers=1, vocabulary=1000)
+    found = fit.memory(stage, H100, 1, {**known, "teacher": other})
+    assert found is not None and found.moment == "the surrogate's forward pass"
+
+
+def test_answers_are_counted_at_their_full_length_and_that_is_said() -> None:
+    grpo = Grpo(rewards=("r:f",), group=8, max_new_tokens=256)
+    stage = replace(sft(rows=2, gradient_checkpointing=True), stage="grpo", grpo=grpo)
+    found = of(stage)
+    alike = of(sft(rows=16, gradient_checkpointing=True))
+    assert found.bytes == alike.bytes
+    assert any("2 prompts x 8 answers" in note for note in found.notes)
+    # 16 layers x 8 heads x 64 numbers: an fp32 key and a 16-bit value for each.
+    cache = 16 * 2048 * 16 * 8 * 64 * 6 / 2**30
+    assert any(f"{cache:.1f} GiB of keys and values" in note for note in found.notes)
+    near = of(replace(stage, grpo=replace(grpo, beta=0.1)))
+    assert near.bytes - found.bytes == pytest.approx(2 * SHAPES[ONE_B].parameters)
+    adapter = replace(stage, model=replace(stage.model, adapter=Adapter()))
+    assert of(adapter).bytes == of(replace(adapter, grpo=replace(grpo, beta=0.1))).bytes
+
+
+# What several workers share.
+
+
+def shared(stage: Stage, parallel: Any = "fsdp") -> Stage:
+    return replace(stage, train=replace(stage.train, parallel=parallel))
+
+
+def test_workers_share_weights_gradients_and_moments() -> None:
+    stage, eight = sft(EIGHT_B, rows=1, length=1024), hardware.parse("H100:8")
+    number = SHAPES[EIGHT_B].parameters
+    found = parts(of(shared(stage), eight))
+    assert found["weights"] == 4 * number / 8 and found["optimizer"] == number
+    outside = 2 * 128256 * 4096 + 4096
+    assert found["embeddings and head"] == 4 * outside
+    assert parts(of(shared(stage), eight, nodes=2))["optimizer"] == number / 2
+    teacher = replace(shared(stage), stage="kd", kd=Distill(teacher=EIGHT_B))
+    assert parts(of(teacher, eight))["teacher"] == 2 * number, "what is only read stays whole"
+
+
+def test_auto_shards_where_the_trainer_would() -> None:
+    from trainer import parallel
+
+    assert sharding.SHARE == parallel.SHARE
+    stage, eight = sft(EIGHT_B, rows=1, length=1024), hardware.parse("H100:8")
+    assert of(stage, eight).bytes == of(shared(stage), eight).bytes
+    assert any("8 workers share the model (fsdp: whole," in n for n in of(stage, eight).notes)
+    whole = of(shared(stage, "ddp"), eight)
+    assert parts(whole)["weights"] == 4 * SHAPES[EIGHT_B].parameters
+    assert not any("share the model" in note for note in whole.notes)
+    for other in (sft(), sft(EIGHT_B, rows=1, adapter=Adapter(quantization="nf4"))):
+        assert of(other, eight).bytes == of(shared(other, "ddp"), eight).bytes
+    grpo = replace(stage, stage="grpo", grpo=Grpo(rewards=("r:f",)))
+    assert parts(of(grpo, eight))["weights"] == 4 * SHAPES[EIGHT_B].parameters
+    packed = shared(sft(rows=1, adapter=Adapter(quantization="nf4")))
+    assert any("will refuse train.parallel" in note for note in of(packed, eight).notes)
+
+
+def test_sharing_the_model_is_proposed_where_it_makes_a_stage_fit() -> None:
+    stage = shared(sft(EIGHT_B, rows=1, length=1024), "ddp")
+    hard = replace(stage, hardware=Hardware(accelerator="H100:8"))
+    (first, *_) = changes_of(hard)
+    assert first.settings == ("train.parallel=fsdp",) and first.effect == ""
+    assert first.memory.fits and of(hard, hardware.parse("H100:8")).fits is False
+    alone = changes_of(replace(stage, hardware=Hardware(accelerator="H100:1")))
+    assert not any("train.parallel=fsdp" in change.settings for change in alone)
+
+
+def test_where_sharing_is_not_enough_smaller_steps_come_with_it() -> None:
+    stage = shared(sft(EIGHT_B, rows=32, length=2048), "ddp")
+    (first, *_) = changes_of(replace(stage, hardware=Hardware(accelerator="H100:8")))
+    assert first.settings[0] == "train.parallel=fsdp" and len(first.settings) > 1
+    assert first.memory.fits and first.effect == ""
+
+
+def test_float8_takes_its_casts_and_saves_nothing() -> None:
+    plain = of(sft(EIGHT_B, rows=1, length=512, gradient_checkpointing=True))
+    cast = of(sft(EIGHT_B, rows=1, length=512, gradient_checkpointing=True, float8="torchao"))
+    assert parts(cast)["weights"] == parts(plain)["weights"]
+    assert plain.bytes <= cast.bytes and any("float8 saves no memory" in n for n in cast.notes)
+
+
+def test_the_reference_reads_all_pairs_once_or_with_each_step() -> None:
+    once = replace(sft(), stage="dpo")
+    each = replace(once, preference=Preference(reference="adapter"))
+    shape = SHAPES[ONE_B]
+    forward = speed.forward_flops(shape, 2048)
+    step = speed.work(once, shape)
+    assert speed.reference_share(once, shape) == pytest.approx(forward * step.tokens / step.flops)
+    assert 0.3 < speed.reference_share(once, shape) < 0.35, "2 of 6, but for what attention takes"
+    assert speed.reference_share(each, shape) == speed.reference_share(sft(), shape) == 0
+    assert speed.work(each, shape).flops - step.flops == pytest.approx(forward * step.tokens)

@@ -11,8 +11,11 @@ import pytest
 from benchmarks.memory import CASES, LIMIT, RESULTS, Case, compare, stage_of
 from launcher import fit, hardware, shapes
 
-#: Full training, an adapter, and distillation with checkpointing: the others are recorded.
-RUN = ("1b-full-2048", "8b-lora-1024", "1b-kd8b-2048-checkpointing")
+#: Full training, an adapter, distillation with checkpointing, and eight workers that share the
+#: model: the others are recorded.
+RUN = (
+    "1b-full-2048", "8b-lora-1024", "1b-kd8b-2048-checkpointing", "1b-fsdp8-1024",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in RUN], ids=lambda c: c.name)
@@ -27,6 +30,6 @@ def test_the_forecast_still_agrees_with_all_that_was_counted() -> None:
     for case in CASES:
         stage = stage_of(case)
         known = shapes.of_stage(stage, (stage,), Path())
-        found = fit.memory(stage, hardware.parse("H100"), 1, known)
+        found = fit.memory(stage, hardware.parse(f"H100:{case.workers}"), 1, known)
         assert found is not None
         assert abs(found.allocated / recorded[case.name]["counted"] - 1) <= LIMIT, case.name

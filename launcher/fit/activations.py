@@ -1,0 +1,95 @@
+"""What the blocks of a model keep of one token, in bytes: for their backward pass, where they are
+only read, and where answers are drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.shapes import Shape
+
+if TYPE_CHECKING:
+    from launcher.fit.step import Step
+
+
+def layer_activations(step: Step) -> float:
+    """What one block keeps for its backward pass: the inputs of products, of RMSNorm (in fp32), of
+    attention and of the gated MLP, as Transformers' modules save them."""
+    shape, half = step.shape, step.half
+    hidden, inner = shape.hidden, shape.intermediate * max(shape.experts_per_token, 1)
+    query, pair = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide = step.wide
+    inputs: float
+    if step.rank:
+        # Per norm its fp32 input; a base that learns nothing keeps no inputs, each A its own.
+        norms = 2 * 4 * hidden
+        inputs = sum(_adapter_input(step, name) for name in step.targets)
+        outputs = wide * step.rank * len(step.targets)
+    else:
+        # Per norm its fp32 input and result; under autocast each product has a copy of its input.
+        norms = 2 * 2 * 4 * hidden
+        inputs = 5 * wide * hidden if half else 2 * wide * hidden
+        inputs += wide * inner  # of the last product; attention's result is counted below
+        outputs = 0
+    kept = 3 * wide * inner  # gate, its activation, and up
+    keys = query if step.masked or step.eager else pair  # with a mask, heads are repeated
+    attention = wide * (2 * query + 2 * keys) + 4 * shape.heads + 8
+    if step.eager:  # scores, and their softmax in fp32 and 16 bits
+        attention += shape.heads * step.length * (4 + 2 * wide)
+    if step.masked:
+        attention += wide * step.length
+    if shape.family.startswith("qwen3"):  # queries and keys have norms of their own
+        attention += (4 + (0 if step.rank else wide)) * (query + pair)
+        attention += 4 * (shape.heads + shape.kv_heads)
+    return norms + inputs + outputs + kept + attention
+
+
+def products_kept(step: Step) -> float:
+    """What selective checkpointing keeps of one block (trainer/blocks.py): the results of its
+    matrix products, those of an adapter too, and that of fused attention with its logarithm."""
+    sizes = step.shape.projections
+    active = max(step.shape.experts_per_token, 1)
+    outputs = sum(
+        size[0] * (active if name in ("gate_proj", "up_proj", "down_proj") else 1)
+        for name, size in sizes.items()
+    )
+    outputs += sum(step.rank + sizes[name][0] for name in step.targets)
+    attention = 0 if step.eager else step.wide * step.shape.heads * step.shape.head_dim
+    return step.wide * outputs + attention + (0 if step.eager else 4 * step.shape.heads)
+
+
+def kept_of_again(step: Step) -> float:
+    """Of what a block computes again, what is one of the results that selective checkpointing kept
+    and is counted with them: gate, up, values, and attention's own."""
+    if not step.selective:
+        return 0.0
+    shape = step.shape
+    inner = shape.intermediate * max(shape.experts_per_token, 1)
+    own = 2 * inner + shape.kv_heads * shape.head_dim
+    return step.wide * (own + (0 if step.eager else shape.heads * shape.head_dim))
+
+
+def stream(step: Step) -> float:
+    """The residual stream: fp32 unless the embedding is 16-bit."""
+    return step.shape.hidden * (2 if step.rank and step.half else 4)
+
+
+def transient(shape: Shape) -> float:
+    """What a block of a model that is only read has in hand at most (measured: 8.4 hidden + 6
+    intermediate)."""
+    return 8.4 * shape.hidden + 6 * shape.intermediate * max(shape.experts_per_token, 1)
+
+
+def cache(step: Step) -> float:
+    """Bytes of the keys and values of one token while answers are drawn: keys are fp32, as rotary
+    embeddings leave them, unless the model itself is 16-bit."""
+    key = step.base_bytes if step.half else 4
+    return step.shape.layers * step.shape.kv_heads * step.shape.head_dim * (key + step.wide)
+
+
+def _adapter_input(step: Step, name: str) -> float:
+    """Under autocast each A keeps a copy of its input. In fp32 there is none: q, k and v share
+    one input, gate and up another, and that of o is attention's result, counted there."""
+    size = step.shape.projections[name][1]
+    if step.half:
+        return 2 * size
+    return 4 * size if name in ("q_proj", "gate_proj", "down_proj") else 0
