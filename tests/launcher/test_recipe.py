@@ -661,9 +661,7 @@ def test_a_base_of_4_bits_cannot_be_shared(at: Path) -> None:
     text = SINGLE.replace("org/model}", "org/model, adapter: {quantization: nf4}}")
     load(text)
     said = problems(text.replace("lr: 1e-4", "lr: 1e-4, parallel: fsdp"))
-    assert any("train.parallel: fsdp cannot share quantised weights" in x for x in said), (
-        said
-    )
+    assert any("train.parallel: fsdp cannot share quantised weights" in x for x in said), said
 
 
 def test_a_source_of_another_format_holds_no_pairs(at: Path) -> None:
