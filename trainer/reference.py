@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer import parallel
 from trainer.batch import IGNORE, Batch
 from trainer.config import ConfigError
 from trainer.data.stream import Rows
@@ -30,7 +31,7 @@ from trainer.evaluate import Left
 from trainer.losses.linear import token_logprobs
 from trainer.models import head_weight, hidden_states
 from trainer.runtime import Runtime
-from trainer.step import cut, unless_out_of_memory
+from trainer.step import cut
 from trainer.store import atomic_write
 from trainer.teacher import segments
 
@@ -99,8 +100,9 @@ def precompute(
     only where some are missing. Ranks share the rows; all must call it. What `folder` holds of the
     same `about` is kept, and what is found is saved there.
 
-    Out of memory, a rank goes on with halves. Errors: `ConfigError`, on all ranks, when one row
-    does not fit; `Left` when some rank was asked to `leave`: what was found until then is saved."""
+    Out of memory, a rank goes on with halves; one that shares the model leaves, as in a step
+    (`smaller.Leave`). Errors: `ConfigError`, on all ranks, when one row does not fit; `Left` when
+    some rank was asked to `leave`: what was found until then is saved."""
     path, wanted = folder / NAME, [_digest(rows) for rows in parts]
     # Nodes may have disks of their own: what counts is what the first rank has.
     found = runtime.gather(_load(path, about, say) if runtime.main else None)[0]
@@ -122,18 +124,20 @@ def precompute(
         if runtime.any(leave())[0]:
             save(complete=False)
             raise Left
-        fresh, fitting = _read(model, mine[first : first + block], runtime, fitting, say)
+        part = mine[first : first + block]
+        fresh, fitting = _read(model, part, runtime, fitting, say, spare=parts[0])
         if runtime.any(fitting == 0)[0]:
             raise ConfigError(
                 f"{_WHERE}: one row does not fit in the device's memory: lower"
                 " data.sequence_length, or take a larger accelerator"
             )
-        for part in runtime.gather(fresh):
-            values.update(part)
+        for each in runtime.gather(fresh):
+            values.update(each)
         if time.monotonic() - saved > _SAVE_EVERY:
             save(complete=False)
             say(f"reference: {len(values):,} answers so far")
             saved = time.monotonic()
+    parallel.settle(model)
     save(complete=True)
     say(f"reference: {len(values):,} answers in {time.monotonic() - began:.1f} s, kept in {NAME}")
     return Known(values)
@@ -145,24 +149,31 @@ def _read(
     runtime: Runtime,
     fitting: int,
     say: Callable[[str], None],
+    spare: Rows,
 ) -> tuple[dict[int, float], int]:
-    """The answers of these rows, and how many rows at a time fitted: 0, not even one."""
+    """The answers of these rows, and how many rows at a time fitted: 0, not even one. Where the
+    model is shared, a rank with fewer batches than others reads a row of `spare` in their place:
+    they need its part of the model."""
     found: dict[int, float] = {}
-    size = fitting
-    for first in range(0, len(places), size):
-        waiting = list(_batches(places[first : first + size]))
-        while waiting:
-            waiting = cut(waiting, fitting)
-            fresh = unless_out_of_memory(_batch, model, waiting[0], runtime)
-            if fresh is not None:
-                found.update(fresh)
-                del waiting[0]
-                continue
-            runtime.release_memory()
-            fitting = waiting[0].rows // 2
-            if fitting == 0:
-                return found, 0
-            say(f"reference: out of memory: {fitting} rows at a time")
+    parts = [places[first : first + fitting] for first in range(0, len(places), fitting)]
+    waiting = [batch for part in parts for batch in _batches(part)]
+    missing = 0
+    if parallel.is_sharded(model):
+        missing = int(runtime.largest(float(len(waiting)))) - len(waiting)
+    while waiting:
+        waiting = cut(waiting, fitting)
+        fresh = parallel.attempt(model, waiting[0].rows, _batch, model, waiting[0], runtime)
+        if fresh is not None:
+            found.update(fresh)
+            del waiting[0]
+            continue
+        runtime.release_memory()
+        fitting = waiting[0].rows // 2
+        if fitting == 0:
+            return found, 0
+        say(f"reference: out of memory: {fitting} rows at a time")
+    for _ in range(missing):
+        parallel.attempt(model, 1, _batch, model, spare.batch([0]), runtime)
     return found, fitting
 
 

@@ -177,7 +177,8 @@ def train(
         trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
         found = replace(context, rows=rows, held_out=held_out, model=model, fresh=newest is None)
         try:
-            objective = make_objective(found, tokens)
+            with alarm.listening(model, runtime, context.folder):
+                objective = make_objective(found, tokens)
         except Left:
             return _left(context, newest, time.perf_counter() - started)
         for line in banner(config, runtime, model, tokens, rows, held_out, horizon):

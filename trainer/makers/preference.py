@@ -18,7 +18,7 @@ from trainer.data.stream import Rows
 from trainer.evaluate import held_out_rows
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
-from trainer.probe import first_cut
+from trainer.probe import first_cut, noted
 from trainer.reference import Known, precompute
 
 #: Rows of the reference's forward pass, at most; halved when they do not fit.
@@ -85,13 +85,14 @@ def _known(context: Context, tokens: Any) -> Known:
     read = [rows]
     if context.held_out is not None:
         read.append(context.held_out.first(held_out_rows(settings)))
+    largest = min(first_cut(settings, runtime.world_size)[0], _ROWS)
     known = precompute(
         context.folder,
         read,
         start,
         runtime,
         about=about,
-        micro_batch=min(first_cut(settings, runtime.world_size)[0], _ROWS),
+        micro_batch=min(largest, noted(context.folder, runtime) or largest),
         say=context.say,
         leave=context.signalled,
     )
