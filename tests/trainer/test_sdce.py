@@ -188,6 +188,26 @@ def test_parity_divides_by_the_entries_of_all_rows(tokenizer: str, other: str, p
     assert float(found.total) == pytest.approx(sums["ce_loss"] + sums["surrogate_loss"])
 
 
+def test_kl_is_from_the_surrogate_to_the_model(tokenizer: str, plain: str) -> None:
+    """KL(p || q) of whole distributions, p being the surrogate's."""
+    unsure, tokens = sharp(tokenizer, torch.float64, 2, times=2.0), load_tokenizer(tokenizer)
+    student = gradients.model(tokenizer, torch.float64, seed=1)
+    surrogate = Surrogate(unsure, Vocabularies(tokens, tokens), gradients.CPU)
+    objective = SurrogateGuided(Sdce("s", loss="kl"), surrogate)
+    group = [gradients.rows(tokenizer, plain, packing=False).batch([0])]
+    batches = prepare(objective, group, gradients.CPU, 0)
+    norm = normalisers(batches, gradients.CPU)
+    found = backward(student, objective, batches, norm, gradients.CPU)
+    with torch.no_grad():
+        logs = [
+            model(input_ids=group[0].input_ids, use_cache=False).logits[0].log_softmax(-1)
+            for model in (unsure, student)
+        ]
+    at = group[0].targets[0] != -100
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1)[at].mean()
+    assert float(found.sums["surrogate_loss"]) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_its_terms_without_the_surrogate_are_cross_entropy(tokenizer: str, texts: str) -> None:
     """With weight 0, and where the surrogate has no opinion on anything."""
     plain = gradients.of("next_token", tokenizer, texts, torch.float64, micro_batch=8)
