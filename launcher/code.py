@@ -27,8 +27,9 @@ LIMIT = 5 * 1000 * 1000
 IGNORE = ".launchignore"
 #: Never sent, whatever `include` says: what a machine makes itself, and what is nobody else's.
 _NEVER = ("__pycache__", "*.pyc", "node_modules", "venv", "*.egg-info")
-_SECRETS = ("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "id_ecdsa*",
-            "credentials*.json", "service-account*.json", "service_account*.json")  # fmt: skip
+#: In small letters; names are compared without regard to case.
+_SECRETS = ("*.pem", "*.key", "*.p12", "*.pfx", "*.env", "id_rsa*", "id_ed25519*", "id_ecdsa*",
+            "*credentials*.json", "service-account*.json", "service_account*.json")  # fmt: skip
 
 
 class Wrong(ValueError):
@@ -50,7 +51,9 @@ def files(code: Code) -> dict[str, Path]:
     for name, path in _below(root, ignored):
         if any(pattern.fullmatch(name) for pattern in includes):
             if path.is_symlink():
-                raise Wrong("include", f"{name} is a link, which does not travel; copy the file")
+                raise Wrong("include", f"{name} is a link, which does not travel; copy what it is")
+            if not path.is_file():  # a pipe would be waited for
+                raise Wrong("include", f"{name} is no plain file; narrow `include`")
             found[name] = path
     if not found:
         raise Wrong("include", f"no file below {root} fits {', '.join(code.include)}")
@@ -124,11 +127,17 @@ def _built(code: Code, home: Path) -> Code:
 
 
 def _below(root: Path, ignored: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Files that may travel. Hidden ones never do: they hold settings and secrets."""
+    """What may travel: files, and folders that are links, as `NAME/`. Hidden ones never do: they
+    hold settings and secrets."""
     for folder, folders, names in os.walk(root):
         here = Path(folder).relative_to(root)
         kept = [n for n in sorted(folders) if not _left_out((here / n).as_posix(), ignored)]
         folders[:] = [name for name in kept if not (Path(folder) / name).is_symlink()]
+        yield from (
+            (f"{(here / name).as_posix()}/", Path(folder) / name)
+            for name in kept
+            if name not in folders
+        )
         for name in sorted(names):
             at = (here / name).as_posix()
             if not _left_out(at, ignored):
@@ -137,7 +146,9 @@ def _below(root: Path, ignored: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 def _left_out(name: str, ignored: Sequence[str]) -> bool:
     last = name.rpartition("/")[2]
-    if last.startswith(".") or any(fnmatchcase(last, p) for p in (*_NEVER, *_SECRETS)):
+    if last.startswith(".") or any(fnmatchcase(last, p) for p in _NEVER):
+        return True
+    if any(fnmatchcase(last.lower(), p) for p in _SECRETS):
         return True
     return any(_pattern(p).fullmatch(name if "/" in p.rstrip("/") else last) for p in ignored)
 

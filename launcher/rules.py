@@ -17,6 +17,12 @@ from trainer.config_train import refused
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
 STAGE_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
+#: What comes with the trainer and holds what these stages read.
+_BUILTIN = {
+    "dpo": ("python-preferences",),
+    "ipo": ("python-preferences",),
+    "grpo": ("python-questions", "digits"),
+}
 #: What each backend can be asked for; backends that are not listed judge for themselves.
 CAPACITY = {"local": ("standard",), "vertex": ("spot", "standard", "flex")}
 _CLOUD = {"vertex": "gcp"}
@@ -239,6 +245,34 @@ def _training(stage: Stage) -> Iterator[Problem]:
             yield ("preference", key), what
     if train is not None and (what := refused(stage.stage, train.parallel, model)):
         yield ("train", "parallel"), what
+    yield from _together(stage)
+
+
+def _together(stage: Stage) -> Iterator[Problem]:
+    """What the trainer would refuse on the machine: sharing, servers, and sources without what the
+    stage reads."""
+    model, train = stage.model, stage.train
+    nf4 = model and model.adapter and model.adapter.quantization == "nf4"
+    if nf4 and train is not None and train.parallel == "fsdp":
+        yield ("train", "parallel"), "fsdp cannot share nf4 weights (model.adapter); use ddp"
+    if stage.grpo is not None and stage.grpo.rollouts == "vllm" and (many := _workers(stage)) > 1:
+        what = f"vllm serves one worker, here there are {many}; take one, or `generate`"
+        yield ("grpo", "rollouts"), what
+    if (fit := _BUILTIN.get(stage.stage)) is None:
+        return
+    for key in ("train", "validation"):
+        for index, source in enumerate(getattr(stage.data, key)):
+            if source.builtin not in (None, *fit):
+                what = f"'{source.builtin}' holds nothing for stage '{stage.stage}'; take "
+                yield ("data", key, index, "builtin"), what + " or ".join(fit)
+
+
+def _workers(stage: Stage) -> int:
+    """The processes that train: one for each accelerator; 1 where the recipe says no number."""
+    try:
+        return hardware.parse(stage.hardware.accelerator).count * stage.hardware.nodes
+    except ValueError:  # said where it is written
+        return 1
 
 
 def _no_pairs(stage: Stage) -> Iterator[Problem]:

@@ -56,6 +56,7 @@ def mine(tmp_path: Path) -> Path:
     for name in (
         "rewards/short.py", "rewards/deep/words.py", "rewards/notes.txt", "rewards/.env",
         "rewards/server.pem", "rewards/credentials.json", "rewards/__pycache__/short.pyc",
+        "rewards/Server.PEM", "rewards/application_default_credentials.json", "rewards/prod.env",
         "rewards/old/gone.py", "data/x.py", ".git/config.py", ".venv/lib.py", "main.py",
     ):  # fmt: skip
         path = tmp_path / "mine" / name
@@ -111,6 +112,8 @@ def test_a_path_in_launchignore_counts_from_its_folder(mine: Path) -> None:
         (lambda m: shutil.rmtree(m), "path", "no such folder: "),
         (lambda m: shutil.rmtree(m / "rewards"), "include", r"fits rewards/\*\*"),
         (lambda m: (m / "rewards/l.py").symlink_to("/etc/passwd"), "include", "l.py is a link"),
+        (lambda m: (m / "rewards/l").symlink_to("/etc"), "include", "rewards/l/ is a link"),
+        (lambda m: os.mkfifo(m / "rewards/pipe"), "include", "rewards/pipe is no plain file"),
         (lambda m: (m / "rewards/big.bin").write_bytes(b"0" * 5_000_001), "include",
          "in all, at most 5,000,000; the largest is rewards/big.bin"),
     ],

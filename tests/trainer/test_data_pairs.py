@@ -151,24 +151,32 @@ def test_answers_are_learned_with_their_end_and_prompts_are_not(
         assert len({whole.removesuffix(part) for whole, part in found}) == 1
 
 
-def test_both_answers_go_on_from_the_same_tokens(tokenizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "same"),
+    [("ab", [[1, 4, 0], [1, 2, 5, 0]], 1), ("aab", [[1, 1, 4, 0], [1, 6, 5, 0]], 1)],
+)
+def test_both_answers_go_on_from_the_same_tokens(
+    tmp_path: Path, prompt: str, tokens: list[list[int]], same: int
+) -> None:
     """A token may hold the end of the prompt and the begin of one answer: then what stands there
-    in the other text is compared with it."""
+    in the other text is compared with it, from the first token that is another, even before."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = {"<e>": 0, "a": 1, "b": 2, "c": 3, "bc": 4, "d": 5}
-    core = Tokenizer(models.BPE(pieces, [("b", "c")]))
+    pieces = {"<e>": 0, "a": 1, "b": 2, "c": 3, "bc": 4, "d": 5, "ab": 6}
+    merged = [("b", "c"), ("a", "b")] if prompt == "aab" else [("b", "c")]
+    core = Tokenizer(models.BPE(pieces, merged))
     core.pre_tokenizer = pre_tokenizers.Split("x", "isolated")
     merges = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
-    path = write(tmp_path / "p.jsonl", [{"prompt": "ab", "chosen": "c", "rejected": "d"}])
+    path = write(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": "c", "rejected": "d"}])
     rows = build_pairs(
         (Source(path=path),), merges, sequence_length=16, packing=True,
         view=view_of(Data(), "dpo", merges),
     )  # fmt: skip
-    assert rows.chunks.tokens.tolist() == [1, 4, 0, 1, 2, 5, 0]
+    assert rows.chunks.tokens.tolist() == [token for side in tokens for token in side]
     assert rows.chunks.learned is not None
-    assert rows.chunks.learned.tolist() == [False, True, True, False, True, True, True]
+    learned = [i >= same for side in tokens for i in range(len(side))]
+    assert rows.chunks.learned.tolist() == learned
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -168,3 +168,17 @@ def test_metrics_are_means_over_what_they_count(tokenizer: str, texts: str) -> N
     assert float(done.sums["truncated"]) == pytest.approx(1 - len(short) / len(lengths))
     assert float(done.sums["reward_length"]) == pytest.approx(sum(short) / len(short))
     assert float(done.tokens) == sum(lengths)
+
+
+def test_an_answer_that_no_function_judges_counts_for_nothing(tokenizer: str, texts: str) -> None:
+    def some(completion_ids: list[list[int]], **columns: Any) -> list[Any]:
+        return [None if i % 2 else 1.0 + i for i in range(len(completion_ids))]
+
+    model = gradients.model(tokenizer, torch.float64, seed=1)
+    held = grpo_cases.groups(model, gradients.CPU, rewards=(some,))
+    batch = grpo_cases.prompts(tokenizer, texts).batch([0])
+    batch.places = [0]
+    (group,) = held.of(batch, 0)
+    assert group.facts["judged"] == 2 and group.facts["reward"] == 1.0 + 3.0
+    assert group.advantages[1] == group.advantages[3] == 0.0
+    assert group.advantages[0] == -group.advantages[2] != 0.0

@@ -111,7 +111,9 @@ def test_a_run_that_was_paused_between_two_steps_on_the_same_answers_ends_the_sa
     rewards = [step["reward"] for step in whole]
     assert rewards == [step["reward"] for step in parts]
     assert rewards[0::2] == rewards[1::2] and len(set(rewards)) > 1
-    assert whole[0]["kl"] == pytest.approx(0, abs=1e-6) and whole[5]["kl"] > 1e-6
+    assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
+    # Of new answers, too: the reference is not what drew them.
+    assert min(whole[4]["kl"], whole[5]["kl"]) > 1e-6
 
 
 def test_out_of_memory_keeps_the_answers_and_the_training(

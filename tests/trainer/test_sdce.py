@@ -43,11 +43,11 @@ def other(texts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def sharp(tokenizer: str, dtype: torch.dtype, seed: int) -> Any:
+def sharp(tokenizer: str, dtype: torch.dtype, seed: int, times: float = 18.0) -> Any:
     """A random model that is sure of itself: some tokens come above 0.02, most do not."""
     model = gradients.model(tokenizer, dtype, seed, hidden=64)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(18.0)
+        model.get_output_embeddings().weight.mul_(times)
     return model
 
 
@@ -166,6 +166,46 @@ def test_it_is_its_formula(
     assert logged["surrogate_coverage"] == pytest.approx(literal.covered / literal.tokens)
     assert logged["surrogate_kept"] == pytest.approx(literal.entries / literal.covered)
     assert logged["surrogate_agreement"] == pytest.approx(literal.agreed / literal.covered)
+
+
+def test_parity_divides_by_the_entries_of_all_rows(tokenizer: str, other: str, plain: str) -> None:
+    """Of a surrogate that is not sure: several entries in most rows."""
+    config = Sdce("s", form="parity", k=5, threshold=0.002)
+    words = Vocabularies(load_tokenizer(tokenizer), load_tokenizer(other))
+    unsure = sharp(other, torch.float64, 2, times=1.0)
+    student = gradients.model(tokenizer, torch.float64, seed=1)
+    objective = SurrogateGuided(config, Surrogate(unsure, words, gradients.CPU))
+    group = [gradients.rows(tokenizer, plain, packing=True).batch([0, 1])]
+    batches = prepare(objective, group, gradients.CPU, 0)
+    opinion = batches[0].extra["opinion"]
+    rows, entries = (opinion.weights[:, 1:] > 0).any(dim=1).sum(), (opinion.ids[:, 1:] >= 0).sum()
+    assert int(entries) > 2 * int(rows) > 0
+    found = backward(
+        student, objective, batches, normalisers(batches, gradients.CPU), gradients.CPU
+    )
+    sums = {name: float(value) for name, value in found.sums.items()}
+    assert float(batches[0].weights["surrogate"]) == int(entries)
+    assert float(found.total) == pytest.approx(sums["ce_loss"] + sums["surrogate_loss"])
+
+
+def test_kl_is_from_the_surrogate_to_the_model(tokenizer: str, plain: str) -> None:
+    """KL(p || q) of whole distributions, p being the surrogate's."""
+    unsure, tokens = sharp(tokenizer, torch.float64, 2, times=2.0), load_tokenizer(tokenizer)
+    student = gradients.model(tokenizer, torch.float64, seed=1)
+    surrogate = Surrogate(unsure, Vocabularies(tokens, tokens), gradients.CPU)
+    objective = SurrogateGuided(Sdce("s", loss="kl"), surrogate)
+    group = [gradients.rows(tokenizer, plain, packing=False).batch([0])]
+    batches = prepare(objective, group, gradients.CPU, 0)
+    norm = normalisers(batches, gradients.CPU)
+    found = backward(student, objective, batches, norm, gradients.CPU)
+    with torch.no_grad():
+        logs = [
+            model(input_ids=group[0].input_ids, use_cache=False).logits[0].log_softmax(-1)
+            for model in (unsure, student)
+        ]
+    at = group[0].targets[0] != -100
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1)[at].mean()
+    assert float(found.sums["surrogate_loss"]) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_its_terms_without_the_surrogate_are_cross_entropy(tokenizer: str, texts: str) -> None:
