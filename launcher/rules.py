@@ -249,12 +249,8 @@ def _training(stage: Stage) -> Iterator[Problem]:
 
 
 def _together(stage: Stage) -> Iterator[Problem]:
-    """What the trainer would refuse on the machine: sharing, servers, and sources without what the
-    stage reads."""
-    model, train = stage.model, stage.train
-    nf4 = model and model.adapter and model.adapter.quantization == "nf4"
-    if nf4 and train is not None and train.parallel == "fsdp":
-        yield ("train", "parallel"), "fsdp cannot share nf4 weights (model.adapter); use ddp"
+    """What the trainer would refuse on the machine: servers, and sources without what the stage
+    reads."""
     if stage.grpo is not None and stage.grpo.rollouts == "vllm" and (many := _workers(stage)) > 1:
         what = f"vllm serves one worker, here there are {many}; take one, or `generate`"
         yield ("grpo", "rollouts"), what
@@ -284,9 +280,6 @@ def _no_pairs(stage: Stage) -> Iterator[Problem]:
             if source.format not in pairs:
                 what = f"'{source.format}' holds no pairs, which stage '{stage.stage}' needs; "
                 yield (*at, "format"), what + "take preference, or leave it out"
-            elif source.builtin not in ("python-preferences", None):
-                what = f"'{source.builtin}' holds no pairs, which stage '{stage.stage}' needs; "
-                yield (*at, "builtin"), what + "take python-preferences"
 
 
 def _kernels(stage: Stage) -> Iterator[Problem]:

@@ -563,7 +563,7 @@ def test_kernels_that_the_accelerator_does_not_have(
             "stage: ipo\npreference: {label_smoothing: 0.1}",
             "4:31: preference.label_smoothing: belongs to stage `dpo`",
         ),
-        ("stage: pretrain", "stage: dpo", "'python-reference' holds no pairs, which stage 'dpo'"),
+        ("stage: pretrain", "stage: dpo", "'python-reference' holds nothing for stage 'dpo'"),
         (
             "stage: pretrain\nmodel: {name: org/model}",
             "stage: pretrain\nmodel: {name: openai/gpt-oss-20b, attention: sdpa}",

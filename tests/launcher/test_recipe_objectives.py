@@ -33,7 +33,7 @@ PREFERENCES, QUESTIONS = "python-preferences", "python-questions"
         (("grpo", "", "digits", "", "cpu:2"), VLLM,
          "r.yaml:8:73: grpo.rollouts: vllm serves one worker, here there are 2"),
         (("sft", NF4, QUESTIONS, ", parallel: fsdp", "cpu:2"), "",
-         "r.yaml:6:29: train.parallel: fsdp cannot share nf4 weights"),
+         "r.yaml:6:29: train.parallel: fsdp cannot share quantised weights"),
         (("dpo", "", QUESTIONS, "", "cpu:1"), "",
          "r.yaml:5:26: data.train[0].builtin: 'python-questions' holds nothing for stage 'dpo'"),
         (("grpo", "", PREFERENCES, "", "cpu:1"), VLLM,
