@@ -35,6 +35,7 @@ _EXTRAS = {
         ("numpy", "numpy"),
         ("tensorboard", "tensorboard"),
     ),
+    "quantize": (("torchao", "torchao"), ("bitsandbytes", "bitsandbytes"), ("gguf", "gguf")),
     "hub": (("datasets", "datasets"),),
     "tracking": (("mlflow", "mlflow-skinny"), ("wandb", "wandb")),
     "google": (
