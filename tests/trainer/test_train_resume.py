@@ -83,7 +83,7 @@ def test_a_run_interrupted_in_a_store_goes_on_elsewhere_as_if_nothing_had_been(
 def test_the_best_checkpoint_of_before_stays_the_best(
     config: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer import loop
+    from trainer import evaluate
 
     values = iter([3.0, 4.0, 4.1, 4.2])
     monkeypatch.setattr(evaluate, "cross_entropy", lambda *a, **k: (next(values), 10))
