@@ -26,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 #: Letters of an error of a library that are shown.
 _LONG = 200
 #: Ends of names of linear layers inside the blocks that are no projections: routers of experts.
-_ROUTERS = ("router", "gate", "shared_expert_gate")
+ROUTERS = ("router", "gate", "shared_expert_gate")
 
 
 def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None) -> Any:
@@ -102,7 +102,7 @@ def projections(model: Any) -> dict[str, tuple[int, int]]:
         if is_linear(module)
         and name.startswith(runs)
         and name.startswith(blocks)
-        and name.rpartition(".")[2] not in _ROUTERS
+        and name.rpartition(".")[2] not in ROUTERS
     }
 
 

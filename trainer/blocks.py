@@ -50,19 +50,23 @@ def compile_blocks(model: Any, *, packing: bool) -> None:
 
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _VERSIONS)
-    for block in blocks(model):
+    found = blocks(model)
+    if not found:
+        kind = type(model).__name__
+        raise ConfigError(f"model.compile: {kind} has no list of blocks; set model.compile: false")
+    for block in found:
         block.compile(dynamic=None if packing else True)
         compiled: Any = block._compiled_call_impl
         block._compiled_call_impl = _explained(compiled)
 
 
-def blocks(model: Any) -> nn.ModuleList:
-    """The blocks of a model's decoder. Errors: `ConfigError`."""
-    for child in model.get_decoder().children():
-        if isinstance(child, nn.ModuleList):
-            return child
-    kind = type(model).__name__
-    raise ConfigError(f"model.compile: {kind} has no list of blocks; set model.compile: false")
+def blocks(model: Any) -> list[nn.Module]:
+    """The repeated blocks of the part that reads text, in order; none where it has none."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []
 
 
 def _explained(call: Callable[..., Any]) -> Callable[..., Any]:

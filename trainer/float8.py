@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.adapters import ROUTERS
 from trainer.config import ConfigError, Data, Model, Train
 from trainer.runtime import Runtime
 
@@ -32,7 +33,6 @@ MULTIPLE = 16
 #: second in bf16 and float8, bytes a second.
 _BF16, _FLOAT8, _BYTES = 700e12, 1300e12, 2.5e12
 _LAYERS = "_float8_layers"  # where a model keeps the names of those that were converted
-_ROUTERS = ("router", "gate", "shared_expert_gate")
 _INSTALL = {
     "torchao": 'pip install "launch-llm[quantize]"',
     "transformer_engine": 'pip install "transformer-engine[pytorch]"',
@@ -110,7 +110,7 @@ def convertible(model: Any) -> list[str]:
         if type(module) is nn.Linear
         and id(module) in inside
         and ".lora_" not in name
-        and _plain_end(name) not in _ROUTERS
+        and _plain_end(name) not in ROUTERS
         and not module.in_features % MULTIPLE
         and not module.out_features % MULTIPLE
     ]

@@ -16,9 +16,9 @@ from trainer.batch import Batch
 from trainer.config import Grpo
 from trainer.data.prompts import Prompt
 from trainer.losses.linear import token_logprobs
-from trainer.models import head_weight, hidden_states
+from trainer.models import head_weight, hidden_states, reading
 from trainer.reward_functions import Reward
-from trainer.rollouts import Answer, Rollouts, reading
+from trainer.rollouts import Answer, Rollouts
 from trainer.runtime import Runtime
 
 #: Added to the standard deviation that advantages are divided by, as TRL does.

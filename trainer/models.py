@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -55,6 +56,18 @@ def head_weight(model: nn.Module) -> Tensor:
     and return its gradient in its own precision."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, no recomputation of activations; the mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def load_tokenizer(reference: str) -> Any:

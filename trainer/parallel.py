@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.blocks import blocks
 from trainer.config import ConfigError
 from trainer.guard import Guard, Retry
 from trainer.runtime import Runtime
@@ -122,16 +123,6 @@ def shard(model: Any, runtime: Runtime) -> None:
 
     setattr(model, DECODE, decode)
     register_fsdp_forward_method(model, DECODE)
-
-
-def blocks(model: Any) -> list[nn.Module]:
-    """The repeated blocks of the part that reads text, in order; none where it has none."""
-    decoder = model.get_decoder()
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    return []
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -14,7 +14,6 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -29,7 +28,7 @@ from trainer.config import ConfigError
 from trainer.data.stream import Rows
 from trainer.evaluate import Left
 from trainer.losses.linear import token_logprobs
-from trainer.models import head_weight, hidden_states
+from trainer.models import head_weight, hidden_states, reading
 from trainer.runtime import Runtime
 from trainer.step import cut, unless_out_of_memory
 from trainer.store import atomic_write
@@ -78,7 +77,7 @@ def without_adapter(model: Any, batch: Batch) -> Tensor:
     """`answer_logprobs` of the base of a model with an adapter, without gradients or dropout."""
     learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.no_grad(), model.disable_adapter(), _reading(model):
+        with model.disable_adapter(), reading(model):
             return answer_logprobs(model, batch)
     finally:
         for parameter, learned in learns:  # PEFT lets all of an adapter learn afterwards
@@ -205,20 +204,9 @@ def _batches(places: Sequence[tuple[Rows, int]]) -> Iterator[Batch]:
 def _batch(model: nn.Module, host: Batch, runtime: Runtime) -> dict[int, float]:
     batch = host.to(runtime.device)
     number_answers(batch)
-    with torch.no_grad(), _reading(model), runtime.autocast():
+    with reading(model), runtime.autocast():
         sums = answer_logprobs(model, batch).tolist()
     return dict(zip((segment.key for segment in segments(host)), sums))
-
-
-@contextmanager
-def _reading(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without dropout; the mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _lacks(values: dict[int, float], rows: Rows, index: int) -> bool:

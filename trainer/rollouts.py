@@ -12,6 +12,7 @@ from torch import nn
 
 from trainer import float8
 from trainer.config import Grpo
+from trainer.models import reading
 from trainer.runtime import Runtime
 from trainer.step import unless_out_of_memory
 
@@ -125,18 +126,6 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [] if named is None else [named]
     return list(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, named)]))
-
-
-@contextlib.contextmanager
-def reading(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no recomputation of activations; the mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def number_of(seed: str) -> int:

@@ -220,7 +220,11 @@ def test_an_error_of_the_compiler_names_the_key(
 
 
 def test_a_decoder_without_blocks_is_refused() -> None:
+    from transformers import LlamaConfig
+
     class Odd(torch.nn.Module):
+        config = LlamaConfig()
+
         def get_decoder(self) -> torch.nn.Module:
             return torch.nn.Linear(2, 2)
 

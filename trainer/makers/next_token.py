@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 from trainer.config import Source
@@ -19,11 +20,15 @@ def make(context: Context, tokens: Any) -> Objective:
 
 
 def lay_out(
-    context: Context, tokens: Any, sources: tuple[Source, ...], limit: Optional[int]
+    context: Context,
+    tokens: Any,
+    sources: tuple[Source, ...],
+    limit: Optional[int],
+    build: Callable[..., Rows] = build_rows,
 ) -> Rows:
-    """The rows of `sources`, at most `limit`. Errors: those of `build_rows`."""
+    """The rows that `build` makes of `sources`, at most `limit`. Errors: its own."""
     data = context.config.data
-    return build_rows(
+    return build(
         sources,
         tokens,
         sequence_length=data.sequence_length,

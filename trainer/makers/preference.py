@@ -12,10 +12,10 @@ from trainer import copies, models, parallel, probe
 from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Preference, Source, preference_problems, to_dict
 from trainer.context import Context
-from trainer.data import chat
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows
 from trainer.evaluate import held_out_rows
+from trainer.makers import next_token
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
 from trainer.reference import Known, precompute
@@ -45,15 +45,7 @@ def lay_out(
     context: Context, tokens: Any, sources: tuple[Source, ...], limit: Optional[int]
 ) -> Rows:
     """The rows of the pairs of `sources`, at most `limit`. Errors: those of `build_pairs`."""
-    data = context.config.data
-    return build_pairs(
-        sources,
-        tokens,
-        sequence_length=data.sequence_length,
-        packing=data.packing,
-        limit_rows=limit,
-        view=chat.view_of(data, context.config.stage, tokens),
-    )
+    return next_token.lay_out(context, tokens, sources, limit, build_pairs)
 
 
 def _known(context: Context, tokens: Any) -> Known:
