@@ -5,6 +5,7 @@ docs/contracts.md."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
@@ -71,11 +72,14 @@ def run(job: Job) -> int:
     if job.dry_run:  # before the libraries are imported: they read it once
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     copies.use(job.copies)
-    from trainer import interrupts, quantized, reward_functions, runtime, stages
+    from trainer import environment, interrupts, reward_functions, runtime, stages
     from trainer.context import stop_asked
 
     _quieten()
-    quantized.check_library(job.stages)
+    try:
+        environment.check(dataclasses.asdict(job))
+    except environment.Unfit as error:
+        raise ConfigError(str(error)) from error
     reward_functions.check(job.stages)
     made = {config.output for config in job.stages}
     with interrupts.listening() as signalled, runtime.start() as process:

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +52,7 @@ ASKED: Mapping[str, tuple[int, ...]] = {
     "torchao": (0, 15),
     "bitsandbytes": (0, 48),
     "gguf": (0, 17),
+    "sentencepiece": (0, 2),
 }
 _GPU_ONLY = ("nvidia-ml-py",)
 _LOCKS = Path(__file__).parent / "locks"
@@ -147,13 +148,40 @@ def torch_found() -> tuple[str, str | None]:
 
 
 def asked(job: Mapping[str, Any]) -> set[str]:
-    """What of `ASKED` the stages of a job (as JSON has it) need."""
-    found = set()
+    """What of `ASKED` the stages of a job (as JSON has it) need, or do better with."""
+    found: set[str] = set()
     for stage in job.get("stages") or ():
-        adapter = (stage.get("model") or {}).get("adapter") or {}
-        if adapter.get("quantization") == "nf4":
-            found.add("bitsandbytes")
+        model = stage.get("model") or {}
+        found.update(package for package, _ in required(stage) if package in ASKED)
+        if model.get("float8") == "auto":  # off, with a line, where it is not there
+            found.add("torchao")
+        if (stage.get("export") or {}).get("format") == "gguf":  # some tokenizers need it
+            found.add("sentencepiece")
     return found
+
+
+def required(stage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The packages that a stage (as JSON has it) cannot do without beside `DIRECT`, each with what
+    asks for it."""
+    model = stage.get("model") or {}
+    if (model.get("adapter") or {}).get("quantization") == "nf4":
+        yield "bitsandbytes", "model.adapter.quantization: nf4"
+    if (float8 := model.get("float8")) in ("torchao", "transformer_engine"):
+        yield float8.replace("_", "-"), f"model.float8: {float8}"
+    if (stage.get("export") or {}).get("format") == "gguf":
+        yield "gguf", "export.format: gguf"
+
+
+def check(job: Mapping[str, Any]) -> None:
+    """Errors: `Unfit` when a package that one of the job's stages requires cannot be imported: told
+    before the stages ahead of it have cost anything. A dry run multiplies nothing in float8."""
+    for stage in job["stages"]:
+        for package, key in required(stage):
+            if job.get("dry_run") and "float8" in key:
+                continue
+            if importlib.util.find_spec(package.replace("-", "_")) is None:
+                fix = "launch-llm[quantize]" if package in ASKED else f"{package}[pytorch]"
+                raise Unfit(f'stage {stage["id"]}: {key} needs {package}: pip install "{fix}"')
 
 
 def lacking(gpu: bool) -> list[str]:

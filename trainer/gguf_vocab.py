@@ -233,7 +233,8 @@ def _sentencepiece(tokens: Any, size: int, folder: Path, facts: Mapping[str, Any
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ConfigError(
-            'export.format: gguf: this tokenizer needs `pip install "sentencepiece"`'
+            "export.format: gguf: this tokenizer needs sentencepiece:"
+            ' pip install "launch-llm[quantize]"'
         ) from error
     model = SentencePieceProcessor(model_file=str(path))
     names, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size

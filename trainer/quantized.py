@@ -8,39 +8,20 @@ the arithmetic and is imported on use.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from trainer import adapters
-from trainer.config import ConfigError, StageConfig
+from trainer.config import ConfigError
 
 #: What Transformers calls the format of gpt-oss's experts.
 MXFP4 = "mxfp4"
 _KEY = "model.adapter.quantization"
-_FIX = 'pip install "launch-llm[quantize]"'
 # It warns, once imported, of a kernel for inference on CPUs that training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-def check_library(stages: Iterable[StageConfig]) -> None:
-    """Errors: `ConfigError` when a stage asks for NF4 and bitsandbytes is not there, or for a GGUF
-    file and gguf is not: before the stages ahead of it have cost anything."""
-    for stage in stages:
-        made = stage.export.format if stage.export is not None else None
-        if made == "gguf" and importlib.util.find_spec("gguf") is None:
-            raise ConfigError(
-                f"stage {stage.id}: export.format: gguf needs the package gguf: {_FIX}"
-            )
-        adapter = stage.model.adapter if stage.model is not None else None
-        if adapter is None or adapter.quantization != "nf4":
-            continue
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(f"stage {stage.id}: {_KEY}: nf4 needs bitsandbytes: {_FIX}")
 
 
 def method(configuration: Any) -> Optional[str]:

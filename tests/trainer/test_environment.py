@@ -95,14 +95,40 @@ def test_what_is_missing_is_installed_beside_the_environment_by_its_hash(
     assert ensure(tmp_path / "made", [], said.append) == [path]
 
 
+@pytest.mark.parametrize(
+    ("stage", "installed", "needed"),
+    [
+        ({"model": None, "export": None}, set(), ""),
+        ({"model": {"adapter": {"quantization": "none"}, "float8": "off"}}, set(), ""),
+        ({"model": {"adapter": {"quantization": "nf4"}}}, {"bitsandbytes"},
+         r"model.adapter.quantization: nf4 needs bitsandbytes: pip install \"launch-llm.quantize"),
+        ({"model": {"float8": "auto"}}, {"torchao"}, ""),
+        ({"model": {"float8": "torchao"}}, {"torchao"}, "model.float8: torchao needs torchao: "),
+        ({"model": {"float8": "transformer_engine"}}, set(),
+         r"needs transformer-engine: pip install \"transformer-engine\[pytorch\]\""),
+        ({"export": {"format": "gguf"}}, {"gguf", "sentencepiece"},
+         "export.format: gguf needs gguf: "),
+        ({"export": {"format": "huggingface"}}, set(), ""),
+    ],
+)  # fmt: skip
+def test_a_job_s_own_packages_are_installed_on_a_machine_and_missed_at_once_elsewhere(
+    stage: dict[str, Any], installed: set[str], needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"stages": [{"id": "before"}, {"id": "it", **stage}]}
+    assert environment.asked(job) == installed <= set(environment.ASKED)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    if not needed:
+        environment.check(job)
+        return
+    with pytest.raises(Unfit, match=rf"^stage it: .*{needed}"):
+        environment.check(job)
+    if "float8" in needed:
+        environment.check({**job, "dry_run": True})
+
+
 def test_what_only_this_job_needs_is_installed_beside(
     tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = {"type": "lora", "quantization": "nf4"}
-    job = {"stages": [{"id": "a", "model": None}, {"id": "b", "model": {"adapter": adapter}}]}
-    assert environment.asked(job) == {"bitsandbytes"} <= set(environment.ASKED)
-    plain = {"stages": [{"model": {"adapter": {"quantization": "none"}}}, {"model": {}}]}
-    assert environment.asked(plain) == environment.asked({}) == set()
     wheel, other = build(offline, "rare-one", "2.1"), build(offline, "rare-two", "1.0")
     pinned(tmp_path, monkeypatch, wheel, other)
     monkeypatch.setattr(environment, "ASKED", {"rare-one": (2,), "rare-two": (1,)})

@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 
-from trainer import gguf_export, gguf_vocab, quantized
+from trainer import gguf_export, gguf_vocab
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError, Export, StageConfig, build
 from trainer.data.corpus import python_reference
@@ -446,14 +446,3 @@ def test_a_dry_run_writes_a_small_file_here(run_stage: Callable[..., Any], tmp_p
     assert any("org/model" in note for note in notes)
     run_stage(small)
     assert [path.name for path in (tmp_path / "e").glob("*.gguf")] == ["model-Q4_0.gguf"]
-
-
-def test_a_package_for_gguf_is_looked_for_before_the_first_stage(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    export = Export(model="m", format="gguf")
-    stage = StageConfig(id="file", stage="export", output="o", export=export)
-    quantized.check_library([stage])
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match=r"^stage file: .*needs the package gguf: pip install"):
-        quantized.check_library([stage])
