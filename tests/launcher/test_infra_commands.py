@@ -122,9 +122,9 @@ class Process:
 
     def end(self) -> int:
         """The exit code; the rest of what it says is in `seen`."""
-        _, rest = self.process.communicate(timeout=_LIMIT)
-        self.seen += rest.splitlines()
-        return self.process.returncode
+        assert self.process.stderr is not None  # not `communicate`: it forgets what is read ahead
+        self.seen += self.process.stderr.read().splitlines()
+        return self.process.wait(_LIMIT)
 
 
 @pytest.fixture
@@ -153,9 +153,9 @@ def _state(engine: StandIn, tmp_path: Path) -> dict[str, Any]:
 def test_a_plan_lists_every_resource_in_the_order_of_the_declaration(
     launch: Launch, engine: StandIn
 ) -> None:
-    code, out, _ = launch("plan", "tuna.yaml")
+    code, out, err = launch("plan", "tuna.yaml")
 
-    assert code == 0
+    assert code == 0, (out, err)
     lines = out.splitlines()
     assert lines[0].split() == ["CHANGE", "KIND", "NAME"]
     names = [line.split()[3] for line in lines[1:-1]]
@@ -172,15 +172,15 @@ def test_a_second_up_changes_nothing_and_says_what_recipes_use(
 ) -> None:
     before = made.cloud
 
-    code, out, _ = launch("up", "tuna.yaml", "--json")  # nothing to change: nothing to ask
-    assert code == 0
+    code, out, err = launch("up", "tuna.yaml", "--json")  # nothing to change: nothing to ask
+    assert code == 0, (out, err)
     document = json.loads(out)
     assert {change["change"] for change in document["changes"]} == {"same"}
     assert document["outputs"]["service_accounts"] == ["trainer@proj-1.iam.gserviceaccount.com"]
     assert made.cloud == before
 
-    code, out, _ = launch("status", "tuna.yaml", "--refresh")
-    assert code == 0
+    code, out, err = launch("status", "tuna.yaml", "--refresh")
+    assert code == 0, (out, err)
     assert f"proj-1.tuna-models: {len(before)} resources" in out
     assert "bucket: gs://tuna-models\n" in out
     assert "last: up succeeded" in out
@@ -191,8 +191,8 @@ def test_without_a_terminal_nothing_is_changed_unless_yes_is_said(
     launch: Launch, engine: StandIn
 ) -> None:
     for words in (("up", "tuna.yaml"), ("up", "tuna.yaml", "--json")):
-        code, _, err = launch(*words)
-        assert code == 2
+        code, out, err = launch(*words)
+        assert code == 2, (out, err)
         assert "add --yes" in err
     assert engine.cloud == {}
 
@@ -202,9 +202,9 @@ def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
 ) -> None:
     before = made.cloud
 
-    code, _, err = launch("destroy", "tuna.yaml")
+    code, out, err = launch("destroy", "tuna.yaml")
 
-    assert code == 2
+    assert code == 2, (out, err)
     assert "add --yes" in err
     assert made.cloud == before
 
@@ -226,14 +226,14 @@ def test_a_destroy_that_is_agreed_to_leaves_the_bucket_and_says_so(
 def test_a_refusal_names_the_resource_and_what_to_do(launch: Launch, engine: StandIn) -> None:
     engine.faults(fail={"bucket": "googleapi: Error 403: storage.buckets.create denied"})
     code, out, err = launch("up", "tuna.yaml", "--yes", "--json")
-    assert code == 3
+    assert code == 3, (out, err)
     assert json.loads(out.splitlines()[-1])["error"]["exit_code"] == 3
     assert "error: bucket: googleapi: Error 403: storage.buckets.create denied\n" in err
     assert "launch infra up tuna.yaml" in err
 
     engine.faults()
-    code, out, _ = launch("up", "tuna.yaml", "--yes", "--json")
-    assert code == 0
+    code, out, err = launch("up", "tuna.yaml", "--yes", "--json")
+    assert code == 0, (out, err)
     changes = {change["name"]: change["change"] for change in json.loads(out)["changes"]}
     assert changes["service-storage"] == "same"  # what was made before the refusal is recorded
     assert changes["bucket"] == "create"
@@ -242,9 +242,9 @@ def test_a_refusal_names_the_resource_and_what_to_do(launch: Launch, engine: Sta
 def test_a_destroy_that_does_not_end_exits_7(launch: Launch, made: StandIn) -> None:
     made.faults(fail={"account-trainer": "googleapi: Error 403: denied"})
 
-    code, _, err = launch("destroy", "tuna.yaml", "--yes")
+    code, out, err = launch("destroy", "tuna.yaml", "--yes")
 
-    assert code == 7
+    assert code == 7, (out, err)
     assert "account-trainer: googleapi: Error 403: denied" in err
     assert "launch infra destroy tuna.yaml" in err
 
@@ -253,15 +253,15 @@ def test_an_update_that_was_killed_is_recovered_by_the_next_one(
     launch: Launch, engine: StandIn, tmp_path: Path
 ) -> None:
     engine.faults(die_after="bucket")
-    code, _, err = launch("up", "tuna.yaml", "--yes")
-    assert code != 0
+    code, out, err = launch("up", "tuna.yaml", "--yes")
+    assert code != 0, (out, err)
     assert "was ended by signal 9" in err
     engine.faults()
     assert "unknown: creating bucket was interrupted" in launch("status", "tuna.yaml")[1]
 
-    code, _, err = launch("up", "tuna.yaml", "--yes")
+    code, out, err = launch("up", "tuna.yaml", "--yes")
 
-    assert code == 0
+    assert code == 0, (out, err)
     assert "which has died" in err
     assert "there already: bucket" in err
     order = [word for word in engine.commands() if word in ("refresh", "cancel")]
@@ -276,14 +276,14 @@ def test_the_lock_of_another_machine_takes_unlock_and_a_yes(
     (tmp_path / "tuna.yaml").write_text(RECIPE + "infra: {storage_class: NEARLINE}\n")
     made.hold(tmp_path / "home" / "infra" / "state", "proj-1.tuna-models", "elsewhere", 1)
 
-    code, _, err = launch("up", "tuna.yaml", "--yes")
+    code, out, err = launch("up", "tuna.yaml", "--yes")
 
-    assert code == 8
+    assert code == 8, (out, err)
     assert "ann@elsewhere (process 1) holds the state of proj-1.tuna-models since 2026" in err
     assert "launch infra up tuna.yaml --unlock" in err
     assert "cancel" not in made.commands()
-    code, _, err = launch("up", "tuna.yaml", "--yes", "--unlock")
-    assert code == 0
+    code, out, err = launch("up", "tuna.yaml", "--yes", "--unlock")
+    assert code == 0, (out, err)
     assert "took away the lock" in err
     assert _locks(tmp_path / "home") == []
 
@@ -323,15 +323,15 @@ def test_a_third_ctrl_c_kills_and_the_next_update_recovers(
 
     assert update.end() == 130
     text = "\n".join(update.seen)
-    assert "the engine was killed and could not record what was in flight" in text
+    assert "the engine was killed and could not record what was in flight" in text, text
     assert "unlocks the state, asks the cloud what there is" in text
     assert "Traceback" not in text
     assert len(_locks(tmp_path / "home")) == 1
     engine.faults()
 
-    code, _, err = launch("up", "tuna.yaml", "--yes")
+    code, out, err = launch("up", "tuna.yaml", "--yes")
 
-    assert code == 0
+    assert code == 0, (out, err)
     assert "which has died" in err
     assert "was interrupted while creating bucket" in err
     assert _locks(tmp_path / "home") == []
@@ -381,9 +381,9 @@ def test_a_wrong_passphrase_is_an_access_error(
 ) -> None:
     monkeypatch.setenv("PULUMI_CONFIG_PASSPHRASE", "another")
 
-    code, _, err = launch("up", "tuna.yaml", "--yes")
+    code, out, err = launch("up", "tuna.yaml", "--yes")
 
-    assert code == 3
+    assert code == 3, (out, err)
     assert "the passphrase is not the one" in err
     assert "another" not in err.replace("another update", "")
 
@@ -393,9 +393,9 @@ def test_without_a_command_line_it_says_what_it_would_fetch(
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
-    code, _, err = launch("plan", "tuna.yaml")
+    code, out, err = launch("plan", "tuna.yaml")
 
-    assert code == 2
+    assert code == 2, (out, err)
     assert "is not on this machine" in err
     assert "add --yes" in err
 
@@ -407,7 +407,7 @@ def test_a_plan_without_the_engine_says_what_is_declared_before_anything_is_fetc
 
     code, out, err = launch("plan", "tuna.yaml")
 
-    assert code == 2
+    assert code == 2, (out, err)
     assert "storage.Bucket" in out and "account-trainer" in out
     assert "which of them are there is not known yet" in out
     assert "it finds out what of this is there already" in err
@@ -422,7 +422,7 @@ def test_a_status_without_the_engine_says_what_is_known_without_it(
     code, out, err = launch("status", "tuna.yaml")
 
     state = f"file://{tmp_path / 'home' / 'infra' / 'state'}"
-    assert code == 0
+    assert code == 0, (out, err)
     assert out == f"proj-1.tuna-models: there is a state; state: {state}\n"
     assert "what it holds is not known: pulumi" in err
     _hold(tmp_path, made, os.getpid())
@@ -478,14 +478,14 @@ def test_names_that_stand_in_for_variables_are_told_and_nothing_is_made_of_them(
         monkeypatch.delenv(name, raising=False)
     text = RECIPE.replace("proj-1,", "'${PROJECT:-my-project}',")
     (tmp_path / "tuna.yaml").write_text(text.replace("gs://tuna", "gs://${BUCKET:-tuna}"))
-    code, _, err = launch("plan", "tuna.yaml")
-    assert code == 0
+    code, out, err = launch("plan", "tuna.yaml")
+    assert code == 0, (out, err)
     assert "note: PROJECT is not set; the recipe says 'my-project'" in err
     (tmp_path / "tuna.yaml").write_text(text.replace("tuna-models", "${BUCKET:-my-bucket}"))
 
-    code, _, err = launch("up", "tuna.yaml", "--yes")
+    code, out, err = launch("up", "tuna.yaml", "--yes")
 
-    assert code == 2
+    assert code == 2, (out, err)
     assert (
         "error: PROJECT, BUCKET not set: the recipe says project my-project and gs://my-bu" in err
     )
@@ -493,7 +493,7 @@ def test_names_that_stand_in_for_variables_are_told_and_nothing_is_made_of_them(
     assert engine.cloud == {}
     given = ("--set", "hardware.vertex.project=proj-1", "--set", "artifacts=gs://own/{run}")
     code, out, err = launch("up", "tuna.yaml", "--yes", *given)
-    assert code == 0
+    assert code == 0, (out, err)
     assert "bucket: gs://own" in out
     assert launch("status", "tuna.yaml", *given)[1].startswith("proj-1.own: ")
     monkeypatch.setenv("PROJECT", "proj-1")
@@ -505,21 +505,21 @@ def test_a_folder_that_cannot_be_made_is_one_line(launch: Launch, tmp_path: Path
     (tmp_path / "file").write_text("")
 
     for folder in ("/proc/x", "file/below", "file"):
-        code, _, err = launch("export", "tuna.yaml", "--to", folder)
-        assert code == 2
+        code, out, err = launch("export", "tuna.yaml", "--to", folder)
+        assert code == 2, (out, err)
         assert f"error: {folder}: cannot be written: " in err
         assert err.splitlines()[-1].strip() == "--to names another folder"
 
 
 def test_export_writes_a_project_for_the_same_stack(launch: Launch, tmp_path: Path) -> None:
-    code, out, _ = launch("export", "tuna.yaml", "--to", "own")
+    code, out, err = launch("export", "tuna.yaml", "--to", "own")
 
-    assert code == 0
+    assert code == 0, (out, err)
     assert "wrote own/__main__.py" in out
     assert (tmp_path / "own" / "Pulumi.proj-1.tuna-models.yaml").exists()
     assert "name: launch" in (tmp_path / "own" / "Pulumi.yaml").read_text()
-    code, _, err = launch("export", "tuna.yaml", "--to", "own")
-    assert code == 2
+    code, out, err = launch("export", "tuna.yaml", "--to", "own")
+    assert code == 2, (out, err)
     assert "--to names another folder" in err
 
 
@@ -546,7 +546,7 @@ def test_a_secret_gets_its_value_and_nobody_hears_it(
 
 
 def test_a_secret_that_the_recipe_does_not_name_is_refused(launch: Launch) -> None:
-    code, _, err = launch("set-secret", "tuna.yaml", "hf-token", "--from-env", "HOME")
+    code, out, err = launch("set-secret", "tuna.yaml", "hf-token", "--from-env", "HOME")
 
-    assert code == 2
+    assert code == 2, (out, err)
     assert "names no secret 'hf-token'" in err
