@@ -75,7 +75,7 @@ def relieve(run_id: str, env: Env, patience: float = 15.0) -> home.DriverLock:
     place = home.folder(env.home, run_id)
     who = home.holder(place)
     for request, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-        if who and who["pid"] > 1:
+        if who and who["pid"] > 1 and home.holds(place, who["pid"]):
             try:
                 os.kill(who["pid"], request)
             except ProcessLookupError:

@@ -192,6 +192,27 @@ def holder(place: Path) -> Optional[dict[str, Any]]:
         os.close(descriptor)
 
 
+def holds(place: Path, pid: int) -> bool:
+    """Whether this process has the run's lock open. Who takes the lock names itself a little later:
+    until then the file names the driver before, whose number may be another program's by now.
+    Where /proc does not tell, the file is believed."""
+    try:
+        lock = (place / "driver.lock").stat()
+        opened = list(Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:
+        return not Path("/proc/self/fd").exists()
+    except OSError:
+        return True
+    for descriptor in opened:
+        try:
+            found = descriptor.stat()
+        except OSError:
+            continue
+        if (found.st_dev, found.st_ino) == (lock.st_dev, lock.st_ino):
+            return True
+    return False
+
+
 @contextmanager
 def up_lock(home: Path) -> Iterator[None]:
     """Held while `up` looks for a live run and creates one, so that two at once make one run."""

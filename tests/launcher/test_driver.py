@@ -14,7 +14,7 @@ import pytest
 
 from launcher import api, driver, home
 from launcher.backends.base import Phase
-from launcher.errors import Exit, UsageError
+from launcher.errors import Exit, LaunchError, UsageError
 from launcher.run import Run
 from tests.launcher.runs import Scene, plugged_in, recipe, scene
 
@@ -124,6 +124,18 @@ def test_a_driver_that_does_not_leave_is_killed_when_taken_over(it: Scene) -> No
     assert home.holder(it.place) is None
     finish(it)
     assert driver.drive(it.run_id) == Exit.OK
+
+
+def test_a_process_that_got_the_number_of_a_driver_before_is_left_alone(it: Scene) -> None:
+    with subprocess.Popen(["sleep", "60"]) as innocent:
+        lock = home.DriverLock.acquire(it.place)
+        assert lock is not None
+        lock.claim(innocent.pid, 0.0)  # as a driver did that ended; who has the lock now says later
+        with pytest.raises(LaunchError, match="cannot be taken over"):
+            driver.relieve(it.run_id, it.at(None), patience=0.05)
+        assert innocent.poll() is None
+        innocent.kill()
+        lock.close()
 
 
 def test_the_lock_passes_to_the_driver_without_a_gap(it: Scene) -> None:
