@@ -21,6 +21,7 @@ from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer, Phase
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
+from launcher.bundle import place as bundle_place
 from launcher.clock import Clock
 from launcher.errors import JournalDamaged, NotFromHere, Transient
 from launcher.fold import NOT_STARTED, Fold, Record
@@ -415,7 +416,7 @@ class Claim:
         if self.foreign:
             if not _SHA256.fullmatch(str(raw["sha256"])):
                 raise JournalDamaged(f"{self.journal.first}: its bundle has no sha256")
-            raw["path"] = str(self.env.home / "bundles" / f"{raw['sha256']}.tar.gz")
+            raw["path"] = str(bundle_place(self.env.home, raw["sha256"]))
         refs = (r for job in self.run.jobs for attempt in job.attempts for r in attempt.refs)
         if Path(raw["path"]).exists() or any(raw["sha256"] in ref.name for ref in refs):
             return Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])

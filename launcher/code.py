@@ -4,7 +4,6 @@ trainer's. Which files, what never travels, and the archive's place in a recipe.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import re
@@ -14,7 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher.bundle import Bundle, packed, store, whole
+from launcher.bundle import Bundle, compressed, packed, store, whole
+from launcher.bundle import place as archive_place
 from launcher.errors import UsageError
 from launcher.spec import Code
 from trainer.config import to_dict
@@ -108,7 +108,7 @@ def line(code: Code) -> str:
 
 def place(code: Code, home: Path) -> Path:
     """Where the archive of resolved code is."""
-    return home / "bundles" / f"{code.sha256}.tar.gz"
+    return archive_place(home, str(code.sha256))
 
 
 def _built(code: Code, home: Path) -> Code:
@@ -120,9 +120,9 @@ def _built(code: Code, home: Path) -> Code:
             f" {str(code.sha256)[:12]}...",
             "leave `sha256` out to take them as they are",
         )
-    made = Bundle(home / "bundles" / f"{digest}.tar.gz", digest, len(tar))
+    made = Bundle(archive_place(home, digest), digest, len(tar))
     if not whole(made.path, digest):
-        store(made.path, gzip.compress(tar, compresslevel=9, mtime=0))
+        store(made.path, compressed(tar))
     return replace(code, sha256=digest, bytes=len(tar))
 
 

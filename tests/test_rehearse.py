@@ -82,7 +82,7 @@ def undisturbed(spec: dict[str, Any], folder: Path, objects: Path, bundles: Path
     root = folder / "artifacts"
     text = json.dumps(spec["job"]).replace(spec["root"], str(root))
     job = text.replace("gs://", f"{objects}/")
-    bundle = bundles / f"{spec['bundle']['sha256']}.tar.gz"
+    bundle = bundles / f"{spec['bundle']['sha256']}.tar.bz2"
     here = {
         **spec, "job": json.loads(job), "root": str(root), "work": str(folder / "work"),
         "bundle": {**spec["bundle"], "url": str(bundle)}, "python": sys.executable, "secrets": {},

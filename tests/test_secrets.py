@@ -6,8 +6,8 @@ that the search finds what is there.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
-import gzip
 import io
 import json
 import secrets
@@ -121,8 +121,8 @@ def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         data = path.read_bytes()
         yield str(path), data
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        if data[:3] == b"BZh":
+            data = bz2.decompress(data)
             with tarfile.open(fileobj=io.BytesIO(data)) as archive:
                 assert "trainer/__main__.py" in archive.getnames()
             yield f"{path} unpacked", data
@@ -142,8 +142,8 @@ def test_the_search_finds_every_form(tmp_path: Path, values: dict[str, str]) -> 
         line = value.splitlines()[-1]
         for form in (line, quote(line, safe=""), json.dumps([line]), repr([line])):
             assert leaks([("it", f"a{form}b".encode())], [value]) == ["it"]
-        file = tmp_path / f"{number}.gz"
-        with tarfile.open(file, "w:gz") as archive:
+        file = tmp_path / f"{number}.bz2"
+        with tarfile.open(file, "w:bz2") as archive:
             member = tarfile.TarInfo("trainer/__main__.py")
             member.size = len(line.encode())
             archive.addfile(member, io.BytesIO(line.encode()))

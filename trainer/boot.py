@@ -1,6 +1,6 @@
 """The one bootstrap, carried by every backend: fetch, verify, unpack, hand over.
 
-`python boot.py run SPEC.json [BUNDLE.tar.gz]` runs a job; `python boot.py worker SPEC.json` is one
+`python boot.py run SPEC.json [BUNDLE.tar.bz2]` runs a job; `python boot.py worker SPEC.json` is one
 of its workers under torchrun; `python boot.py trainer ...` is `python -m trainer ...`, from the
 bundle alone. Standard library only, one file, run alone: what a job does beyond this is in the
 bundle (supervise.py). docs/contracts.md: the specification, what is written.
@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Optional
+from typing import IO, Any, Optional, cast
 
 OK, ERROR, CONFIG, DATA, AGAIN, ENVIRONMENT = 0, 1, 64, 65, 75, 78
 STOPPED = "stopped"
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         return trainer(arguments[1:])
     mode, *paths = arguments or [""]
     if (mode, len(paths)) not in (("run", 1), ("run", 2), ("worker", 1)):
-        usage = "boot.py run SPEC.json [BUNDLE.tar.gz] | worker SPEC.json"
+        usage = "boot.py run SPEC.json [BUNDLE.tar.bz2] | worker SPEC.json"
         print(f"error: usage: {usage}", file=sys.stderr)
         return CONFIG
     try:
@@ -204,7 +204,7 @@ class _BundleOnly:
 
 def fetch(spec: Spec, bundle: Optional[str] = None) -> None:
     """Put the verified bundle into `<work>/bundle`, from the file `bundle` or else from its URL.
-    `sha256` and `bytes` are those of the tar inside the gzip. Errors: `BootError` 78; nothing
+    `sha256` and `bytes` are those of the tar inside the archive. Errors: `BootError` 78; nothing
     outside the folder is ever written."""
     unpack_verified(local_path(bundle or spec.bundle["url"]), spec.bundle, spec.code)
 
@@ -216,7 +216,7 @@ def unpack_verified(
     there. Errors: as `fetch`."""
     size, digest = facts["bytes"], facts["sha256"]
     try:
-        with gzip.open(path) as file:
+        with _opened(path) as file:
             data = file.read(size + 1)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             raise EOFError(f"not the {size} bytes with sha256 {digest[:12]}")
@@ -225,6 +225,20 @@ def unpack_verified(
         raise BootError(ENVIRONMENT, f"{what} {facts['url']}: {why}") from error
     shutil.rmtree(folder, ignore_errors=True)
     unpack(data, folder, what)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """An archive, unpacked as it is read: bzip2, or gzip, as runs of before have it."""
+    with path.open("rb") as file:
+        old = file.read(2) == b"\x1f\x8b"
+    if old:
+        return cast("IO[bytes]", gzip.open(path))
+    try:
+        import bz2  # not everybody's Python has it
+    except ImportError as error:
+        why = f"{sys.executable} was built without bz2, which the bundle is packed with"
+        raise BootError(ENVIRONMENT, f"{why}: use an image whose Python has it") from error
+    return bz2.open(path)
 
 
 def unpack(data: bytes, folder: Path, what: str = "bundle") -> None:

@@ -214,7 +214,7 @@ class _Job:
         spec, code = self.spec, self.spec.raw.get("code")
         if not code:
             return
-        path, url = spec.work / "code.tar.gz", str(code["url"])
+        path, url = spec.work / "code.tar", str(code["url"])
         if url.partition("://")[0] in _CLIENTS:
             parent, _, key = url.rpartition("/")
             open_store(parent).get_file(key, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
+import bz2
 import hashlib
 import io
 import os
@@ -71,7 +71,7 @@ def test_every_python_here_makes_the_same_archive(tmp_path: Path) -> None:
 
 def test_it_holds_every_module_of_the_trainer_and_nothing_else(tmp_path: Path) -> None:
     made = build(tmp_path)
-    data = gzip.decompress(made.path.read_bytes())
+    data = bz2.decompress(made.path.read_bytes())
     assert (hashlib.sha256(data).hexdigest(), len(data)) == (made.sha256, made.bytes)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = tar.getmembers()
@@ -86,7 +86,7 @@ def test_it_holds_every_module_of_the_trainer_and_nothing_else(tmp_path: Path) -
 
 def test_it_is_smaller_than_300_kb_and_named_by_its_content(tmp_path: Path) -> None:
     made = build(tmp_path)
-    assert made.path == tmp_path / "bundles" / f"{made.sha256}.tar.gz"
+    assert made.path == tmp_path / "bundles" / f"{made.sha256}.tar.bz2"
     assert made.path.stat().st_size < 300_000
 
 
@@ -119,13 +119,13 @@ def test_a_damaged_cached_bundle_is_built_again(tmp_path: Path, damage: str) -> 
             "cut": good[:middle],
             "flipped": good[:middle] + bytes([good[middle] ^ 0xFF]) + good[middle + 1 :],
             "empty": b"",
-            "other": gzip.compress(b"something else"),
+            "other": bz2.compress(b"something else"),
             "header": b"xx" + good[2:],
             "block": good[:10] + b"\xff" * 20 + good[30:],  # no type of deflate block
         }[damage]
     )
     assert build(tmp_path, package) == made
-    assert gzip.decompress(made.path.read_bytes()) == archive(package)
+    assert bz2.decompress(made.path.read_bytes()) == archive(package)
     assert [path.name for path in made.path.parent.iterdir()] == [made.path.name]
 
 

@@ -247,7 +247,7 @@ def test_a_vertex_job_takes_the_code_from_the_bucket(
     assert made.sha256 is not None
     run = f"{os.getpid():016x}"
     given = [f"code.{key}={getattr(made, key)}" for key in ("path", "sha256", "bytes")]
-    uri = f"gs://bkt/launch/code/{made.sha256}.tar.gz"
+    uri = f"gs://bkt/launch/code/{made.sha256}.tar.bz2"
     sent = {intent.name: intent for intent in it.intents(*given, run=run)}
     assert sent[uri].request["sha256"] == made.sha256 and not sent[uri].billable
     handle = replace(it.attempt(*given, run=run), run=run, name=f"kd-l4-{run[-6:]}-j0")

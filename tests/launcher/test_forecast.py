@@ -571,10 +571,10 @@ def test_a_name_with_a_sha256_is_short_in_the_text_and_whole_in_the_document(
 ) -> None:
     monkeypatch.setenv("LAUNCH_HOME", str(tmp_path))
     (line,) = [x for x in planned(capsys, "kd-l4") if "gcs_object" in x and "bundles" in x]
-    digest = line.rpartition("/")[2].removesuffix(".tar.gz")
+    digest = line.rpartition("/")[2].removesuffix(".tar.bz2")
     assert cli.run(["plan", "kd-l4", "--json"]) == Exit.OK
     (job,) = json.loads(capsys.readouterr().out)["jobs"]
-    whole = job["intents"][0]["name"].rpartition("/")[2].removesuffix(".tar.gz")
+    whole = job["intents"][0]["name"].rpartition("/")[2].removesuffix(".tar.bz2")
     assert len(digest) == 12 and len(whole) == 64 and whole.startswith(digest)
 
 

@@ -55,10 +55,10 @@ IMAGES = (
 
 #: Runs in the container before anything of ours is there: takes the bundle from the bucket with
 #: the job's identity, and starts the boot.py inside it, which reads the file left beside it.
-#: `sha256` is of the tar inside the gzip. Exit code 75: the network did not serve; again.
+#: `sha256` is of the tar inside the archive. Exit code 75: the network did not serve; again.
 #: The two variables are those of Google's own libraries.
 FETCH = """\
-import gzip, hashlib, http.client, io, json, os, sys, tarfile, tempfile, time
+import bz2, gzip, hashlib, http.client, io, json, os, sys, tarfile, tempfile, time
 import urllib.parse, urllib.request
 def get(url, **headers):
     for wait in (1, 2, 4, 8, None):  # the network of a fresh machine may need a moment
@@ -83,12 +83,12 @@ def read(uri):
     return get("%s/storage/v1/b/%s/o/%s?alt=media" % (storage, bucket, name), **bearer)
 bundle, sha256, spec = sys.argv[1:]
 packed = read(bundle)
-data = gzip.decompress(packed)
+data = (gzip if packed[:2] == b"\\x1f\\x8b" else bz2).decompress(packed)  # gzip: of older runs
 if hashlib.sha256(data).hexdigest() != sha256:
     sys.exit("the bundle " + bundle + " is damaged: its sha256 differs")
 boot = tarfile.open(fileobj=io.BytesIO(data)).extractfile("trainer/boot.py").read()
 folder = tempfile.mkdtemp(prefix="launch-")
-paths = [os.path.join(folder, name) for name in ("boot.py", "boot.json", "bundle.tar.gz")]
+paths = [os.path.join(folder, name) for name in ("boot.py", "boot.json", "bundle.tar")]
 for path, content in zip(paths, (boot, read(spec), packed)):
     with open(path, "wb") as file:
         file.write(content)
@@ -127,14 +127,14 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
     image = _image(spec.hardware)
     root, bundle = str(spec.boot["root"]).rstrip("/"), spec.boot["bundle"]
     bucket = root.removeprefix("gs://").partition("/")[0]
-    bundle_uri = f"gs://{bucket}/launch/bundles/{bundle['sha256']}.tar.gz"
+    bundle_uri = f"gs://{bucket}/launch/bundles/{bundle['sha256']}{_kind(bundle)}"
     boot_uri = f"{root}/boot/{spec.name}-a${{attempt}}.json"
     wheels, uploads = _wheels(spec, bucket)
     boot = {
         **spec.boot, "bundle": {**bundle, "url": bundle_uri}, "environment": True, **wheels,
     }  # fmt: skip
     if (code := spec.boot.get("code")) is not None:
-        uri = f"gs://{bucket}/launch/code/{code['sha256']}.tar.gz"
+        uri = f"gs://{bucket}/launch/code/{code['sha256']}{_kind(code)}"
         uploads[uri] = {"file": code["url"], "sha256": code["sha256"]}
         boot["code"] = {**code, "url": uri}
     facts = {"project": project_of(spec.hardware), "labels": labels(spec)}
@@ -223,6 +223,11 @@ def _price(
                 f"Compute Engine, without what Vertex AI adds; {price.source}, {price.snapshot}"
             )
     return None, f"no dated {capacity} price for {machine} in {place}"
+
+
+def _kind(archive: Mapping[str, Any]) -> str:
+    """How an archive is packed, by its name: an older run's is a `.tar.gz`."""
+    return ".tar.gz" if str(archive["url"]).endswith(".tar.gz") else ".tar.bz2"
 
 
 def _wheels(spec: JobSpec, bucket: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
