@@ -229,11 +229,12 @@ class Claim:
         same = noted is not None and noted.get("exit_code") == exit_code
         return str(noted.get("why") or "") if noted is not None and same else ""
 
-    def had_outage(self, job: JobState, attempt: Attempt) -> bool:
-        """Whether boot, which has left with 75, did so for an outage before its workers began: by
-        its note in a store, or because there is none, since it did not get as far as the store."""
+    def boots_cause(self, job: JobState, attempt: Attempt) -> str:
+        """Why boot has left with 75, by its note in a store: an outage before its workers began
+        (also where there is none, since it did not get as far as the store), or the deadline. Empty
+        for all else."""
         noted = self._noted(job, attempt)
-        return noted is not None and (not noted or noted.get("cause") == OUTAGE)
+        return OUTAGE if noted == {} else str((noted or {}).get("cause") or "")
 
     def begun_as(self, job: JobState, attempt: Attempt) -> str:
         """Which job of the service took the attempt, as its boot noted in a store; else empty."""

@@ -26,7 +26,7 @@ from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Recipe
 from launcher.view import write_summary
-from trainer.boot import AGAIN, CONFIG
+from trainer.boot import AGAIN, CONFIG, OUTAGE
 
 #: Seconds between two looks, at most: on this machine, elsewhere.
 LOOK_LOCAL, LOOK_REMOTE = 2.0, 15.0
@@ -351,12 +351,13 @@ class Engine:
         phase, why = self._judged(job, seen)
         cause = seen.cause if phase is seen.phase else ""
         asked = phase is Phase.PREEMPTED and seen.exit_code == AGAIN and job.backend != "local"
-        if asked and self.claim.had_outage(job, attempt):
+        told = self.claim.boots_cause(job, attempt) if asked else cause
+        if asked and told == OUTAGE:
             phase, cause = Phase.FAILED, retry.INFRASTRUCTURE
         if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
             why = self.claim.boots_word(job, attempt, seen.exit_code) or why
-        if retry.reached_deadline(phase, why):
-            phase, cause = Phase.CANCELLED, retry.DEADLINE
+        if phase is Phase.PREEMPTED and retry.DEADLINE in (told, cause):
+            phase, cause = Phase.CANCELLED, retry.DEADLINE  # nobody has taken its machine
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
             held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref
