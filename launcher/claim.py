@@ -21,13 +21,13 @@ from launcher.artifacts import Artifacts, below, open_artifacts, parsed
 from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Offer, Phase
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
-from launcher.clock import Clock
+from launcher.clock import Clock, seconds
 from launcher.errors import JournalDamaged, NotFromHere, Transient
 from launcher.fold import NOT_STARTED, Fold, Record
 from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
-from launcher.spec import Hardware, Recipe, Stage, seconds
+from launcher.spec import Hardware, Recipe, Stage
 from trainer.boot import OUTAGE
 from trainer.config import Problem, build, dotted, to_dict
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Optional
 from launcher import backends, code, hardware, wheels
 from launcher.artifacts import missing_client
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer, Phase
+from launcher.clock import seconds
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.fold import duration, spent
 from launcher.google import project_of
 from launcher.rules import STAGE_REFERENCE
 from launcher.run import JSON_VERSION, Run
-from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex, seconds
+from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex
 from trainer.config import Job, StageConfig, to_dict
 
 if TYPE_CHECKING:
