@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -46,21 +46,40 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
     return recipe.load(path, overrides, on)
 
 
+class Prepared:
+    """A recipe as it was read once, wheels and code settled, and the trainer that would go with it:
+    what is shown of it is what is started, whatever becomes of its file meanwhile."""
+
+    def __init__(self, path: str | Path, overrides: Iterable[str], on: Optional[str]) -> None:
+        """Errors: those of `validate`, of wheels and of code."""
+        from launcher import bundle, code, wheels
+
+        self._env = env()
+        loaded = wheels.resolved(validate(path, overrides, on))
+        self.loaded = code.resolved(loaded, self._env.home)
+        self.bundle = bundle.build(self._env.home)
+
+    @cached_property
+    def plan(self) -> RunPlan:
+        """What `up` would create, whether it fits, how long it takes and what it costs."""
+        from launcher import forecast
+        from launcher.artifacts import missing_client
+        from launcher.plan import make
+        from launcher.start import commit_of
+
+        here, loaded = self._env, self.loaded
+        made = make(loaded.recipe, here, self.bundle, commit=commit_of(loaded.path))
+        made = forecast.added(made, loaded.recipe, here.home)
+        missing = missing_client(made.root)
+        needed = f"artifacts: {made.root} cannot be reached from here: {missing}"
+        notes = (*made.notes, *loaded.notes(), *untold(loaded, here))
+        return replace(made, notes=(*notes, needed) if missing else notes)
+
+
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create, whether it fits, how long it takes and what it costs. Creates nothing
     outside $LAUNCH_HOME/bundles."""
-    from launcher import code, forecast, wheels
-    from launcher.artifacts import missing_client
-    from launcher.plan import make
-    from launcher.start import commit_of
-
-    here = env()
-    loaded = code.resolved(wheels.resolved(validate(path, overrides, on)), here.home)
-    made = make(loaded.recipe, here, commit=commit_of(loaded.path))
-    made = forecast.added(made, loaded.recipe, here.home)
-    missing = missing_client(made.root)
-    needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
-    return replace(made, notes=(*made.notes, *loaded.notes(), *untold(loaded, here), *needed))
+    return Prepared(path, overrides, on).plan
 
 
 def untold(loaded: Loaded, here: Env) -> list[str]:
@@ -75,7 +94,7 @@ def untold(loaded: Loaded, here: Env) -> list[str]:
 
 
 def difference(
-    path: str | Path,
+    recipe: str | Path | Prepared,
     overrides: Iterable[str] = (),
     on: Optional[str] = None,
     against: Optional[Which] = None,
@@ -83,18 +102,16 @@ def difference(
     """How a recipe differs from the newest live run of its name, owner and cloud project, or from
     the run `against`; None: there is none. Errors: those of a journal or store that cannot be
     read."""
-    from launcher import amend, bundle, code, wheels
+    from launcher import amend
 
-    here, loaded = env(), wheels.resolved(validate(path, overrides, on))
-    loaded = code.resolved(loaded, here.home)
-    packed = bundle.build(here.home)
+    here, ready = env(), _prepared(recipe, overrides, on)
     if against is not None:
-        return amend.differ(here, status(against), loaded, packed)
-    return amend.find(here, loaded, packed)
+        return amend.differ(here, status(against), ready.loaded, ready.bundle)
+    return amend.find(here, ready.loaded, ready.bundle)
 
 
 def up(
-    path: str | Path,
+    recipe: str | Path | Prepared,
     *,
     overrides: Iterable[str] = (),
     on: Optional[str] = None,
@@ -106,22 +123,20 @@ def up(
     Errors: `UsageError` where such a change would end it at once; those of the plan too, before
     anything is created: no place, a backend that only plans.
     """
-    from launcher import amend, bundle, code, driver, forecast, start, wheels
-    from launcher.plan import make, refuse
+    from launcher import amend, driver, start
+    from launcher.plan import refuse
 
-    here, loaded = env(), validate(path, overrides, on)
-    packed = bundle.build(here.home)
+    here, ready = env(), _prepared(recipe, overrides, on)
     with home.up_lock(here.home):
-        loaded = code.resolved(wheels.resolved(loaded), here.home)
-        found = None if new else amend.find(here, loaded, packed, requests=False)
+        found = None if new else amend.find(here, ready.loaded, ready.bundle, requests=False)
         if found is not None and found.stops:
             raise found.refusal()
         if found is not None and found.in_place and found.blocks():
-            amend.leave(here, found, loaded.canonical)
+            amend.leave(here, found, ready.loaded.canonical)
         if found is not None and (found.same or found.in_place):
             return attach(found.run)
-        refuse(forecast.added(make(loaded.recipe, here, packed), loaded.recipe, here.home))
-        run_id = start.create(loaded, packed, here)["id"]
+        refuse(ready.plan)
+        run_id = start.create(ready.loaded, ready.bundle, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
     return status(run_id)
 
@@ -382,6 +397,12 @@ def event_files(run: Which) -> tuple[str, Path]:
     return uri, apart.folder
 
 
+def _prepared(
+    recipe: str | Path | Prepared, overrides: Iterable[str], on: Optional[str]
+) -> Prepared:
+    return recipe if isinstance(recipe, Prepared) else Prepared(recipe, overrides, on)
+
+
 def _find(run: Which) -> dict[str, Any]:
     from launcher.adopt import adopt, is_root
 
@@ -429,7 +450,7 @@ def _clear_without_journal(run: Run, here: Env) -> None:
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs", "logs",
-    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "untold",
-    "up", "validate", "wait",
+    "Held", "Prepared", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs",
+    "logs", "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all",
+    "untold", "up", "validate", "wait",
 ]  # fmt: skip

@@ -29,13 +29,13 @@ def up(
     """Plan, ask when it costs money, start or attach, follow."""
     from launcher.plan import refuse
 
-    path = shipped.find(recipe)
-    planned = api.plan(path, overrides, on)
-    differs = None if new else api.difference(path, overrides, on)
+    ready = api.Prepared(shipped.find(recipe), overrides, on)
+    planned = ready.plan
+    differs = None if new else api.difference(ready)
     if differs is not None and differs.stops:
         raise differs.refusal()
     if differs is not None and differs.in_place and differs.blocks():
-        return _change(differs, planned, recipe, overrides, on, detach, yes, as_json)
+        return _change(differs, ready, called(recipe, overrides, on), detach, yes, as_json)
     refuse(planned)
     misfits = _misfits(planned)
     question = "Start it?"
@@ -51,7 +51,7 @@ def up(
     started = api.env().clock.now()
     in_cloud = any(job.backend != "local" for job in planned.jobs)
     try:
-        run = api.up(path, overrides=overrides, on=on, new=new)
+        run = api.up(ready, new=new)
     except Signal as signal:
         if in_cloud:
             signal.hint = "\n".join(filter(None, (signal.hint, _see_doctor(recipe))))
@@ -75,25 +75,23 @@ def _see_doctor(recipe: str) -> str:
 
 def _change(
     differs: Difference,
-    planned: RunPlan,
-    recipe: str,
-    overrides: Sequence[str],
-    on: Optional[str],
+    ready: api.Prepared,
+    command: str,
     detach: bool,
     yes: bool,
     as_json: bool,
 ) -> int:
     """Change a live run in place; where it costs money, after a question. Then follow it."""
     name = differs.run.name
-    for line in differs.lines(called(recipe, overrides, on)):
+    for line in differs.lines(command):
         console.notice(line)
-    if not yes and planned.usd_per_hour != 0:
+    if not yes and ready.plan.usd_per_hour != 0:
         refusal = f"{name} costs money, and there is no terminal to ask on"
         if not console.confirm(f"Change {name}?", refusal):
             console.notice("nothing was changed")
             return Exit.OK
     now = api.env().clock.now()
-    run = api.up(shipped.find(recipe), overrides=overrides, on=on)
+    run = api.up(ready)
     console.notice(f"{run.name}: its driver takes up {', '.join(differs.blocks())}; attached to it")
     return _go_on(run, now, detach=detach, as_json=as_json)
 
