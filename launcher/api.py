@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from launcher import home
 from launcher.backends.base import Env, Held, Line, Ref
 from launcher.clock import SystemClock
-from launcher.errors import Exit, LaunchError, Leaked, Signal, UsageError
+from launcher.errors import Exit, JournalDamaged, LaunchError, Leaked, Signal, UsageError
 from launcher.run import Run
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from launcher.difference import Difference
     from launcher.plan import RunPlan
     from launcher.recipe import Loaded
+    from launcher.waiting import Waiting
 
 Which = Union[str, Run]
 #: Seconds that a driver may still hold a run that is over: it writes a summary to the store.
@@ -303,64 +304,87 @@ def resume_plan(run: Which, overrides: Iterable[str] = ()) -> Optional[RunPlan]:
     return start.what_resuming_creates(fold, place, given, here)
 
 
-def teardown(run: Which) -> Run:
+def teardown(run: Which, timeout: Optional[float] = None) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
-    run over from its driver. Errors: `Leaked` with the commands that finish by hand; those of a
-    store that does not take records, after everything was deleted all the same."""
+    run over from its driver. Of a run whose journal cannot be read, what carries its label.
+    `timeout`: seconds after which it waits no longer for what does not go or does not answer; None:
+    15 minutes for each. Errors: `Leaked` with the commands that finish by hand; those of a store
+    that does not take records, after everything was deleted all the same."""
+    from launcher import driver, unread
+
+    here, facts = env(), _find(run)
+    waiting = _waiting(here, timeout)
+    try:
+        return _teardown(facts, here, waiting)
+    except JournalDamaged as damage:
+        waiting.say(f"{facts['name']}: {damage}; looking for what carries its label")
+        lock = driver.relieve(facts["id"], here)
+        try:
+            return unread.teardown(facts, damage, here, waiting)
+        finally:
+            lock.close()
+
+
+def _teardown(facts: dict[str, Any], here: Env, waiting: Waiting) -> Run:
     from launcher import driver, engine
     from launcher.artifacts import is_remote
     from launcher.claim import refuse_processes, write_marker
 
-    here, facts = env(), _find(run)
     seen = status(facts["id"])
     refuse_processes(seen, facts)
     try:
         if seen.ended is None:  # should we die here, the job still ends
             write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
-        engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+        lock = driver.relieve(seen.id, here)
+        engine.teardown(seen.id, here, lock=lock, until=waiting.until)
     except Leaked:
         raise
     except (Signal, UsageError) as error:
         if not is_remote(seen.root):
             raise
-        _clear_without_journal(seen, here)
+        _clear_without_journal(seen, here, waiting)
         error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "
                       f"{error}",)  # fmt: skip
         raise
     return status(seen.id)
 
 
-def teardown_all() -> list[Run]:
+def teardown_all(timeout: Optional[float] = None) -> list[Run]:
     """`teardown` of every live run of this home, then of whatever else on this machine's backends
-    carries our label and belongs to no run that goes on elsewhere. A run of another home that was
-    only looked at from here is left alone and returned with a warning. Errors: `Leaked` with all
-    that is left; everything has been tried by then."""
+    carries our label and belongs to no run that goes on elsewhere; `timeout` is for all of it. A
+    run of another home that was only looked at from here is left alone and returned with a warning.
+    Errors: `Leaked` with all that is left; everything has been tried by then."""
     from launcher import backends
     from launcher.sweeping import clear_backend
 
     here = env()
+    waiting = _waiting(here, timeout)
     done: list[Run] = []
     leaks: list[Leaked] = []
     names = {"local"}
     for run in list_runs(0):
-        elsewhere = run.driver is not None and run.driver.alive is None
-        if elsewhere and "adopted" in (home.identity(here.home, run.id) or {}):
+        adopted = "adopted" in (home.identity(here.home, run.id) or {})
+        if adopted and run.driver is not None and run.driver.alive is None:
             text = f"left alone: `launch teardown {run.name}` deletes what it holds"
             run.warnings.append(text)
             done.append(run)
             continue
         # Without one readable record nobody knows where the run was: look everywhere.
         names |= {job.backend for job in run.jobs} or {*backends.names()}
+        if adopted and run.driver is None:  # it may go on elsewhere: the sweep below says so
+            done.append(run)
+            continue
         try:
-            done.append(teardown(run.id))
+            left = None if waiting.until is None else waiting.until - here.clock.now()
+            done.append(teardown(run.id, left))
         except Leaked as leak:
             leaks.append(leak)
-        except LaunchError as error:  # e.g. a damaged journal: the sweep below still finds it
+        except LaunchError as error:  # e.g. a journal of a newer version: the sweep still finds it
             run.warnings.append(str(error))
             done.append(run)
     for name in sorted(names):
         try:
-            leaks += clear_backend(here, name)
+            leaks += clear_backend(here, name, waiting)
         except Leaked as leak:  # it cannot be asked
             leaks.append(leak)
     if leaks:
@@ -425,7 +449,15 @@ def _artifacts(run: Run) -> Artifacts:
     return open_artifacts(run.root, home.folder(here.home, run.id), here.environ, here.clock)
 
 
-def _clear_without_journal(run: Run, here: Env) -> None:
+def _waiting(here: Env, timeout: Optional[float]) -> Waiting:
+    from launcher.claim import say
+    from launcher.waiting import Waiting
+
+    until = None if timeout is None else here.clock.now() + timeout
+    return Waiting(here.clock, partial(say, here.clock), until)
+
+
+def _clear_without_journal(run: Run, here: Env, waiting: Waiting) -> None:
     """Delete what the run's backends find under its label, where this machine has created jobs and
     where the run is known to have some. Errors: `Leaked`, also where a backend cannot be asked
     although the journal, as far as it is known, says that the run holds something."""
@@ -446,7 +478,7 @@ def _clear_without_journal(run: Run, here: Env) -> None:
             raise unanswered([run], error) or error from error
         for ref in found:
             if ref.run == run.id:
-                remove(backend, ref, theirs)
+                remove(backend, ref, theirs, waiting, f"launch teardown {run.name}")
 
 
 __all__ = [

@@ -28,6 +28,7 @@ from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
 from launcher.spec import Hardware, Recipe, Stage
+from launcher.waiting import Waiting
 from trainer.boot import OUTAGE
 from trainer.config import Problem, build, dotted, to_dict
 
@@ -62,7 +63,7 @@ def claimed(
         raise held_elsewhere(home.claimed(place), facts["name"])
     try:
         artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
-        artifacts.patience, artifacts.tell = patience, partial(_say, env.clock)
+        artifacts.patience, artifacts.tell = patience, partial(say, env.clock)
         journal = Journal(place, artifacts, env.clock)
         journal.name = facts["name"]
         foreign = partial(refuse_foreign, journal, take_over=take_over)
@@ -124,6 +125,8 @@ class Claim:
         #: names is sent anywhere, and nothing of it runs as a process here.
         self.foreign = not all(ours(place, record) for record in fold.chosen)
         self.jobs: list[list[Stage]] = [list(stages) for stages in jobs(self.recipe)]
+        #: How long it is waited for what does not go, or does not answer.
+        self.waits = Waiting(env.clock, self.say)
         self._load = load
         self._backends: dict[str, Backend] = {}
         self._asked: Optional[float] = None  # when the marker was last looked for
@@ -138,7 +141,7 @@ class Claim:
 
     def say(self, text: str) -> None:
         """A line for driver.log."""
-        _say(self.clock, text)
+        say(self.clock, text)
 
     def backend(self, name: str) -> Backend:
         if name not in self._backends:
@@ -426,7 +429,8 @@ class Claim:
         return fresh
 
 
-def _say(clock: Clock, text: str) -> None:
+def say(clock: Clock, text: str) -> None:
+    """A line for driver.log, or for who waits at a terminal."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.now()))
     sys.stderr.write(f"{stamp} {text}\n")
     sys.stderr.flush()

@@ -16,7 +16,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import clear, first, insist, made, past_odd_refs, sweep
+from launcher.clear import LATE, clear, first, insist, made, past_odd_refs, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -58,11 +58,18 @@ def drive(
 
 
 def teardown(
-    run_id: str, env: Env, load: Load = backends.load, lock: Optional[home.DriverLock] = None
+    run_id: str,
+    env: Env,
+    load: Load = backends.load,
+    lock: Optional[home.DriverLock] = None,
+    until: Optional[float] = None,
 ) -> Run:
     """Delete everything the run holds, wait until it is gone, and end the run. Takes the run over
-    from a driver on another host. Errors: `Leaked` with what could not be confirmed absent."""
-    with claimed(run_id, env, load, lock, take_over=True, patience=DEAF) as claim:
+    from a driver on another host. `until`: when all waiting is over, UTC seconds. Errors: `Leaked`
+    with what could not be confirmed absent."""
+    patience = DEAF if until is None else min(DEAF, max(0.0, until - env.clock.now()))
+    with claimed(run_id, env, load, lock, take_over=True, patience=patience) as claim:
+        claim.waits = replace(claim.waits, until=until)
         return Engine(claim).teardown()
 
 
@@ -303,10 +310,12 @@ class Engine:
         backend, handle = self.claim.backend(job.backend), self.claim.handle(job, attempt)
         seen = backend.observe(handle, self.claim.env)
         settle = backend.can.settle if self.claim.answered(job, attempt) else 0.0
+        wait, text = self.claim.waits.begin(), f"{job.name} attempt {attempt.number}: {LATE}"
         for pause in retry.settling(settle):
             if seen.phase is not Phase.LOST:
                 break
-            self.clock.sleep(pause)
+            if not wait.look_again(pause, text):
+                raise Transient(text)
             seen = backend.observe(handle, self.claim.env)
         if seen.exit_code == CONFIG and first(self.claim, job, attempt):
             return self._look(job, attempt)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 from launcher import api, console, shipped
+from launcher.backends.base import Phase
+from launcher.clock import seconds
 from launcher.commands.recipes import called
-from launcher.errors import Exit, Signal, UsageError
+from launcher.errors import Exit, JournalDamaged, Signal, UsageError
 from launcher.logs import NoDriver
 
 if TYPE_CHECKING:
@@ -172,15 +174,18 @@ def stop(run: str, *, as_json: bool) -> int:
     return Exit.OK
 
 
-def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) -> int:
+def teardown(
+    run: Optional[str], *, everything: bool, timeout: Optional[str], yes: bool, as_json: bool
+) -> int:
     if (run is None) != everything:
         raise UsageError(
             "teardown takes a RUN, or --all", "`launch status` lists the runs; --all ends them all"
         )
+    bound = None if timeout is None else _seconds("--timeout", timeout)
     if not yes and not _certain(run):
         console.notice("nothing was torn down")
         return Exit.OK
-    gone = api.teardown_all() if run is None else [api.teardown(run)]
+    gone = api.teardown_all(bound) if run is None else [api.teardown(run, bound)]
     if as_json:
         console.document({"runs": [one.to_json() for one in gone]})
         return Exit.OK
@@ -189,9 +194,20 @@ def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) 
             console.say(f"{one.name}: {one.phase.value}; {'; '.join(one.warnings)}")
             continue
         console.say(f"{one.name}: {one.phase.value}, nothing is left of it that could bill")
+        if one.phase is Phase.LOST:
+            for warning in one.warnings:
+                console.notice(f"{one.name}: {one.why}: {warning}")
     if not gone:
         console.say("nothing to tear down")
     return Exit.OK
+
+
+def _seconds(option: str, text: str) -> float:
+    """A duration of the command line in seconds. Errors: `UsageError`."""
+    try:
+        return seconds(text)
+    except ValueError:
+        raise UsageError(f"{option} '{text}': not a duration", "give 90s, 10m, 2h") from None
 
 
 def _agreed(planned: RunPlan, question: str, *, yes: bool, as_json: bool) -> bool:
@@ -222,7 +238,12 @@ def _certain(run: Optional[str]) -> bool:
     if run is None:
         refusal = "teardown --all ends every run of yours, and there is no terminal to ask on"
         return console.confirm("End all of your runs now?", refusal)
-    found = api.status(run)
+    try:
+        found = api.status(run)
+    except JournalDamaged as damage:
+        console.notice(str(damage))
+        refusal = f"whether {run} goes on cannot be read, and there is no terminal to ask on"
+        return console.confirm(f"Delete what carries the label of {run} now?", refusal)
     if found.ended is not None:
         return True
     refusal = f"{found.name} is {found.phase.value}, and there is no terminal to ask on"
