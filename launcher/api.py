@@ -12,14 +12,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from launcher import home
 from launcher.backends.base import Env, Held, Line, Ref
 from launcher.clock import SystemClock
-from launcher.errors import Exit, LaunchError, Leaked, Signal, UsageError
+from launcher.errors import Exit, JournalDamaged, LaunchError, Leaked, Signal, UsageError
 from launcher.run import Run
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from launcher.difference import Difference
     from launcher.plan import RunPlan
     from launcher.recipe import Loaded
+    from launcher.waiting import Waiting
 
 Which = Union[str, Run]
 #: Seconds that a driver may still hold a run that is over: it writes a summary to the store.
@@ -46,21 +47,40 @@ def validate(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] 
     return recipe.load(path, overrides, on)
 
 
+class Prepared:
+    """A recipe as it was read once, wheels and code settled, and the trainer that would go with it:
+    what is shown of it is what is started, whatever becomes of its file meanwhile."""
+
+    def __init__(self, path: str | Path, overrides: Iterable[str], on: Optional[str]) -> None:
+        """Errors: those of `validate`, of wheels and of code."""
+        from launcher import bundle, code, wheels
+
+        self._env = env()
+        loaded = wheels.resolved(validate(path, overrides, on))
+        self.loaded = code.resolved(loaded, self._env.home)
+        self.bundle = bundle.build(self._env.home)
+
+    @cached_property
+    def plan(self) -> RunPlan:
+        """What `up` would create, whether it fits, how long it takes and what it costs."""
+        from launcher import forecast
+        from launcher.artifacts import missing_client
+        from launcher.plan import make
+        from launcher.start import commit_of
+
+        here, loaded = self._env, self.loaded
+        made = make(loaded.recipe, here, self.bundle, commit=commit_of(loaded.path))
+        made = forecast.added(made, loaded.recipe, here.home)
+        missing = missing_client(made.root)
+        needed = f"artifacts: {made.root} cannot be reached from here: {missing}"
+        notes = (*made.notes, *loaded.notes(), *untold(loaded, here))
+        return replace(made, notes=(*notes, needed) if missing else notes)
+
+
 def plan(path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None) -> RunPlan:
     """What `up` would create, whether it fits, how long it takes and what it costs. Creates nothing
     outside $LAUNCH_HOME/bundles."""
-    from launcher import code, forecast, wheels
-    from launcher.artifacts import missing_client
-    from launcher.plan import make
-    from launcher.start import commit_of
-
-    here = env()
-    loaded = code.resolved(wheels.resolved(validate(path, overrides, on)), here.home)
-    made = make(loaded.recipe, here, commit=commit_of(loaded.path))
-    made = forecast.added(made, loaded.recipe, here.home)
-    missing = missing_client(made.root)
-    needed = (f"artifacts: {made.root} cannot be reached from here: {missing}",) if missing else ()
-    return replace(made, notes=(*made.notes, *loaded.notes(), *untold(loaded, here), *needed))
+    return Prepared(path, overrides, on).plan
 
 
 def untold(loaded: Loaded, here: Env) -> list[str]:
@@ -75,7 +95,7 @@ def untold(loaded: Loaded, here: Env) -> list[str]:
 
 
 def difference(
-    path: str | Path,
+    recipe: str | Path | Prepared,
     overrides: Iterable[str] = (),
     on: Optional[str] = None,
     against: Optional[Which] = None,
@@ -83,18 +103,16 @@ def difference(
     """How a recipe differs from the newest live run of its name, owner and cloud project, or from
     the run `against`; None: there is none. Errors: those of a journal or store that cannot be
     read."""
-    from launcher import amend, bundle, code, wheels
+    from launcher import amend
 
-    here, loaded = env(), wheels.resolved(validate(path, overrides, on))
-    loaded = code.resolved(loaded, here.home)
-    packed = bundle.build(here.home)
+    here, ready = env(), _prepared(recipe, overrides, on)
     if against is not None:
-        return amend.differ(here, status(against), loaded, packed)
-    return amend.find(here, loaded, packed)
+        return amend.differ(here, status(against), ready.loaded, ready.bundle)
+    return amend.find(here, ready.loaded, ready.bundle)
 
 
 def up(
-    path: str | Path,
+    recipe: str | Path | Prepared,
     *,
     overrides: Iterable[str] = (),
     on: Optional[str] = None,
@@ -106,22 +124,20 @@ def up(
     Errors: `UsageError` where such a change would end it at once; those of the plan too, before
     anything is created: no place, a backend that only plans.
     """
-    from launcher import amend, bundle, code, driver, forecast, start, wheels
-    from launcher.plan import make, refuse
+    from launcher import amend, driver, start
+    from launcher.plan import refuse
 
-    here, loaded = env(), validate(path, overrides, on)
-    packed = bundle.build(here.home)
+    here, ready = env(), _prepared(recipe, overrides, on)
     with home.up_lock(here.home):
-        loaded = code.resolved(wheels.resolved(loaded), here.home)
-        found = None if new else amend.find(here, loaded, packed, requests=False)
+        found = None if new else amend.find(here, ready.loaded, ready.bundle, requests=False)
         if found is not None and found.stops:
             raise found.refusal()
         if found is not None and found.in_place and found.blocks():
-            amend.leave(here, found, loaded.canonical)
+            amend.leave(here, found, ready.loaded.canonical)
         if found is not None and (found.same or found.in_place):
             return attach(found.run)
-        refuse(forecast.added(make(loaded.recipe, here, packed), loaded.recipe, here.home))
-        run_id = start.create(loaded, packed, here)["id"]
+        refuse(ready.plan)
+        run_id = start.create(ready.loaded, ready.bundle, here)["id"]
         driver.spawn(run_id, here, driver.relieve(run_id, here))
     return status(run_id)
 
@@ -288,64 +304,87 @@ def resume_plan(run: Which, overrides: Iterable[str] = ()) -> Optional[RunPlan]:
     return start.what_resuming_creates(fold, place, given, here)
 
 
-def teardown(run: Which) -> Run:
+def teardown(run: Which, timeout: Optional[float] = None) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
-    run over from its driver. Errors: `Leaked` with the commands that finish by hand; those of a
-    store that does not take records, after everything was deleted all the same."""
+    run over from its driver. Of a run whose journal cannot be read, what carries its label.
+    `timeout`: seconds after which it waits no longer for what does not go or does not answer; None:
+    15 minutes for each. Errors: `Leaked` with the commands that finish by hand; those of a store
+    that does not take records, after everything was deleted all the same."""
+    from launcher import driver, unread
+
+    here, facts = env(), _find(run)
+    waiting = _waiting(here, timeout)
+    try:
+        return _teardown(facts, here, waiting)
+    except JournalDamaged as damage:
+        waiting.say(f"{facts['name']}: {damage}; looking for what carries its label")
+        lock = driver.relieve(facts["id"], here)
+        try:
+            return unread.teardown(facts, damage, here, waiting)
+        finally:
+            lock.close()
+
+
+def _teardown(facts: dict[str, Any], here: Env, waiting: Waiting) -> Run:
     from launcher import driver, engine
     from launcher.artifacts import is_remote
     from launcher.claim import refuse_processes, write_marker
 
-    here, facts = env(), _find(run)
     seen = status(facts["id"])
     refuse_processes(seen, facts)
     try:
         if seen.ended is None:  # should we die here, the job still ends
             write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
-        engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
+        lock = driver.relieve(seen.id, here)
+        engine.teardown(seen.id, here, lock=lock, until=waiting.until)
     except Leaked:
         raise
     except (Signal, UsageError) as error:
         if not is_remote(seen.root):
             raise
-        _clear_without_journal(seen, here)
+        _clear_without_journal(seen, here, waiting)
         error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "
                       f"{error}",)  # fmt: skip
         raise
     return status(seen.id)
 
 
-def teardown_all() -> list[Run]:
+def teardown_all(timeout: Optional[float] = None) -> list[Run]:
     """`teardown` of every live run of this home, then of whatever else on this machine's backends
-    carries our label and belongs to no run that goes on elsewhere. A run of another home that was
-    only looked at from here is left alone and returned with a warning. Errors: `Leaked` with all
-    that is left; everything has been tried by then."""
+    carries our label and belongs to no run that goes on elsewhere; `timeout` is for all of it. A
+    run of another home that was only looked at from here is left alone and returned with a warning.
+    Errors: `Leaked` with all that is left; everything has been tried by then."""
     from launcher import backends
     from launcher.sweeping import clear_backend
 
     here = env()
+    waiting = _waiting(here, timeout)
     done: list[Run] = []
     leaks: list[Leaked] = []
     names = {"local"}
     for run in list_runs(0):
-        elsewhere = run.driver is not None and run.driver.alive is None
-        if elsewhere and "adopted" in (home.identity(here.home, run.id) or {}):
+        adopted = "adopted" in (home.identity(here.home, run.id) or {})
+        if adopted and run.driver is not None and run.driver.alive is None:
             text = f"left alone: `launch teardown {run.name}` deletes what it holds"
             run.warnings.append(text)
             done.append(run)
             continue
         # Without one readable record nobody knows where the run was: look everywhere.
         names |= {job.backend for job in run.jobs} or {*backends.names()}
+        if adopted and run.driver is None:  # it may go on elsewhere: the sweep below says so
+            done.append(run)
+            continue
         try:
-            done.append(teardown(run.id))
+            left = None if waiting.until is None else waiting.until - here.clock.now()
+            done.append(teardown(run.id, left))
         except Leaked as leak:
             leaks.append(leak)
-        except LaunchError as error:  # e.g. a damaged journal: the sweep below still finds it
+        except LaunchError as error:  # e.g. a journal of a newer version: the sweep still finds it
             run.warnings.append(str(error))
             done.append(run)
     for name in sorted(names):
         try:
-            leaks += clear_backend(here, name)
+            leaks += clear_backend(here, name, waiting)
         except Leaked as leak:  # it cannot be asked
             leaks.append(leak)
     if leaks:
@@ -382,6 +421,12 @@ def event_files(run: Which) -> tuple[str, Path]:
     return uri, apart.folder
 
 
+def _prepared(
+    recipe: str | Path | Prepared, overrides: Iterable[str], on: Optional[str]
+) -> Prepared:
+    return recipe if isinstance(recipe, Prepared) else Prepared(recipe, overrides, on)
+
+
 def _find(run: Which) -> dict[str, Any]:
     from launcher.adopt import adopt, is_root
 
@@ -404,7 +449,15 @@ def _artifacts(run: Run) -> Artifacts:
     return open_artifacts(run.root, home.folder(here.home, run.id), here.environ, here.clock)
 
 
-def _clear_without_journal(run: Run, here: Env) -> None:
+def _waiting(here: Env, timeout: Optional[float]) -> Waiting:
+    from launcher.claim import say
+    from launcher.waiting import Waiting
+
+    until = None if timeout is None else here.clock.now() + timeout
+    return Waiting(here.clock, partial(say, here.clock), until)
+
+
+def _clear_without_journal(run: Run, here: Env, waiting: Waiting) -> None:
     """Delete what the run's backends find under its label, where this machine has created jobs and
     where the run is known to have some. Errors: `Leaked`, also where a backend cannot be asked
     although the journal, as far as it is known, says that the run holds something."""
@@ -425,11 +478,11 @@ def _clear_without_journal(run: Run, here: Env) -> None:
             raise unanswered([run], error) or error from error
         for ref in found:
             if ref.run == run.id:
-                remove(backend, ref, theirs)
+                remove(backend, ref, theirs, waiting, f"launch teardown {run.name}")
 
 
 __all__ = [
-    "Held", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs", "logs",
-    "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all", "untold",
-    "up", "validate", "wait",
+    "Held", "Prepared", "Ref", "Run", "attach", "difference", "env", "event_files", "list_runs",
+    "logs", "plan", "pull", "resume", "resume_plan", "status", "stop", "teardown", "teardown_all",
+    "untold", "up", "validate", "wait",
 ]  # fmt: skip

@@ -22,13 +22,14 @@ from launcher.backends.base import Backend, Env, Intent, JobHandle, JobSpec, Off
 from launcher.bundle import Bundle
 from launcher.bundle import build as build_bundle
 from launcher.bundle import place as bundle_place
-from launcher.clock import Clock
+from launcher.clock import Clock, seconds
 from launcher.errors import JournalDamaged, NotFromHere, Transient
 from launcher.fold import NOT_STARTED, Fold, Record
 from launcher.journal import Journal, held_elsewhere, newest_claim, ours, refuse_swapped
 from launcher.plan import job_spec, jobs, placed
 from launcher.run import Attempt, JobState, Run, StageState
-from launcher.spec import Hardware, Recipe, Stage, seconds
+from launcher.spec import Hardware, Recipe, Stage
+from launcher.waiting import Waiting
 from trainer.boot import OUTAGE
 from trainer.config import Problem, build, dotted, to_dict
 
@@ -63,7 +64,7 @@ def claimed(
         raise held_elsewhere(home.claimed(place), facts["name"])
     try:
         artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
-        artifacts.patience, artifacts.tell = patience, partial(_say, env.clock)
+        artifacts.patience, artifacts.tell = patience, partial(say, env.clock)
         journal = Journal(place, artifacts, env.clock)
         journal.name = facts["name"]
         foreign = partial(refuse_foreign, journal, take_over=take_over)
@@ -125,6 +126,8 @@ class Claim:
         #: names is sent anywhere, and nothing of it runs as a process here.
         self.foreign = not all(ours(place, record) for record in fold.chosen)
         self.jobs: list[list[Stage]] = [list(stages) for stages in jobs(self.recipe)]
+        #: How long it is waited for what does not go, or does not answer.
+        self.waits = Waiting(env.clock, self.say)
         self._load = load
         self._backends: dict[str, Backend] = {}
         self._asked: Optional[float] = None  # when the marker was last looked for
@@ -139,7 +142,7 @@ class Claim:
 
     def say(self, text: str) -> None:
         """A line for driver.log."""
-        _say(self.clock, text)
+        say(self.clock, text)
 
     def backend(self, name: str) -> Backend:
         if name not in self._backends:
@@ -230,11 +233,12 @@ class Claim:
         same = noted is not None and noted.get("exit_code") == exit_code
         return str(noted.get("why") or "") if noted is not None and same else ""
 
-    def had_outage(self, job: JobState, attempt: Attempt) -> bool:
-        """Whether boot, which has left with 75, did so for an outage before its workers began: by
-        its note in a store, or because there is none, since it did not get as far as the store."""
+    def boots_cause(self, job: JobState, attempt: Attempt) -> str:
+        """Why boot has left with 75, by its note in a store: an outage before its workers began
+        (also where there is none, since it did not get as far as the store), or the deadline. Empty
+        for all else."""
         noted = self._noted(job, attempt)
-        return noted is not None and (not noted or noted.get("cause") == OUTAGE)
+        return OUTAGE if noted == {} else str((noted or {}).get("cause") or "")
 
     def begun_as(self, job: JobState, attempt: Attempt) -> str:
         """Which job of the service took the attempt, as its boot noted in a store; else empty."""
@@ -426,7 +430,8 @@ class Claim:
         return fresh
 
 
-def _say(clock: Clock, text: str) -> None:
+def say(clock: Clock, text: str) -> None:
+    """A line for driver.log, or for who waits at a terminal."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.now()))
     sys.stderr.write(f"{stamp} {text}\n")
     sys.stderr.flush()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any, Optional, TypeVar
 
@@ -20,16 +21,14 @@ from launcher.backends.base import (
     Phase,
     Ref,
 )
-from launcher.claim import NAP, Claim, Load
-from launcher.clock import Clock
+from launcher.claim import NAP, Claim, Load, say
 from launcher.errors import BadRequest, Leaked, Signal, Transient
 from launcher.run import Attempt, JobState, Run
-
-#: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked. Waits are
-#: added up: a machine that sleeps meanwhile has not waited.
-PATIENCE = 900.0
+from launcher.waiting import Waiting
 
 Answer = TypeVar("Answer")
+#: Why what is not there is looked for once more.
+LATE = "not there, but it might show late"
 
 
 def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
@@ -113,7 +112,7 @@ def made(claim: Claim, job: JobState, attempt: Attempt, waiting: Mapping[str, An
     made may show later still: it is looked for until it would be there. Errors: `Leaked`."""
     backend, handle = claim.backend(job.backend), claim.handle(job, attempt)
     settle = backend.can.settle if any(raw["billable"] for raw in waiting.values()) else 0.0
-    pauses = retry.settling(settle)
+    pauses, wait = retry.settling(settle), claim.waits.begin()
     while True:
         seen = insist(claim, lambda: backend.observe(handle, claim.env), [*waiting])
         found = [
@@ -123,18 +122,33 @@ def made(claim: Claim, job: JobState, attempt: Attempt, waiting: Mapping[str, An
         pause = next(pauses, None)
         if found or pause is None:
             return found
-        claim.clock.sleep(pause)
+        if not wait.look_again(pause, f"{', '.join(waiting)}: {LATE}"):
+            raise _leaked(claim, [*waiting])
 
 
-def remove(backend: Backend, ref: Ref, env: Env) -> None:
-    """Delete one resource that belongs to no run we know, and wait until it is gone. Errors:
-    `Leaked`."""
+def remove(
+    backend: Backend,
+    ref: Ref,
+    env: Env,
+    waiting: Optional[Waiting] = None,
+    again: str = "launch teardown --all",
+) -> None:
+    """Delete one resource that belongs to no run we can read, and wait until it is gone. A backend
+    that does not answer is asked again while `waiting` lasts, or not at all. Errors: `Leaked` with
+    the backend's own command and `again`."""
+    rules = waiting or Waiting(env.clock, partial(say, env.clock))
+
+    def delete() -> Held:
+        return backend.delete(ref, env)
+
     try:
-        if not _until_away(lambda: backend.delete(ref, env), env.clock, 0.0):
+        ask = delete if waiting is None else partial(patiently, delete, waiting)
+        if not _until_away(ask, ref, rules, 0.0):
             raise Leaked([ref])
     except (Signal, OSError) as signal:
         commands = signal.commands if isinstance(signal, Leaked) else []
-        raise Leaked([ref], [*commands, "launch teardown --all"]) from signal
+        own = _by_hand([ref], lambda name: backend)
+        raise Leaked([ref], [*(commands or own), again]) from signal
 
 
 def unanswered(runs: Iterable[Run], error: Exception) -> Optional[Leaked]:
@@ -158,22 +172,27 @@ def unanswered(runs: Iterable[Run], error: Exception) -> Optional[Leaked]:
 
 def insist(claim: Claim, ask: Callable[[], Answer], about: list[Ref] | list[str]) -> Answer:
     """`ask()`, again while the answer is `Transient`. Errors: `Leaked` with `about`."""
-    waited = 0.0
+    try:
+        return patiently(ask, claim.waits)
+    except Transient as signal:
+        raise _leaked(claim, about) from signal
+    except Leaked as leak:
+        raise _leaked(claim, about, leak.commands) from leak
+    except (Signal, OSError) as signal:
+        claim.say(f"cannot clear {about}: {signal}")
+        raise _leaked(claim, about) from signal
+
+
+def patiently(ask: Callable[[], Answer], waiting: Waiting) -> Answer:
+    """`ask()`, again while the answer is `Transient` and the wait lasts. Errors: those of `ask`."""
+    wait = waiting.begin()
     for tries in count(1):
         try:
             return ask()
         except Transient as signal:
-            if waited > PATIENCE:
-                raise _leaked(claim, about) from signal
-            claim.say(str(signal))
-            wait = max(signal.after, retry.backoff(tries))
-            claim.clock.sleep(wait)
-            waited += wait
-        except Leaked as leak:
-            raise _leaked(claim, about, leak.commands) from leak
-        except (Signal, OSError) as signal:
-            claim.say(f"cannot clear {about}: {signal}")
-            raise _leaked(claim, about) from signal
+            if wait.over:
+                raise
+            wait.sleep(max(signal.after, retry.backoff(tries)), str(signal), at_once=True)
     raise AssertionError("unreachable")
 
 
@@ -247,29 +266,31 @@ def _delete(claim: Claim, ref: Ref, settled: bool = False) -> None:
     backend = claim.backend(ref.backend)
     if not _until_away(
         lambda: insist(claim, lambda: backend.delete(ref, claim.env), [ref]),
-        claim.clock,
+        ref,
+        claim.waits,
         0.0 if settled else backend.can.settle,
     ):
         raise _leaked(claim, [ref])
 
 
-def _until_away(delete: Callable[[], Held], clock: Clock, settle: float) -> bool:
-    """Ask until the answer is that it is absent; False when `PATIENCE` ends first. What has not
+def _until_away(delete: Callable[[], Held], ref: Ref, waiting: Waiting, settle: float) -> bool:
+    """Ask until the answer is that `ref` is absent; False when the wait ends first. What has not
     been seen at all may not show yet: it is asked for until it would."""
-    waited, interval, seen, pauses = 0.0, 0.1, False, retry.settling(settle)
-    while waited <= PATIENCE:
+    wait, interval, seen, pauses = waiting.begin(), 0.1, False, retry.settling(settle)
+    while True:
         held = delete()
         if held in (Held.GONE, Held.NONE):
             pause = None if seen or held is Held.NONE else next(pauses, None)
             if pause is None:
                 return True
-            clock.sleep(pause)
+            if not wait.look_again(pause, f"{ref.name}: {LATE}"):
+                return False
             continue
+        if wait.over:
+            return False
         seen = True
-        clock.sleep(interval)
-        waited += interval
+        wait.sleep(interval, f"{ref.name} in {ref.place} is being deleted")
         interval = min(interval * 1.5, NAP)
-    return False
 
 
 def _leaked(

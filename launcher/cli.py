@@ -245,6 +245,14 @@ def teardown(
     everything: Annotated[
         bool, typer.Option("--all", help="All your runs, and whatever else carries your label.")
     ] = False,
+    timeout: Annotated[
+        Optional[str],
+        typer.Option(
+            "--timeout",
+            metavar="DURATION",
+            help="Wait no longer for what does not go or answer: 5m. Default: 15m for each.",
+        ),
+    ] = None,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -254,7 +262,7 @@ def teardown(
     """
     from launcher.commands import drive
 
-    return drive.teardown(run, everything=everything, yes=yes, as_json=as_json)
+    return drive.teardown(run, everything=everything, timeout=timeout, yes=yes, as_json=as_json)
 
 
 @app.command()

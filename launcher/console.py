@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Optional
 
 from launcher import records
 from launcher.artifacts import here
+from launcher.clock import duration as duration
 from launcher.errors import LaunchError, UsageError
 from launcher.money import burn
 from launcher.run import JSON_VERSION
@@ -389,20 +390,6 @@ def outlook(run: Run) -> str:
         what = f"at the end of stage {known['stage']}" if "stage" in known else "at its end"
         words.append(f"about {usd(cost)} {what}, in {duration(end)}")
     return plain(" · ".join(words))
-
-
-def duration(seconds: float) -> str:
-    """`45s`, `3m20s`, `2h05m`, `3d04h`."""
-    if not math.isfinite(seconds):
-        return "-"
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def moment(seconds: float) -> str:

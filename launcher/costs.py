@@ -4,14 +4,13 @@ runs are given, and only attempts count, each for the time in which its machines
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal, Optional
 
-from launcher.clock import moment
+from launcher.clock import ago
 from launcher.errors import UsageError
 from launcher.fold import duration
 from launcher.run import Attempt, JobState, Run
@@ -19,8 +18,6 @@ from launcher.run import Attempt, JobState, Run
 By = Literal["run", "recipe", "backend", "accelerator", "month", "owner"]
 #: What `--by` takes; runs themselves are listed without it.
 GROUPS: tuple[str, ...] = ("recipe", "backend", "accelerator", "month", "owner")
-_SPAN = re.compile(r"[0-9]+(\.[0-9]+)?[hdw]\Z")
-_SECONDS = {"h": 3600, "d": 86400, "w": 604800}
 
 
 @dataclass
@@ -92,10 +89,8 @@ def costs(runs: Iterable[Run], now: float, by: By = "run", since: Optional[float
 def since(text: str, now: float) -> float:
     """`7d` (or h, w) before `now`, or an ISO date or time; without a zone it is local time. UTC
     seconds. Errors: `UsageError`; also for `m`, which some take for months and some for minutes."""
-    if _SPAN.match(text):
-        return now - float(text[:-1]) * _SECONDS[text[-1]]
     try:
-        return moment(text)
+        return ago(text, now, units="hdw")
     except (ValueError, OverflowError) as error:  # the second: of a year that no clock has
         raise UsageError(
             f"--since {text}: no time that is known", "write 7d, 12h, 2w, or 2026-11-01"

@@ -16,7 +16,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import clear, first, insist, made, past_odd_refs, sweep
+from launcher.clear import LATE, clear, first, insist, made, past_odd_refs, sweep
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -26,7 +26,7 @@ from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Recipe
 from launcher.view import write_summary
-from trainer.boot import AGAIN, CONFIG
+from trainer.boot import AGAIN, CONFIG, OUTAGE
 
 #: Seconds between two looks, at most: on this machine, elsewhere.
 LOOK_LOCAL, LOOK_REMOTE = 2.0, 15.0
@@ -58,11 +58,18 @@ def drive(
 
 
 def teardown(
-    run_id: str, env: Env, load: Load = backends.load, lock: Optional[home.DriverLock] = None
+    run_id: str,
+    env: Env,
+    load: Load = backends.load,
+    lock: Optional[home.DriverLock] = None,
+    until: Optional[float] = None,
 ) -> Run:
     """Delete everything the run holds, wait until it is gone, and end the run. Takes the run over
-    from a driver on another host. Errors: `Leaked` with what could not be confirmed absent."""
-    with claimed(run_id, env, load, lock, take_over=True, patience=DEAF) as claim:
+    from a driver on another host. `until`: when all waiting is over, UTC seconds. Errors: `Leaked`
+    with what could not be confirmed absent."""
+    patience = DEAF if until is None else min(DEAF, max(0.0, until - env.clock.now()))
+    with claimed(run_id, env, load, lock, take_over=True, patience=patience) as claim:
+        claim.waits = replace(claim.waits, until=until)
         return Engine(claim).teardown()
 
 
@@ -303,10 +310,12 @@ class Engine:
         backend, handle = self.claim.backend(job.backend), self.claim.handle(job, attempt)
         seen = backend.observe(handle, self.claim.env)
         settle = backend.can.settle if self.claim.answered(job, attempt) else 0.0
+        wait, text = self.claim.waits.begin(), f"{job.name} attempt {attempt.number}: {LATE}"
         for pause in retry.settling(settle):
             if seen.phase is not Phase.LOST:
                 break
-            self.clock.sleep(pause)
+            if not wait.look_again(pause, text):
+                raise Transient(text)
             seen = backend.observe(handle, self.claim.env)
         if seen.exit_code == CONFIG and first(self.claim, job, attempt):
             return self._look(job, attempt)
@@ -351,12 +360,13 @@ class Engine:
         phase, why = self._judged(job, seen)
         cause = seen.cause if phase is seen.phase else ""
         asked = phase is Phase.PREEMPTED and seen.exit_code == AGAIN and job.backend != "local"
-        if asked and self.claim.had_outage(job, attempt):
+        told = self.claim.boots_cause(job, attempt) if asked else cause
+        if asked and told == OUTAGE:
             phase, cause = Phase.FAILED, retry.INFRASTRUCTURE
         if phase in (Phase.FAILED, Phase.PREEMPTED):  # a service knows the exit code, not the cause
             why = self.claim.boots_word(job, attempt, seen.exit_code) or why
-        if retry.reached_deadline(phase, why):
-            phase, cause = Phase.CANCELLED, retry.DEADLINE
+        if phase is Phase.PREEMPTED and retry.DEADLINE in (told, cause):
+            phase, cause = Phase.CANCELLED, retry.DEADLINE  # nobody has taken its machine
         held = worst(held for _, held in seen.held)
         if held in (Held.NONE, Held.GONE):
             held = attempt.held  # gone is for `clear` to say, with a confirmation for each ref

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from infra.google import Expiry, Foundations, Repository
 from launcher import home
-from launcher.backends.vertex.jobs import project_of
 from launcher.backends.vertex.request import DEFAULT_PLACES, label
 from launcher.errors import UsageError
+from launcher.google import project_of
 from launcher.spec import Infra, Recipe, Stage, Vertex
 from trainer.config import to_dict
 

@@ -30,6 +30,8 @@ LOGIN = (
 )
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 _RETRY_SOON, _RETRY_LATER = 2.0, 15.0
+#: Where the official tools look for the project, in this order.
+_PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 #: What a proxy, or the login page of a network, says in place of the service.
 _NO_JSON = "not the service has answered: no JSON (a proxy, or a login page?)"
 _TEMPORARY = {408, 409, 499, 500, 502, 503, 504}
@@ -50,6 +52,11 @@ _OFF = re.compile(r"has not been used in project|it is disabled|SERVICE_DISABLED
 #: What the clients put before the words of the service.
 _ADDRESS = re.compile(r"^[A-Z]+ https?://\S+: ")
 _SERVICE = re.compile(r"\b([a-z]+\.googleapis\.com)\b")
+
+
+def project_of(environ: Mapping[str, str]) -> Optional[str]:
+    """The project that the environment names."""
+    return next((environ[name] for name in _PROJECT_VARIABLES if environ.get(name)), None)
 
 
 def library(name: str) -> Any:

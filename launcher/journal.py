@@ -127,7 +127,7 @@ class Journal:
                 raise JournalDamaged(
                     f"record {missing} cannot be read in {self.first} nor in {self.copy}",
                     "put a whole copy of it in one of the two folders; "
-                    "`launch teardown --all` still finds what this run holds",
+                    f"`launch teardown {self.name}` still finds what this run holds",
                 )
         if allowed is not None:
             allowed(records)
@@ -253,7 +253,7 @@ def refuse_swapped(run: Run, facts: Mapping[str, Any]) -> None:
         raise JournalDamaged(
             f"the journal at {facts['root']} is not the one of {facts['name']}: somebody has "
             "replaced its first record",
-            "`launch teardown --all` still finds what the run holds",
+            f"`launch teardown {facts['name']}` still finds what the run holds",
         )
 
 

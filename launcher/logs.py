@@ -17,12 +17,10 @@ from launcher import backends, home
 from launcher.artifacts import LOGS, here, is_remote, known_names, open_artifacts
 from launcher.backends.base import Env, JobHandle, Line, LogQuery
 from launcher.backends.local_logs import read_parts
-from launcher.clock import moment
+from launcher.clock import ago
 from launcher.errors import Denied, LaunchError, Transient, UsageError
 from launcher.run import Attempt, JobState, Run
 
-_RELATIVE = re.compile(r"^(\d+(?:\.\d+)?)([smhd])$")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 #: How many lines back a backend may repeat itself and still be noticed.
 _REMEMBERED = 50_000
 #: Looks in a row that may fail before `Transient` is passed on.
@@ -192,11 +190,8 @@ class NoDriver(LaunchError):
 def since(text: str, now: float) -> float:
     """`10m`, `2h`, `30s`, `1d` ago, or an ISO time (UTC unless it says otherwise), in UTC seconds.
     Errors: `UsageError`."""
-    relative = _RELATIVE.match(text)
-    if relative:
-        return now - float(relative[1]) * _SECONDS[relative[2]]
     try:
-        return moment(text, timezone.utc)
+        return ago(text, now, zone=timezone.utc)
     except (ValueError, OverflowError):
         raise UsageError(
             f"--since '{text}': not a time", "give 90s, 10m, 2h, 1d, or 2026-11-21T08:30:00Z"

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Optional, Protocol
 
+from launcher import clock
 from launcher.backends.base import Phase
 from launcher.fold import NOT_STARTED, duration, spent
 from launcher.run import Attempt, Run
@@ -96,7 +97,8 @@ def too_little(run: Run, budget: Caps, now: float, timeout: bool) -> dict[str, s
         if limit.left > least:
             continue
         used = f"{limit.used:.2f} {'spent' if limit.key == 'budget.usd' else 'hours worked'}"
-        found[limit.key] = f"{limit.of:g} leaves {_words(max(0.0, limit.left))} after the {used}"
+        left = clock.duration(limit.left)
+        found[limit.key] = f"{limit.of:g} leaves {left} after the {used}"
         if limit.used - limit.of >= 0.005:
             found[limit.key] = f"{limit.of:g} is less than the {used}"
     return found
@@ -121,7 +123,7 @@ def stopped(
     lowered = first.used > 1.5 * first.of  # twice that would be spent, too
     enough = round(2 * (first.used if lowered else first.of), 2)
     return (
-        f"stopped at {first} after {_words(worked)}{at}; "
+        f"stopped at {first} after {clock.duration(worked)}{at}; "
         f"raise it: launch resume {run.name} --set {first.key}={enough:g}"
     )
 
@@ -189,11 +191,3 @@ def _works(attempt: Attempt) -> bool:
     """Whether an attempt has machines at work now."""
     waits = attempt.began is None and attempt.phase in NOT_STARTED
     return attempt.ended is None and not waits
-
-
-def _words(seconds: float) -> str:
-    """`45 s`, `12 min`, `2 h 31 min`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Optional
 from launcher import backends, code, hardware, wheels
 from launcher.artifacts import missing_client
 from launcher.backends.base import CanWarn, Env, Intent, JobSpec, Offer, Phase
+from launcher.clock import seconds
 from launcher.errors import Again, Exit, LaunchError, NoCapacity, Signal, UsageError
 from launcher.fold import duration, spent
+from launcher.google import project_of
 from launcher.rules import STAGE_REFERENCE
 from launcher.run import JSON_VERSION, Run
-from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex, seconds
+from launcher.spec import Budget, Hardware, Recipe, Stage, Vertex
 from trainer.config import Job, StageConfig, to_dict
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ _STAGE_FIELDS = (
     "model", "data", "train", "kd", "sdce", "preference", "grpo", "targets", "tokenizer",
     "evaluate", "merge", "export", "smoke",
 )  # fmt: skip
-_PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def placed(spec: JobSpec, budget: Budget, offer: Offer) -> JobSpec:
 def cloud_project(asked: Hardware, env: Env) -> Optional[str]:
     """The cloud project of a job: the recipe's, else that of the environment."""
     named = asked.vertex.project if asked.backend == "vertex" and asked.vertex else None
-    return named or next((env.environ[v] for v in _PROJECT_VARIABLES if env.environ.get(v)), None)
+    return named or project_of(env.environ)
 
 
 _HOLE = re.compile(r"\$\{([a-z]+(?::[^{}]+)?)\}")

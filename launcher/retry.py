@@ -17,8 +17,6 @@ from launcher.spec import Retry
 
 #: Exit codes of boot that trying again cannot change (docs/contracts.md).
 HOPELESS = {64: "the configuration", 65: "the data", 78: "the environment"}
-#: How what is said of an attempt begins that reached its own limit of time.
-_DEADLINE = ("deadline", "the time limit was reached")
 #: How often one request is sent before its attempt counts as failed.
 REQUESTS = 8
 
@@ -96,17 +94,10 @@ def counted_as(attempt: Attempt) -> str:
     return PREEMPTED if attempt.cause == DEADLINE else attempt.cause
 
 
-def reached_deadline(phase: Phase, why: str) -> bool:
-    """Whether a limit of time ended what a backend has seen as preempted, by the word of boot or of
-    the service: a job has one when its run has a budget."""
-    return phase is Phase.PREEMPTED and why.startswith(_DEADLINE)
-
-
 def at_deadline(attempt: Attempt, changed: float) -> bool:
     """Whether a limit of time that was set before `changed` ended the attempt."""
     before = attempt.started is not None and attempt.started <= changed
-    told = attempt.cause == DEADLINE or reached_deadline(attempt.phase, attempt.why)
-    return before and told  # the second is how a journal of an earlier version has it
+    return before and attempt.cause == DEADLINE
 
 
 def choose(offers: Sequence[Offer], attempts: Sequence[Attempt], now: float) -> tuple[Offer, float]:

@@ -61,17 +61,6 @@ class Shape:
         return sum(math.prod(dimensions) for dimensions in self.tensors().values())
 
     @property
-    def active_parameters(self) -> int:
-        """Those that one token passes through: of the experts only `experts_per_token`."""
-        of_experts = sum(
-            math.prod(dimensions)
-            for name, dimensions in self.tensors().items()
-            if ".experts." in name
-        )
-        idle = of_experts * (self.experts - self.experts_per_token) // max(self.experts, 1)
-        return self.parameters - idle
-
-    @property
     def attention(self) -> str:
         """The best kernel that models of this family have without flash-attn: `sdpa` or `eager`."""
         return "eager" if self.family == "gpt_oss" else "sdpa"

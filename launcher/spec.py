@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+from launcher.clock import seconds
 from trainer.config import (
     Data,
     Distill,
@@ -31,7 +32,6 @@ from trainer.config import (
 
 NAME = re.compile(r"^[a-z][a-z0-9-]{0,39}$")
 _ACCELERATOR = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.-]*(:[1-9][0-9]*)?\Z")
-_DURATION = re.compile(r"^[0-9]+(\.[0-9]+)?[smhd]\Z")
 _VERSION = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){1,2}\Z")
 _MAJOR = re.compile(r"^[0-9]{1,3}(\.[0-9]{1,3}){0,2}\Z")
 _SHA256 = re.compile(r"^[0-9a-fA-F]{64}\Z")
@@ -164,7 +164,7 @@ class Budget(Strict):
             usd=(self.usd is None or self.usd > 0, positive),
             usd_per_hour=(self.usd_per_hour is None or self.usd_per_hour > 0, positive),
             hours=(self.hours is None or self.hours > 0, positive),
-            wait=(self.wait is None or bool(_DURATION.match(self.wait)),
+            wait=(self.wait is None or _is_duration(self.wait),
                   "must be a number and a unit: 90s, 30m, 2h, 1d"),
         )  # fmt: skip
 
@@ -352,6 +352,8 @@ class Recipe(Strict):
         return len(self.stages) > 1
 
 
-def seconds(duration: str) -> float:
-    """`90s`, `30m`, `2h`, `1d` in seconds."""
-    return float(duration[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[duration[-1]]
+def _is_duration(text: str) -> bool:
+    try:
+        return seconds(text) >= 0
+    except ValueError:
+        return False

@@ -18,6 +18,7 @@ from launcher.backends.base import Backend, CanTell, Env, Labelled
 from launcher.clear import remove, unanswered
 from launcher.errors import LaunchError, Leaked, Signal
 from launcher.run import Run
+from launcher.waiting import Waiting
 from trainer.store import Store, StoreError, open_store
 
 Found = TypeVar("Found")
@@ -89,10 +90,10 @@ def leaked(strays: Iterable[Stray]) -> Leaked:
     )
 
 
-def clear_backend(env: Env, name: str) -> list[Leaked]:
+def clear_backend(env: Env, name: str, waiting: Optional[Waiting] = None) -> list[Leaked]:
     """Delete all that the backend `name` finds under the owner's label, but what belongs to a run
-    that goes on elsewhere: equal user names of two machines are one label. What could not be
-    deleted, and what is in doubt."""
+    that goes on elsewhere: equal user names of two machines are one label. `waiting`: for what does
+    not answer (default: not at all). What could not be deleted, and what is in doubt."""
     backend, leaks = backends.load(name), []
     for found in _answered(env, name, lambda: _labelled(backend, env, everyone=False)):
         live, doubt = (False, "") if _of_this_home(env, found) else _goes_on(env, found)
@@ -100,7 +101,7 @@ def clear_backend(env: Env, name: str) -> list[Leaked]:
             if doubt:
                 raise leaked([Stray(found, doubt)])
             if not live:
-                remove(backend, found.ref, env)
+                remove(backend, found.ref, env, waiting)
         except Leaked as leak:
             leaks.append(leak)
     return leaks

@@ -222,20 +222,25 @@ def _one(env: Env, run_id: str) -> Optional[Run]:
     try:
         return look(env, facts, believe=True)
     except LaunchError as error:
-        recipe = facts["recipe"]["name"] if isinstance(facts["recipe"], dict) else facts["recipe"]
-        return Run(
-            id=facts["id"],
-            name=facts["name"],
-            recipe=recipe,
-            fingerprint=facts["fingerprint"],
-            owner=facts["owner"],
-            root=facts["root"],
-            created=facts["created"],
-            jobs=_jobs(env, facts),
-            phase=Phase.LOST,
-            why="its journal cannot be read",
-            warnings=[str(error)],
-        )
+        return unread(env, facts, error)
+
+
+def unread(env: Env, facts: dict[str, Any], error: LaunchError) -> Run:
+    """What is known of a run whose journal cannot be read."""
+    recipe = facts["recipe"]["name"] if isinstance(facts["recipe"], dict) else facts["recipe"]
+    return Run(
+        id=facts["id"],
+        name=facts["name"],
+        recipe=recipe,
+        fingerprint=facts["fingerprint"],
+        owner=facts["owner"],
+        root=facts["root"],
+        created=facts["created"],
+        jobs=_jobs(env, facts),
+        phase=Phase.LOST,
+        why="its journal cannot be read",
+        warnings=[str(error)],
+    )
 
 
 def _jobs(env: Env, facts: dict[str, Any]) -> list[JobState]:

@@ -34,8 +34,9 @@ from typing import IO, Any, Optional, cast
 
 OK, ERROR, CONFIG, DATA, AGAIN, ENVIRONMENT = 0, 1, 64, 65, 75, 78
 STOPPED = "stopped"
-#: What boot notes as `cause` where it leaves with 75 for an outage before its workers began.
-OUTAGE = "infrastructure"
+#: What boot notes as `cause` where it leaves with 75: for an outage before its workers began, or
+#: because its time was up.
+OUTAGE, DEADLINE = "infrastructure", "deadline"
 #: The descriptor that a starter hands over: it holds the lock already.
 LOCK_VARIABLE = "LAUNCH_BOOT_LOCK"
 #: Where the artifact root may be, besides a local folder.

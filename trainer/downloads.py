@@ -173,7 +173,7 @@ class Shelf:
         except StoreError as error:
             raise type(error)(f"{wanted.field}: {error}") from error
         found = path.stat()
-        if found.st_size != wanted.entry.size:
+        if found.st_size != wanted.entry.size and not wanted.entry.packed:
             raise Transient(
                 f"{wanted.field}: {wanted.place} was replaced while it was fetched"
                 f" ({found.st_size} bytes instead of {wanted.entry.size}); try again"

@@ -2,7 +2,9 @@
 
 Credentials are the application default ones; none are looked for when STORAGE_EMULATOR_HOST names
 a server, as the official tools do. Retries are the library's, bounded by `Patience`; added to them:
-a lost reply of create-once, an upload session that the service forgot, damage on the way.
+a lost reply of create-once, an upload session that the service forgot, damage on the way. Objects
+with `Content-Encoding: gzip` are unpacked here, as their readers expect: the service's checksums
+and ranges are of what is stored.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import base64
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +38,8 @@ from trainer.store_remote import (
 CHUNK_BYTES = 32 << 20
 _REQUEST_SECONDS = (10.0, 60.0)  # to connect, between two bytes
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+#: How `Content-Encoding` says that an object is packed; others are as good as none.
+_GZIP = ("gzip", "x-gzip")
 _LOGIN = "log in: gcloud auth application-default login"
 
 
@@ -54,6 +59,7 @@ class GcsStore(RemoteStore):
     ) -> None:
         super().__init__(uri, patience)
         self.chunk_bytes = chunk_bytes
+        self._packed: set[str] = set()  # names of objects that were seen to be stored so
 
     def _connect(self) -> Any:
         try:
@@ -125,12 +131,25 @@ class GcsStore(RemoteStore):
             raise Damaged(f"{blob.size} bytes arrived of {content.size}")
 
     def _receive(self, name: str, into: BinaryIO) -> None:
+        if self._fetch(name, into, name in self._packed):
+            return
+        into.seek(0)
+        into.truncate()
+        if not self._fetch(name, into, name in self._packed):
+            raise Damaged("it is being replaced")
+
+    def _fetch(self, name: str, into: BinaryIO, packed: bool) -> bool:
+        """Write an object to `into`: what it holds, `packed`, or what is stored; whether that was
+        right, which only the answer can tell. Errors: as `_receive`; `StoreError` for what is not
+        packed as it says."""
         media = import_module("google.cloud.storage.exceptions")
-        blob, summing = self._blob(name), _Summing(into)
+        unpacking = _Unpacking(into)
+        blob, summing = self._blob(name), _Summing(unpacking if packed else into)
         try:
             blob.download_to_file(
-                summing, checksum="auto", timeout=_REQUEST_SECONDS, retry=self._retry()
-            )
+                summing, raw_download=True, checksum="auto", timeout=_REQUEST_SECONDS,
+                retry=self._retry(),
+            )  # fmt: skip
         except media.DataCorruption as error:
             raise Damaged(first_line(error)) from error
         # The library verifies no download that it had to continue after a cut.
@@ -138,21 +157,41 @@ class GcsStore(RemoteStore):
             raise Damaged("no checksum came with it")
         if blob.crc32c != summing.crc32c:
             raise Damaged(f"crc32c {summing.crc32c} instead of {blob.crc32c}")
+        if self._noted(blob) != packed:
+            return False
+        if packed and (wrong := unpacking.wrong()):
+            uri = f"gs://{self.bucket}/{name}"
+            raise StoreError(
+                f"cannot read {uri}: it is stored with `Content-Encoding: gzip`, but {wrong}; "
+                "write it again or, if it was never packed: gcloud storage objects update "
+                f"--clear-content-encoding '{uri}'"
+            )
+        return True
+
+    def _noted(self, blob: Any) -> bool:
+        """Whether an object is packed, by what the service has just said of it."""
+        packed = (blob.content_encoding or "").lower() in _GZIP
+        (self._packed.add if packed else self._packed.discard)(blob.name)
+        return packed
 
     def _look(self, name: str) -> tuple[int, Mapping[str, str]]:
         blob = self._blob(name)
         blob.reload(timeout=_REQUEST_SECONDS, retry=self._retry())
+        self._noted(blob)
         return int(blob.size), blob.metadata or {}
 
     def _listed(self, prefix: str) -> Iterable[Entry]:
         found = self.client.list_blobs(
             self.bucket,
             prefix=prefix,
-            fields="items(name,size,generation),nextPageToken",
+            fields="items(name,size,generation,contentEncoding),nextPageToken",
             timeout=_REQUEST_SECONDS,
             retry=self._retry(),
         )
-        return (Entry(blob.name, int(blob.size), str(blob.generation)) for blob in found)
+        return (
+            Entry(blob.name, int(blob.size), str(blob.generation), self._noted(blob))
+            for blob in found
+        )
 
     def _remove(self, name: str) -> None:
         self._blob(name).delete(timeout=_REQUEST_SECONDS, retry=self._retry())
@@ -253,7 +292,7 @@ def _crc32c(file: BinaryIO, size: int) -> str:
 class _Summing:
     """A file to write to that knows the crc32c of what was written."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | _Unpacking) -> None:
         self._file = file
         self._checksum = import_module("google_crc32c").Checksum()
 
@@ -267,3 +306,40 @@ class _Summing:
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+class _Unpacking:
+    """A file to write gzip to; `file` gets what is in it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._member = _gunzip()
+        self._written = False
+        self._wrong = ""
+
+    def write(self, data: bytes) -> int:
+        left = data
+        while left and not self._wrong:
+            if self._member.eof:  # gzip may hold several, and zeros behind the last one
+                left = left.lstrip(b"\0")
+                if not left:
+                    break
+                self._member = _gunzip()
+            try:
+                self._file.write(self._member.decompress(left))
+            except zlib.error as error:
+                self._wrong = f"is no whole gzip ({first_line(error)})"
+            left, self._written = self._member.unused_data, True
+        return len(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def wrong(self) -> str:
+        """What is wrong with all that was written, empty: nothing."""
+        cut = self._written and not self._member.eof
+        return self._wrong or ("is no whole gzip (it ends too early)" if cut else "")
+
+
+def _gunzip() -> Any:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)

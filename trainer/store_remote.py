@@ -68,12 +68,13 @@ class Content:
 
 @dataclass(frozen=True)
 class Entry:
-    """An object as a listing shows it: its size in bytes, and a `mark` that changes when the object
-    is replaced."""
+    """An object as a listing shows it: its size in bytes as it is stored, and a `mark` that changes
+    when the object is replaced. `packed`: it is unpacked when it is read, and has another size."""
 
     key: str
     size: int
     mark: str
+    packed: bool = False
 
 
 _Entries = list[Entry]  # as `_Keys`

@@ -21,6 +21,7 @@ from trainer.boot import (
     AGAIN,
     CONFIG,
     DATA,
+    DEADLINE,
     ENVIRONMENT,
     ERROR,
     OK,
@@ -76,7 +77,8 @@ def supervise(spec: Spec, asked: Sequence[str], started: float) -> int:
     except Exception as error:  # a bug of ours must not cost what the trainer has saved
         traceback.print_exception(error)
         code, why = ERROR, f"{type(error).__name__}: {error}"
-    return job.end(code, why, ranks, OUTAGE if outage and code == AGAIN else "")
+    cause = OUTAGE if outage else DEADLINE if job.watch.reason == DEADLINE else ""
+    return job.end(code, why, ranks, cause if code == AGAIN else "")
 
 
 class _Watch:
@@ -98,14 +100,14 @@ class _Watch:
     def grace(self) -> float:
         """Seconds to save and leave in. At the deadline they are those that were kept for it, so
         that the job is gone when its time is up; of a short one a minute all the same."""
-        kept = reserve(self.spec.given) if self.reason == "deadline" else math.inf
+        kept = reserve(self.spec.given) if self.reason == DEADLINE else math.inf
         return min(self.spec.grace, max(kept, _LAST))
 
     def _reason(self) -> str:
         if (self.spec.folder / "control" / "stop.json").exists():
             return STOPPED
         if time.monotonic() > self.ends_at:
-            return "deadline"
+            return DEADLINE
         return self.asked[0] if self.asked else ""
 
 

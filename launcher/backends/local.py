@@ -248,7 +248,8 @@ def _ended(result: Mapping[str, Any], work: Path, held: tuple[tuple[Ref, Held], 
     if code == boot.AGAIN and result.get("cause") == boot.OUTAGE:
         return Seen(Phase.FAILED, held, why, code, cause=retry.INFRASTRUCTURE)
     if code == boot.AGAIN:
-        return Seen(Phase.PREEMPTED, held, why, code)
+        cause = retry.DEADLINE if result.get("cause") == boot.DEADLINE else ""
+        return Seen(Phase.PREEMPTED, held, why, code, cause=cause)
     meaning = _MEANING.get(code)
     return Seen(Phase.FAILED, held, why + (f" ({meaning})" if meaning else ""), code)
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 from launcher import api, console, shipped
+from launcher.backends.base import Phase
+from launcher.clock import seconds
 from launcher.commands.recipes import called
-from launcher.errors import Exit, Signal, UsageError
+from launcher.errors import Exit, JournalDamaged, Signal, UsageError
 from launcher.logs import NoDriver
 
 if TYPE_CHECKING:
@@ -29,13 +31,13 @@ def up(
     """Plan, ask when it costs money, start or attach, follow."""
     from launcher.plan import refuse
 
-    path = shipped.find(recipe)
-    planned = api.plan(path, overrides, on)
-    differs = None if new else api.difference(path, overrides, on)
+    ready = api.Prepared(shipped.find(recipe), overrides, on)
+    planned = ready.plan
+    differs = None if new else api.difference(ready)
     if differs is not None and differs.stops:
         raise differs.refusal()
     if differs is not None and differs.in_place and differs.blocks():
-        return _change(differs, planned, recipe, overrides, on, detach, yes, as_json)
+        return _change(differs, ready, called(recipe, overrides, on), detach, yes, as_json)
     refuse(planned)
     misfits = _misfits(planned)
     question = "Start it?"
@@ -51,7 +53,7 @@ def up(
     started = api.env().clock.now()
     in_cloud = any(job.backend != "local" for job in planned.jobs)
     try:
-        run = api.up(path, overrides=overrides, on=on, new=new)
+        run = api.up(ready, new=new)
     except Signal as signal:
         if in_cloud:
             signal.hint = "\n".join(filter(None, (signal.hint, _see_doctor(recipe))))
@@ -75,25 +77,23 @@ def _see_doctor(recipe: str) -> str:
 
 def _change(
     differs: Difference,
-    planned: RunPlan,
-    recipe: str,
-    overrides: Sequence[str],
-    on: Optional[str],
+    ready: api.Prepared,
+    command: str,
     detach: bool,
     yes: bool,
     as_json: bool,
 ) -> int:
     """Change a live run in place; where it costs money, after a question. Then follow it."""
     name = differs.run.name
-    for line in differs.lines(called(recipe, overrides, on)):
+    for line in differs.lines(command):
         console.notice(line)
-    if not yes and planned.usd_per_hour != 0:
+    if not yes and ready.plan.usd_per_hour != 0:
         refusal = f"{name} costs money, and there is no terminal to ask on"
         if not console.confirm(f"Change {name}?", refusal):
             console.notice("nothing was changed")
             return Exit.OK
     now = api.env().clock.now()
-    run = api.up(shipped.find(recipe), overrides=overrides, on=on)
+    run = api.up(ready)
     console.notice(f"{run.name}: its driver takes up {', '.join(differs.blocks())}; attached to it")
     return _go_on(run, now, detach=detach, as_json=as_json)
 
@@ -174,15 +174,18 @@ def stop(run: str, *, as_json: bool) -> int:
     return Exit.OK
 
 
-def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) -> int:
+def teardown(
+    run: Optional[str], *, everything: bool, timeout: Optional[str], yes: bool, as_json: bool
+) -> int:
     if (run is None) != everything:
         raise UsageError(
             "teardown takes a RUN, or --all", "`launch status` lists the runs; --all ends them all"
         )
+    bound = None if timeout is None else _seconds("--timeout", timeout)
     if not yes and not _certain(run):
         console.notice("nothing was torn down")
         return Exit.OK
-    gone = api.teardown_all() if run is None else [api.teardown(run)]
+    gone = api.teardown_all(bound) if run is None else [api.teardown(run, bound)]
     if as_json:
         console.document({"runs": [one.to_json() for one in gone]})
         return Exit.OK
@@ -191,9 +194,20 @@ def teardown(run: Optional[str], *, everything: bool, yes: bool, as_json: bool) 
             console.say(f"{one.name}: {one.phase.value}; {'; '.join(one.warnings)}")
             continue
         console.say(f"{one.name}: {one.phase.value}, nothing is left of it that could bill")
+        if one.phase is Phase.LOST:
+            for warning in one.warnings:
+                console.notice(f"{one.name}: {one.why}: {warning}")
     if not gone:
         console.say("nothing to tear down")
     return Exit.OK
+
+
+def _seconds(option: str, text: str) -> float:
+    """A duration of the command line in seconds. Errors: `UsageError`."""
+    try:
+        return seconds(text)
+    except ValueError:
+        raise UsageError(f"{option} '{text}': not a duration", "give 90s, 10m, 2h") from None
 
 
 def _agreed(planned: RunPlan, question: str, *, yes: bool, as_json: bool) -> bool:
@@ -224,7 +238,12 @@ def _certain(run: Optional[str]) -> bool:
     if run is None:
         refusal = "teardown --all ends every run of yours, and there is no terminal to ask on"
         return console.confirm("End all of your runs now?", refusal)
-    found = api.status(run)
+    try:
+        found = api.status(run)
+    except JournalDamaged as damage:
+        console.notice(str(damage))
+        refusal = f"whether {run} goes on cannot be read, and there is no terminal to ask on"
+        return console.confirm(f"Delete what carries the label of {run} now?", refusal)
     if found.ended is not None:
         return True
     refusal = f"{found.name} is {found.phase.value}, and there is no terminal to ask on"

@@ -28,8 +28,8 @@ def plan(
     against: Optional[str] = None,
     as_json: bool,
 ) -> int:
-    planned = api.plan(shipped.find(recipe), overrides, on)
-    differs = _difference(recipe, overrides, on, against)
+    ready = api.Prepared(shipped.find(recipe), overrides, on)
+    planned, differs = ready.plan, _difference(ready, against)
     if differs is not None and differs.in_place and differs.blocks():
         planned = replace(planned, refusal=None)  # of a run that starts now: `up` starts none
     if as_json:
@@ -139,12 +139,10 @@ def called(recipe: str, overrides: Sequence[str], on: Optional[str]) -> str:
     return " ".join([*words, *([f"--on {on}"] if on is not None else [])])
 
 
-def _difference(
-    recipe: str, overrides: Sequence[str], on: Optional[str], against: Optional[str]
-) -> Optional[Difference]:
+def _difference(ready: api.Prepared, against: Optional[str]) -> Optional[Difference]:
     """None also where a live run cannot be read: that is said, and the plan stands without it."""
     try:
-        return api.difference(shipped.find(recipe), overrides, on, against)
+        return api.difference(ready, against=against)
     except LaunchError as error:
         if against is not None:
             raise

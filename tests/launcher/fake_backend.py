@@ -7,7 +7,8 @@ happens to whom is written in `script.json`:
      "create": ["ok" | "no_capacity" | "quota" | "transient" | "lost_reply" | "denied" | "bad"],
      "delete": ["gone" | "slow" | "transient" | "denied"],
      "observe": ["ok" | "transient" | "denied"],
-     "jobs": [{"queued": 0, "looks": 2, "end": "succeeded", "exit_code": 0, "stubborn": false}]}
+     "jobs": [{"queued": 0, "looks": 2, "end": "succeeded", "exit_code": 0, "stubborn": false,
+               "why": "deadline", "cause": "deadline"}]}
 
 The lists are consumed by calls, in order; after their end everything goes well. `jobs` is consumed
 by jobs that are really begun. A job whose `looks` is null runs until `finish` lies in the world.
@@ -180,7 +181,8 @@ def _seen(facts: dict[str, Any], held: Any, world: World, root: Path) -> Seen:
     queued, needed = job.get("queued", 0), job.get("looks", 2)
     asked = (root / "control" / "stop.json").exists() and not job.get("stubborn")
     if "over" in facts:
-        return Seen(Phase(facts["over"]), held, facts["why"], facts["exit_code"])
+        return Seen(Phase(facts["over"]), held, facts["why"], facts["exit_code"],
+                    cause=facts["cause"])  # fmt: skip
     if asked and looks > queued:
         return _over(facts, held, Phase.CANCELLED, 0, "stopped")
     if looks <= queued:
@@ -194,14 +196,15 @@ def _seen(facts: dict[str, Any], held: Any, world: World, root: Path) -> Seen:
     if end in ("succeeded", "until"):
         for stage in facts["boot"]["job"]["stages"]:
             _finish_stage(Path(stage["output"]), end, job.get("evaluation", {}))
-    return _over(facts, held, phase, exit_code, job.get("why", f"it {end}"))
+    return _over(facts, held, phase, exit_code, job.get("why", f"it {end}"), job.get("cause", ""))
 
 
 def _over(
-    facts: dict[str, Any], held: Any, phase: Phase, exit_code: Optional[int], why: str
-) -> Seen:
-    facts.update(over=phase.value, exit_code=exit_code, why=why)
-    return Seen(phase, held, why, exit_code)
+    facts: dict[str, Any], held: Any, phase: Phase, exit_code: Optional[int], why: str,
+    cause: str = "",
+) -> Seen:  # fmt: skip
+    facts.update(over=phase.value, exit_code=exit_code, why=why, cause=cause)
+    return Seen(phase, held, why, exit_code, cause=cause)
 
 
 def _finish_stage(folder: Path, end: str, evaluation: Mapping[str, Any]) -> None:

@@ -25,6 +25,9 @@ from launcher.spec import Budget, Gate, Hardware, Recipe, Retry, Stage
 from tests.launcher.fake_backend import FakeBackend, World
 from trainer.config import Data, Source, Tokenizer, to_dict
 
+#: How a job ends that reaches its own limit of time.
+DEADLINE = {"why": "deadline", "cause": "deadline"}
+
 
 def load(name: str) -> Backend:
     assert name == "fake"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import api, bundle, home, start
+from launcher import api, bundle, cli, console, home, start
 from launcher.backends.base import Held, Phase
 from launcher.bundle import Bundle
 from launcher.clock import ManualClock
@@ -469,6 +469,24 @@ def test_a_preview_equals_what_is_sent(world: World, tmp_path: Path, hours: str)
         assert record["intent"]["request"]["boot"]["job"]["commit"] == it.records()[0]["commit"]
         spent += (started[at].ended or 0.0) - (started[at].started or 0.0)
     assert spent > 60, "so that the deadlines differ"
+
+
+def test_what_was_shown_is_what_is_started(
+    world: World, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit while the question stands on the screen counts for the next `up`."""
+
+    def edited(question: str, refusal: str) -> bool:
+        file.write_text(RECIPE.replace("vocab_size: 300", "vocab_size: 301"))
+        return True
+
+    monkeypatch.setattr(console, "confirm", edited)
+    assert cli.run(["up", str(file), "--detach"]) == Exit.OK
+    (run,) = api.list_runs()
+    first = home.folder(api.env().home, run.id) / "journal" / "00000001.json"
+    created = json.loads(first.read_text())["recipe"]["stages"][0]
+    assert created["tokenizer"]["vocab_size"] == 300
+    assert api.wait(run, timeout=30).phase is Phase.SUCCEEDED
 
 
 @pytest.mark.usefixtures("world")

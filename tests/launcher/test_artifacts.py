@@ -596,12 +596,14 @@ def test_why_a_job_failed_is_what_boot_noted_where_the_service_has_only_a_code(
 
 OUTAGE = {"exit_code": 75, "why": "inputs: gs://b/x: does not answer", "cause": "infrastructure"}
 SIGNAL = {"exit_code": 75, "why": "signal"}
+TIME_UP = {"exit_code": 75, "why": "deadline", "cause": "deadline"}
 
 
 @pytest.mark.parametrize(
     ("noted", "cause", "attempts", "code"),
     [(OUTAGE, "infrastructure", 3, Exit.JOB), (None, "infrastructure", 3, Exit.JOB),
-     (SIGNAL, "preempted", 4, Exit.OK), ({}, "preempted", 4, Exit.OK)],
+     (SIGNAL, "preempted", 4, Exit.OK), ({}, "preempted", 4, Exit.OK),
+     (TIME_UP, "deadline", 4, Exit.OK)],
 )  # fmt: skip
 def test_an_outage_before_the_workers_began_is_no_preemption(
     it: Scene, noted: Optional[dict[str, Any]], cause: str, attempts: int, code: int

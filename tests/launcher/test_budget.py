@@ -146,7 +146,7 @@ def test_one_that_listens_ends_a_look_after_the_cap(tmp_path: Path) -> None:
     _, run = drive(tmp_path, 3600.0, {"looks": None}, usd=3600)
     assert run.spent_usd is not None and 3600 <= run.spent_usd <= 3600 + 35
     assert run.why == (
-        f"stopped at budget.usd: {run.spent_usd:.2f} of 3600.00 USD after 1 h 0 min; "
+        f"stopped at budget.usd: {run.spent_usd:.2f} of 3600.00 USD after 1h00m; "
         f"raise it: launch resume {run.name} --set budget.usd=7200"
     )
 
@@ -170,7 +170,7 @@ def test_the_limit_that_woke_first_is_the_one_that_is_named(
 ) -> None:
     _, run = drive(tmp_path, 4.0, {"looks": None}, **budget)
     assert run.exit_code == Exit.BUDGET and all(word in run.why for word in said), run.why
-    assert run.why.startswith(f"stopped at {said[0]}") and "after 30 min" in run.why
+    assert run.why.startswith(f"stopped at {said[0]}") and "after 30m" in run.why
 
 
 def test_a_second_attempt_has_what_the_first_has_left(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_job_in_the_cloud_is_told_what_is_left_of_the_dollars(tmp_path: Path) 
         assert timeouts == ["3600s", "2400s"] and vertex.nothing_is_left(it)
     assert (run.phase, run.exit_code) == (Phase.CANCELLED, Exit.BUDGET)
     assert run.spent_usd is not None and 12 <= run.spent_usd <= 12 + 12 * TOLERANCE / 3600
-    assert run.why.startswith("stopped at budget.usd: 12.0") and "after 1 h 0 min" in run.why
+    assert run.why.startswith("stopped at budget.usd: 12.0") and "after 1h00m" in run.why
 
 
 def test_a_service_that_ends_jobs_itself_is_not_waited_for(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from launcher.run import Run
 from launcher.spec import Budget, Recipe, Retry, Stage
 from tests.launcher import bucketed
 from tests.launcher.fake_backend import World
-from tests.launcher.runs import Scene, killed_at, plugged_in, recipe, scene
+from tests.launcher.runs import DEADLINE, Scene, killed_at, plugged_in, recipe, scene
 from tests.test_docs import ROOT, _table
 from trainer.config import Train, to_dict
 
@@ -355,7 +355,7 @@ def test_a_lowered_budget_ends_a_run_that_has_spent_it(tmp_path: Path) -> None:
 
 
 def test_a_job_that_reaches_its_old_deadline_goes_on_under_a_raised_budget(tmp_path: Path) -> None:
-    ends = [{"looks": 3, "end": "preempted", "why": "deadline"}, {}]
+    ends = [{"looks": 3, "end": "preempted", **DEADLINE}, {}]
     what = recipe(budget=Budget(hours=0.05), retry=Retry(preempted=0))
     it = scene(tmp_path, what, jobs=ends)
     run = it.drive(Meddling(raised(it, hours=5)))

@@ -161,7 +161,7 @@ def test_teardown_of_a_live_run_needs_an_answer_too(
     live.begin()
     torn: list[str] = []
 
-    def torn_down(run: str) -> Run:
+    def torn_down(run: str, timeout: float | None) -> Run:
         torn.append(run)
         return api.status(run)
 

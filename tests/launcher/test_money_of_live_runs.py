@@ -18,7 +18,7 @@ from launcher.fold import Fold
 from launcher.recipe import load
 from launcher.spec import Budget, Retry
 from tests.launcher.fake_backend import World
-from tests.launcher.runs import Scene, killed_at, plugged_in, recipe, scene
+from tests.launcher.runs import DEADLINE, Scene, killed_at, plugged_in, recipe, scene
 from tests.launcher.test_budget import NOW
 from tests.launcher.test_budget import live as hour_old
 from tests.launcher.test_costs import costs
@@ -152,7 +152,7 @@ def test_a_price_cap_ends_a_run_that_waits_for_its_next_attempt(live: Live) -> N
 
 
 def test_a_deadline_is_no_preemption(tmp_path: Path, hook: Hook) -> None:
-    ends = [{"looks": 3, "end": "preempted", "why": "deadline"}, {}]
+    ends = [{"looks": 3, "end": "preempted", **DEADLINE}, {}]
     what: dict[str, Any] = {"budget": Budget(hours=0.05), "retry": Retry(preempted=0)}
     it = told(tmp_path, hook, script={"jobs": ends}, **what)
     run = it.drive(Meddling(raised(it, hours=5)))
@@ -174,11 +174,18 @@ def test_a_deadline_is_no_preemption(tmp_path: Path, hook: Hook) -> None:
 
 
 def test_it_still_counts_as_one_where_nobody_has_raised_the_budget(tmp_path: Path) -> None:
-    ends = [{"looks": 3, "end": "preempted", "why": why} for why in ("taken", "deadline")]
+    ends = [{"looks": 3, "end": "preempted", **how} for how in ({"why": "taken"}, DEADLINE)]
     it = scene(tmp_path, recipe(budget=Budget(hours=5), retry=Retry(preempted=1)), jobs=ends)
     run = it.drive()
     assert (run.phase, run.exit_code) == (Phase.FAILED, Exit.CAPACITY)
     assert run.why == "deadline (2 times; retry.preempted: 1)"
+
+
+def test_words_make_no_deadline(tmp_path: Path) -> None:
+    ends = [{"looks": 3, "end": "preempted", "why": "deadline of the spot machine: taken"}, {}]
+    it = scene(tmp_path, recipe(budget=Budget(hours=5), retry=Retry(preempted=1)), jobs=ends)
+    first = it.drive().jobs[0].attempts[0]
+    assert (first.phase, first.cause) == (Phase.PREEMPTED, "preempted")
 
 
 def test_one_that_was_not_seen_to_work_has_cost_all_its_time(tmp_path: Path) -> None:
@@ -201,7 +208,7 @@ def test_one_that_was_not_seen_to_work_has_cost_all_its_time(tmp_path: Path) -> 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     """Its driver was killed while its job ran; boot has left since, at the deadline."""
-    jobs = [{"looks": 0, "end": "preempted", "why": "deadline"}]
+    jobs = [{"looks": 0, "end": "preempted", **DEADLINE}]
     made = scene(tmp_path, recipe(stages=2, budget=Budget(usd=0.5)), jobs=jobs, offers=OFFERS)
     plugged_in(monkeypatch, tmp_path, made.world)
     killed_at(5, made.drive)

@@ -141,6 +141,24 @@ def test_what_cannot_be_deleted_is_named_after_everything_was_tried(it: Scene) -
     assert names(it) == [NAME], "the other one is gone"
 
 
+def test_a_run_whose_journal_is_damaged_is_looked_for_until_what_is_late_would_show(
+    it: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launcher.api.SystemClock", lambda: it.clock)
+    it.attempt()
+    run_here(it, "driver")
+    for place in (home.folder(it.home, RUN), home.folder(it.home, RUN) / "artifacts"):
+        (place / "journal" / "00000001.json").write_text("{")
+    before = it.clock.now()
+    assert cli.run(["teardown", RUN, "--yes", "--timeout", "30s"]) == 7
+    said = capsys.readouterr().err
+    assert f"deleted custom_job {NAME}, us-central1" in said and "looking again in 55 s" in said
+    assert "vertex: what the run has asked for last is not there, but it might show late" in said
+    assert it.clock.now() == before + 30 and it.server.vertex.states() == {}
+    assert cli.run(["teardown", RUN, "--yes"]) == 0
+    assert it.clock.now() == before + 90
+
+
 # The command.
 
 

@@ -85,7 +85,7 @@ def test_expired_is_the_wait_for_machines_or_the_limit_of_time() -> None:
     assert (waited.phase, waited.cause) == (Phase.FAILED, retry.CAPACITY)
     assert "no capacity in us-west1" in waited.why
     ran = ended("EXPIRED", 0, "", "us-west1", started=True, spot=False)
-    assert (ran.phase, ran.cause) == (Phase.PREEMPTED, retry.PREEMPTED)
+    assert (ran.phase, ran.cause) == (Phase.PREEMPTED, retry.DEADLINE)
     assert "time limit" in ran.why
 
 

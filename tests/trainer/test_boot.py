@@ -267,7 +267,8 @@ def test_the_trainer_is_asked_to_save_and_leave(
 
 def test_the_deadline_ends_the_job_to_be_continued(tmp_path: Path) -> None:
     assert run(tmp_path, specification(tmp_path, LEAVES, deadline_seconds=0.5))[0] == 75
-    assert read(tmp_path / "work" / "result.json")["why"] == "deadline"
+    result = read(tmp_path / "work" / "result.json")
+    assert (result["why"], result["cause"]) == ("deadline", "deadline")
 
 
 @pytest.mark.parametrize(("given", "asked"), [(40, 36), (6000, 5400), (43200, 42600)])

@@ -210,7 +210,8 @@ def test_the_deadline_counts_from_the_attempts_first_start(it: Cloud) -> None:
     code, said = it.run(it.spec("wait_until_asked(); sys.exit(75)", deadline_seconds=102))
     assert (code, it.result()["why"]) == (75, "deadline"), said
     assert time.monotonic() - begun < 30
-    assert it.json("attempts/00-0001r1.json")["why"] == "deadline"
+    noted = it.json("attempts/00-0001r1.json")
+    assert (noted["why"], noted["cause"]) == ("deadline", "deadline")
 
 
 def test_inputs_in_a_store_are_fetched_before_the_trainer_starts(it: Cloud) -> None:

@@ -5,6 +5,7 @@ The objects lie on the rehearsal's gs:// server; one test asks moto's s3://.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -175,6 +176,16 @@ def test_a_file_a_folder_and_a_glob_read_like_local_ones(world: World) -> None:
         ours = list(documents((Source(path=source["path"]),)))
         assert ours and ours == list(documents((Source(path=str(whole / way)),))), way
     assert world.copies() == {"data/a.jsonl", "data/b/c.jsonl", "data/b/d/e.txt"}
+
+
+def test_a_file_that_is_stored_packed_comes_unpacked_and_once(world: World) -> None:
+    words, wanted = texts("a", "b" * 5000), {"contentEncoding": "gzip"}
+    stored = gzip.compress(words.encode())
+    world.server.objects.insert("in", f"{world.base}/a.jsonl", stored, wanted, Conditions())
+    for fetched in (1, 0):
+        world.fetch(reading(Source(path=f"{world.uri}/a.jsonl")))
+        assert world.here("a.jsonl").read_text() == words
+        assert len(world.downloads()) == fetched
 
 
 def test_globs_match_in_a_bucket_what_they_match_in_a_folder(tmp_path: Path) -> None:

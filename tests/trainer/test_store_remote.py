@@ -5,12 +5,14 @@ Then what object services do to a client: lost replies, cuts, damage, refusals, 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import os
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ pytest.importorskip("google.cloud.storage", reason="gs:// needs the extra `googl
 
 from launcher.rehearsal.faults import Fault, Script, Seeded
 from launcher.rehearsal.gcs import GcsServer
+from launcher.rehearsal.gcs_state import Conditions
 from tests.trainer.remote import QUICK, environment, moto_server
 from trainer.store import Denied, FileStore, NotFound, Store, StoreError, Transient, open_store
 from trainer.store_gcs import GcsStore
@@ -358,6 +361,64 @@ def test_a_cut_download_goes_on_and_is_verified(server: GcsServer, tmp_path: Pat
     assert [status for _, target, status in server.log if "alt=media" in target] == [200, 206, 200]
 
 
+def test_an_object_that_is_stored_packed_is_read_unpacked(
+    server: GcsServer, tmp_path: Path
+) -> None:
+    """As `gcloud storage cp --gzip-local` leaves it; checksums and ranges are of what is stored."""
+    data = os.urandom(700_000).hex().encode()
+    packed = gzip.compress(data[:1000]) + gzip.compress(data[1000:]) + bytes(8)
+
+    def put(name: str, content: bytes, encoding: str | None = "gzip") -> None:
+        wanted = {} if encoding is None else {"contentEncoding": encoding}
+        server.objects.insert("runs", f"packed/{name}", content, wanted, Conditions())
+
+    def downloads() -> list[int]:
+        return [status for _, target, status in server.log if "alt=media" in target]
+
+    put("k", packed)
+    assert GcsStore("gs://runs/packed", PATIENCE).get_bytes("k") == data
+    assert downloads() == [200, 200]  # the first answer says how it is stored
+    server.log.clear()
+    store = GcsStore("gs://runs/packed", PATIENCE)
+    assert [(e.size, e.packed) for e in store.entries()] == [(len(packed), True)]
+    server.faults = Script([("GET .*alt=media", Fault("cut_download", at_bytes=300_000))])
+    store.get_file("k", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data and downloads() == [200, 206]
+    assert store.checksum("k") == hashlib.sha256(data).hexdigest()
+    server.faults = Script([("GET .*alt=media", Fault("corrupt"))])
+    assert store.get_bytes("k") == data
+    # Others put plain objects in its place, and archives that nobody says are packed.
+    for content, encoding in ((b"plain", None), (packed, None), (packed, "gzip"), (b"", "gzip")):
+        put("k", content, encoding)
+        assert store.get_bytes("k") == (data if content and encoding else content)
+
+
+def test_what_is_not_packed_as_it_says_names_the_command(server: GcsServer) -> None:
+    cut = gzip.compress(bytes(1000))[:-9]
+    for content, why in ((b"plain", r"is no whole gzip \(Error -3"), (cut, "it ends too early")):
+        wanted = {"contentEncoding": "gzip"}
+        server.objects.insert("runs", "wrong/a b", content, wanted, Conditions())
+        store = GcsStore("gs://runs/wrong", PATIENCE)
+        with pytest.raises(StoreError, match=why) as caught:
+            store.get_bytes("a b")
+        assert "cannot read gs://runs/wrong/a b: " in str(caught.value)
+        command = "gcloud storage objects update --clear-content-encoding 'gs://runs/wrong/a b'"
+        assert str(caught.value).endswith(command)
+        assert not isinstance(caught.value, Transient)
+
+
+def test_the_stand_in_unpacks_for_clients_that_do_not(server: GcsServer) -> None:
+    stored = gzip.compress(b"text")
+    server.objects.insert("runs", "plain/k", stored, {"contentEncoding": "gzip"}, Conditions())
+    url = f"{server.url}/download/storage/v1/b/runs/o/plain%2Fk?alt=media"
+    for accepts, body in (("identity", b"text"), ("gzip", stored)):
+        asked = urllib.request.Request(url, headers={"Accept-Encoding": accepts})
+        with urllib.request.urlopen(asked) as answer:
+            assert answer.read() == body
+            assert answer.headers["X-Goog-Stored-Content-Encoding"] == "gzip"
+            assert answer.headers.get("Content-Encoding") == ("gzip" if body == stored else None)
+
+
 def test_a_page_in_place_of_an_answer_is_an_outage(server: GcsServer, tmp_path: Path) -> None:
     """What a proxy, or the login page of a network, answers with 200. No page is a value."""
     store = GcsStore("gs://runs/page", ONCE)
@@ -415,8 +476,6 @@ def test_a_checksum_of_ours_costs_no_download(server: GcsServer) -> None:
     store.put_bytes("ours", b"x")
     assert store.checksum("ours") == hashlib.sha256(b"x").hexdigest()
     assert not [row for row in server.log if "alt=media" in row[1]]
-    from launcher.rehearsal.gcs_state import Conditions
-
     server.objects.insert("runs", "sums/theirs", b"y", {}, Conditions())
     server.objects.insert("runs", "sums/folder/", b"", {}, Conditions())
     assert store.checksum("theirs") == hashlib.sha256(b"y").hexdigest()

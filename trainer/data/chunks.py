@@ -18,7 +18,8 @@ from trainer.data.shapes import Skipped, Span, View
 #: What is tokenised in one call: enough to keep all cores busy, little enough to stop early.
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1_000_000
-_SAMPLE_IDS = 3
+#: Documents of a source of which the ids are noted.
+SAMPLE_IDS = 3
 
 
 Tokens = NDArray[np.int32]
@@ -206,24 +207,41 @@ def _read_source(
         read.learned.append(learned)
         read.names.append((len(read.facts), document.id))
         read.cut.append(document.cut)
-        if len(ids) < _SAMPLE_IDS:
+        if len(ids) < SAMPLE_IDS:
             ids[document.id] = None
         have += worth(len(tokens))
         if quota is not None and have >= quota:
             break
+    read.facts.append(
+        source_facts(
+            source, len(read.tokens) - before, sum(map(len, read.tokens[before:])), ids, skipped,
+            truncated=truncated, unsupervised=unsupervised,
+        )
+    )  # fmt: skip
+    return have
+
+
+def source_facts(
+    source: Source,
+    documents: int,
+    tokens: int,
+    ids: Iterable[str],
+    skipped: Optional[Skipped],
+    **counts: int,
+) -> dict[str, Any]:
+    """What `Chunks.sources` says of one source: `ids` of its first documents, and of `counts` and
+    of what was `skipped` only what there is."""
     facts: dict[str, Any] = {
         "name": source_name(source),
         "shards": shards(source),
-        "documents": len(read.tokens) - before,
-        "tokens": sum(map(len, read.tokens[before:])),
+        "documents": documents,
+        "tokens": tokens,
         "sample_ids": list(ids),
     }
-    counts = {"truncated": truncated, "unsupervised": unsupervised}
     facts.update({name: count for name, count in counts.items() if count})
     if skipped is not None and skipped.count:
         facts.update(skipped=skipped.count, skipped_lines=skipped.examples)
-    read.facts.append(facts)
-    return have
+    return facts
 
 
 def _nothing(facts: list[dict[str, Any]], sequence_length: int) -> str:

@@ -11,14 +11,12 @@ import numpy as np
 
 from trainer.config import Source
 from trainer.data import DataError
-from trainer.data.chunks import Chunks, Encoder, Learned, Tokens
+from trainer.data.chunks import SAMPLE_IDS, Chunks, Encoder, Learned, Tokens, source_facts
 from trainer.data.manifest import expand
 from trainer.data.pack import Packing, one_per_row, pack
-from trainer.data.read import Document, documents, require_sources, shards, source_name
+from trainer.data.read import Document, documents, require_sources
 from trainer.data.shapes import Skipped, View
 from trainer.data.stream import Rows
-
-_SAMPLE_IDS = 3
 
 
 class _Side(NamedTuple):
@@ -99,25 +97,18 @@ def _read_source(
             continue
         read.sides += [chosen, rejected]
         read.names += [(len(read.facts), side.document.id) for side in (chosen, rejected)]
-        if len(ids) < _SAMPLE_IDS:
+        if len(ids) < SAMPLE_IDS:
             ids[chosen.document.id] = None
         have += len(chosen.tokens) + len(rejected.tokens) - 2 if packing else 1
         if quota is not None and have >= quota:
             break
     added = read.sides[before:]
-    facts: dict[str, Any] = {
-        "name": source_name(source),
-        "shards": shards(source),
-        "documents": len(added) // 2,
-        "unit": "pair",
-        "tokens": sum(len(side.tokens) for side in added),
-        "sample_ids": list(ids),
-    }
-    counts = {"truncated": truncated, "unsupervised": unsupervised}
-    facts.update({name: count for name, count in counts.items() if count})
-    if skipped is not None and skipped.count:
-        facts.update(skipped=skipped.count, skipped_lines=skipped.examples)
-    read.facts.append(facts)
+    tokens = sum(len(side.tokens) for side in added)
+    facts = source_facts(
+        source, len(added) // 2, tokens, ids, skipped,
+        truncated=truncated, unsupervised=unsupervised,
+    )  # fmt: skip
+    read.facts.append({**facts, "unit": "pair"})
     return have
 
 

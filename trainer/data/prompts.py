@@ -15,14 +15,13 @@ from trainer.batch import Batch
 from trainer.config import Data, Source
 from trainer.data import DataError
 from trainer.data.chat import Template, checked_messages
-from trainer.data.chunks import Chunks, Encoder
+from trainer.data.chunks import SAMPLE_IDS, Chunks, Encoder, source_facts
 from trainer.data.manifest import expand
 from trainer.data.pack import one_per_row
-from trainer.data.read import Object, objects, shards, source_name
+from trainer.data.read import Object, objects, source_name
 from trainer.data.shapes import Skipped, checked_text
 from trainer.data.stream import Rows
 
-_SAMPLE_IDS = 3
 #: Keys of a record that are no column: the prompt itself, and what others use for answers.
 _NO_COLUMNS = ("prompt", "completion", "completions", "completion_ids")
 
@@ -96,7 +95,9 @@ def read_prompts(
         if len(found) == before:
             first = f": {skipped.examples[0]}" if skipped is not None and skipped.examples else ""
             raise DataError(f"{source_name(source)}: no prompt can be used{first}")
-        facts.append(_facts(source, found[before:], names[before:], skipped))
+        tokens = sum(len(prompt.ids) for prompt in found[before:])
+        ids = dict.fromkeys(name for _, name in names[before:][:SAMPLE_IDS])
+        facts.append(source_facts(source, len(found) - before, tokens, ids, skipped))
     lengths = np.array([len(prompt.ids) for prompt in found], dtype=np.int64)
     none = np.zeros(len(found), dtype=np.int64)
     chunks = Chunks(
@@ -147,21 +148,3 @@ def _made(item: Object, encoder: Encoder, most: int) -> Prompt:
         )
     columns = {name: value for name, value in record.items() if name not in _NO_COLUMNS}
     return Prompt(tuple(ids), given, columns)
-
-
-def _facts(
-    source: Source,
-    prompts: list[Prompt],
-    names: list[tuple[int, str]],
-    skipped: Optional[Skipped],
-) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "name": source_name(source),
-        "shards": shards(source),
-        "documents": len(prompts),
-        "tokens": sum(len(prompt.ids) for prompt in prompts),
-        "sample_ids": list(dict.fromkeys(name for _, name in names[:_SAMPLE_IDS])),
-    }
-    if skipped is not None and skipped.count:
-        facts.update(skipped=skipped.count, skipped_lines=skipped.examples)
-    return facts

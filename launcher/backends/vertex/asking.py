@@ -10,7 +10,6 @@ from urllib.parse import urlencode
 
 from launcher import google, hardware
 from launcher.backends.base import Env
-from launcher.backends.vertex import jobs
 from launcher.backends.vertex.request import DEFAULT_PLACES, NAME
 from launcher.errors import LaunchError
 from launcher.spec import Recipe
@@ -52,7 +51,7 @@ class Wanted:
 def wanted(env: Env, recipe: Optional[Recipe]) -> Wanted:
     """What `recipe` needs of Google; without one, what the environment names."""
     if recipe is None:
-        return Wanted(jobs.project_of(env.environ))
+        return Wanted(google.project_of(env.environ))
     asked = [stage.hardware for stage in recipe.stages if stage.hardware.backend == NAME]
     settings = [one.vertex for one in asked if one.vertex]
     projects = [one.project for one in settings if one.project]
@@ -71,7 +70,7 @@ def wanted(env: Env, recipe: Optional[Recipe]) -> Wanted:
         count, places = accelerator.count * one.nodes, one.places or DEFAULT_PLACES
         needs += [Need(accelerator.kind.name, count, capacity, places) for capacity in one.capacity]
     return Wanted(
-        project=projects[0] if projects else jobs.project_of(env.environ),
+        project=projects[0] if projects else google.project_of(env.environ),
         places=_unique(place for one in asked for place in one.places or DEFAULT_PLACES),
         needs=tuple(dict.fromkeys(needs)),
         buckets=written,

@@ -26,7 +26,6 @@ _PAGE = 100
 #: Seconds for which a request may be applied late, and what it made be missing in reads and lists.
 #: The service promises nothing; a minute is long for it.
 SETTLE = 60.0
-_PROJECT_VARIABLES = ("GOOGLE_CLOUD_PROJECT", "CLOUDSDK_CORE_PROJECT")
 _PLACE_VARIABLES = ("CLOUDSDK_AI_REGION", "CLOUDSDK_COMPUTE_REGION")
 
 
@@ -159,11 +158,6 @@ def of_run(run: str, known: Iterable[Ref], env: Env) -> Iterator[Ref]:
     for project, place in sorted({refs.where(ref) for ref in known}):
         for job in _list(env, f"projects/{project}/locations/{place}", labels):
             yield _ref(job, project, place)
-
-
-def project_of(environ: Mapping[str, str]) -> Optional[str]:
-    """The project that the environment names."""
-    return next((environ[name] for name in _PROJECT_VARIABLES if environ.get(name)), None)
 
 
 def _seen(found: Any, ref: Ref, kept: tuple[tuple[Ref, Held], ...]) -> Seen:
@@ -364,6 +358,6 @@ def _remembered(home: Path) -> list[tuple[str, str]]:
 
 
 def _named(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    project = project_of(environ)
+    project = google.project_of(environ)
     places = [environ[name] for name in _PLACE_VARIABLES if environ.get(name)]
     return [(project, place) for place in places or DEFAULT_PLACES] if project else []

@@ -82,7 +82,7 @@ def ended(state: str, code: int, message: str, place: str, started: bool, spot: 
     text = google.one_line(message) or f"{state.lower()}, and the service does not say why"
     if state == "EXPIRED":
         if started:
-            return Ended(Phase.PREEMPTED, retry.PREEMPTED, f"the time limit was reached: {text}")
+            return Ended(Phase.PREEMPTED, retry.DEADLINE, f"the time limit was reached: {text}")
         return Ended(Phase.FAILED, retry.CAPACITY, f"no capacity in {place} in time: {text}")
     found = _EXIT.search(message)
     if found:
