@@ -149,9 +149,12 @@ class Engine:
         except (Signal, BudgetSpent) as error:
             return Outcome(Phase.FAILED, str(error), error.code)
         if last is not None and wait:
-            patience = claim.patience(job)
+            patience, decided = claim.patience(job), claim.fold.taken
             claim.say(f"{job.name}: {last.why}; trying again in {wait:.0f} s")
             claim.pause(wait if patience is None else min(wait, patience))
+            claim.take_up()
+            if claim.fold.taken != decided:
+                return None  # by another budget: whether, and where, is to be decided anew
         if last is not None and claim.patience(job) == 0:
             why = f"no capacity within budget.wait ({self.recipe.budget.wait}): {last.why}"
             return Outcome(Phase.FAILED, why, Exit.CAPACITY)
