@@ -291,7 +291,7 @@ def resume_plan(run: Which, overrides: Iterable[str] = ()) -> Optional[RunPlan]:
 def teardown(run: Which) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
     run over from its driver. Errors: `Leaked` with the commands that finish by hand; those of a
-    store that does not take records, after everything was deleted all the same."""
+    store, or a disk, that does not take records, after everything was deleted all the same."""
     from launcher import driver, engine
     from launcher.artifacts import is_remote
     from launcher.claim import refuse_processes, write_marker
@@ -305,7 +305,7 @@ def teardown(run: Which) -> Run:
         engine.teardown(seen.id, here, lock=driver.relieve(seen.id, here))
     except Leaked:
         raise
-    except (Signal, UsageError) as error:
+    except (Signal, UsageError, home.Unwritable) as error:
         if not is_remote(seen.root):
             raise
         _clear_without_journal(seen, here)
@@ -415,8 +415,10 @@ def _clear_without_journal(run: Run, here: Env) -> None:
     theirs = replace(here, owner=run.owner)
     for name in dict.fromkeys(job.backend for job in run.jobs):
         backend = backends.load(name)
-        attempts = (attempt for job in run.jobs if job.backend == name for attempt in job.attempts)
+        attempts = [a for job in run.jobs if job.backend == name for a in job.attempts]
         known = [ref for attempt in attempts for ref in attempt.refs]
+        if any(attempt.held is Held.CREATING for attempt in attempts):
+            here.clock.sleep(backend.can.settle)  # what was asked for last may not show yet
         try:
             found = list(backend.sweep(theirs))
             if known and isinstance(backend, CanFind):
