@@ -38,7 +38,7 @@ def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
     leaks: list[Leaked] = []
     at = {"job": job.index, "attempt": attempt.number}
     try:
-        _record(claim, job, attempt, _strays(claim, job, attempt))
+        write_down(claim, job, attempt)
     except Leaked as leak:
         leaks.append(leak)
     for ref in reversed(attempt.holding):
@@ -106,6 +106,12 @@ def first(claim: Claim, job: JobState, attempt: Attempt) -> bool:
     else:  # the newest record is what is followed
         claim.record("ref", job=job.index, attempt=attempt.number, ref=known[0])
     return True
+
+
+def write_down(claim: Claim, job: JobState, attempt: Attempt) -> None:
+    """Record what the attempt's requests without an answer have made, perhaps long ago: it has had
+    a price, and an end of its own. Errors: `Leaked`."""
+    _record(claim, job, attempt, _strays(claim, job, attempt))
 
 
 def made(claim: Claim, job: JobState, attempt: Attempt, waiting: Mapping[str, Any]) -> list[Ref]:

@@ -8,6 +8,7 @@ be killed between any two lines of this file and the next one ends at the same p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import clear, first, insist, made, past_odd_refs, sweep
+from launcher.clear import clear, first, insist, made, past_odd_refs, sweep, write_down
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -219,8 +220,11 @@ class Engine:
                 self._phase(job, attempt, Phase.FAILED, held, str(signal), cause=cause)
                 return
         elif self.claim.waiting(job, attempt):
-            self._phase(job, attempt, Phase.CANCELLED, attempt.held, "stopped before it began")
-            return
+            with suppress(Leaked):  # `clear` asks again, and says so
+                write_down(self.claim, job, attempt)
+            if self.claim.waiting(job, attempt):
+                self._phase(job, attempt, Phase.CANCELLED, attempt.held, "stopped before it began")
+                return
         self._watch(job, attempt)
 
     def _place(self, job: JobState, attempt: Attempt) -> None:
@@ -419,8 +423,9 @@ class Engine:
 
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""
-        if not self.claim.waiting(job, attempt):
-            with past_odd_refs():
+        with past_odd_refs():
+            write_down(self.claim, job, attempt)
+            if not self.claim.waiting(job, attempt):
                 look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
                 self._see(job, attempt, look)
         if not attempt.phase.over:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from launcher import api, cli, engine, google, home
-from launcher.backends.base import Backend, Env, Intent, Phase, Ref
+from launcher.backends.base import Phase
 from launcher.errors import Denied, Exit
-from tests.launcher.bucketed import Mirrored, begin, bucket, load
+from tests.launcher.bucketed import begin, bucket, load
 from tests.launcher.rehearsed import Scene
 from tests.launcher.test_settling import lists_lag
+from tests.launcher.test_unanswered import Killed, dying
 
 from launcher.rehearsal.faults import Fault, Script  # isort: skip
 from launcher.rehearsal.vertex import Stub  # isort: skip
@@ -28,24 +29,6 @@ def it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
         made.server.vertex.fate = Stub(2, 2, None)
         yield made
     google._forget()
-
-
-class Killed(BaseException):
-    """`kill -9`."""
-
-
-class Dying(Mirrored):
-    """Its process dies when the service has made the job, before the answer is looked at."""
-
-    def create(self, intent: Intent, env: Env) -> Ref:
-        ref = super().create(intent, env)
-        if intent.billable:
-            raise Killed
-        return ref
-
-
-def dying(name: str) -> Backend:
-    return Dying()
 
 
 def refuse(file: Path) -> None:
