@@ -1,5 +1,5 @@
-"""A disk of this machine that takes nothing more: what bills is deleted all the same, and a run that
-is over is shown as it ended."""
+"""A disk of this machine that takes nothing more: what bills is deleted all the same, and a run
+that is over is shown as it ended."""
 
 from __future__ import annotations
 

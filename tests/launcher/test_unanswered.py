@@ -1,5 +1,5 @@
-"""A job whose creation nobody saw answered, and that worked while nobody looked: it has cost what it
-has cost, however its run ends."""
+"""A job whose creation nobody saw answered, and that worked while nobody looked: it has cost what
+it has cost, however its run ends."""
 
 from __future__ import annotations
 

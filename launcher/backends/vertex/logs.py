@@ -34,7 +34,7 @@ LOOK_BACK, WIDE_EVERY, _WIDE_PAGES = 600.0, 60.0, 10
 WIDE_AT_THE_END = 10.0
 #: Seconds after the end of a job until its last entries are there.
 DRAIN = 30.0
-#: Seconds by which a time in a filter, which has microseconds, may lie before the one that is meant.
+#: Seconds by which a time in a filter, which has microseconds, may lie before the one meant.
 _ROUNDED = 1e-3
 _PAGE = 1000
 #: What boot puts before a worker's line where a job has several: its global rank.
