@@ -529,6 +529,7 @@ def test_of_two_laptops_that_resume_a_run_the_slower_one_takes_no_request_to_sto
     stale, fresh = (Fold(one.read()) for one in (slow, fast))
     start.reopen(fresh, fast, at, (), it.env)
     write_marker(artifacts, it.clock.now(), "ann", "enough")
+    it.clock.sleep(1.0)
     with pytest.raises(HeldElsewhere):
         start.reopen(stale, slow, at, (), it.env)
     run = drive(it, run_id)
