@@ -306,7 +306,7 @@ def teardown(run: Which) -> Run:
     except Leaked:
         raise
     except (Signal, UsageError, home.Unwritable) as error:
-        if not is_remote(seen.root):
+        if not (is_remote(seen.root) or isinstance(error, home.Unwritable)):
             raise
         _clear_without_journal(seen, here)
         error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "

@@ -11,6 +11,7 @@ import pytest
 from launcher import api, cli, engine, google, home
 from launcher.backends.base import Phase
 from launcher.errors import Denied, Exit
+from tests.launcher import runs
 from tests.launcher.bucketed import begin, bucket, load
 from tests.launcher.rehearsed import Scene
 from tests.launcher.test_settling import lists_lag
@@ -53,6 +54,19 @@ def test_a_teardown_deletes_what_it_cannot_record(
     said = capsys.readouterr().err
     assert "holds nothing any more, but its journal does not say so: cannot write" in said
     assert "free space on or make writable" in said
+
+
+def test_it_does_so_where_the_journal_is_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = runs.scene(tmp_path, jobs=[{"looks": None}])
+    runs.plugged_in(monkeypatch, tmp_path, local.world)
+    runs.killed_at(8, local.drive)
+    assert local.world.alive() == [f"{local.run().jobs[0].name}-a1"]
+    refuse(local.place / "claim.json")
+    with pytest.raises(home.Unwritable, match="holds nothing any more"):
+        api.teardown(local.run_id)
+    assert local.world.alive() == []
 
 
 def test_it_waits_for_a_job_that_may_not_show_yet(it: Scene) -> None:
