@@ -17,7 +17,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import clear, first, insist, made, past_odd_refs, sweep, write_down
+from launcher.clear import clear, first, insist, keep, made, past_odd_refs, sweep, write_down
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -246,7 +246,7 @@ class Engine:
                     held = attempt.held if any(r.billable for r in attempt.holding) else held
                     self._phase(job, attempt, Phase.CANCELLED, held, "stopped before it began")
                     return
-                self.claim.record("ref", job=job.index, attempt=attempt.number, ref=ref)
+                keep(self.claim, job, attempt, ref)
 
     def _held_after(self, job: JobState, attempt: Attempt, signal: Exception) -> Held:
         """What an attempt holds that could not be placed. A request that was refused has made

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from launcher import engine, google
-from launcher.backends.base import Backend, Env, Intent, Phase, Ref
+from launcher.adopt import adopt
+from launcher.backends.base import Backend, Env, Held, Intent, JobHandle, Phase, Ref, Seen
 from launcher.claim import write_marker
 from launcher.costs import costs
+from launcher.errors import HeldElsewhere
 from launcher.run import Run
 from launcher.spec import Budget
-from tests.launcher.bucketed import Mirrored, begin, bucket, load, recipe
+from tests.launcher.bucketed import Mirrored, begin, bucket, laptop, load, recipe
 from tests.launcher.rehearsed import Scene
-from tests.launcher.test_artifacts import opened
+from tests.launcher.test_artifacts import opened, root
 
 from launcher.rehearsal.vertex import Stub  # isort: skip
 
@@ -92,3 +94,48 @@ def test_what_was_never_created_has_cost_nothing(
     it.clock.sleep(A_DAY)
     run = end(it, run_id)
     assert (run.phase, run.spent_usd, it.server.vertex.created) == (Phase.CANCELLED, 0.0, [])
+
+
+def test_a_job_that_a_sleeping_laptop_asks_for_after_the_end_is_deleted_again(
+    it: Scene, tmp_path: Path
+) -> None:
+    """It had looked whether the run was still its own; then it slept, and another one ended it."""
+    run_id = begin(it)
+    other = laptop(it, tmp_path / "other")
+    adopt(root(run_id), other)
+
+    class Sleeping(Mirrored):
+        def create(self, intent: Intent, env: Env) -> Ref:
+            if intent.billable:
+                write_marker(opened(it, run_id), it.clock.now(), "bob", "teardown")
+                assert engine.teardown(run_id, other, load).held is Held.GONE
+            return super().create(intent, env)
+
+    with pytest.raises(HeldElsewhere):
+        engine.drive(run_id, it.env, lambda _: Sleeping())
+    assert (len(it.server.vertex.created), it.server.vertex.states()) == (1, {})
+
+
+def test_while_the_run_goes_on_elsewhere_its_job_is_left_alone(it: Scene, tmp_path: Path) -> None:
+    run_id = begin(it)
+    other = laptop(it, tmp_path / "other")
+    adopt(root(run_id), other)
+
+    class Watching(Mirrored):
+        def observe(self, job: JobHandle, env: Env) -> Seen:
+            seen = super().observe(job, env)
+            if seen.phase is Phase.RUNNING:
+                raise Killed
+            return seen
+
+    class Late(Mirrored):
+        def create(self, intent: Intent, env: Env) -> Ref:
+            ref = super().create(intent, env)
+            if intent.billable:
+                with pytest.raises(Killed):
+                    engine.drive(run_id, other, lambda _: Watching(), take_over=True)
+            return ref
+
+    with pytest.raises(HeldElsewhere):
+        engine.drive(run_id, it.env, lambda _: Late())
+    assert [*it.server.vertex.states().values()] == ["RUNNING"]
