@@ -308,8 +308,8 @@ def teardown(run: Which, timeout: Optional[float] = None) -> Run:
     """Delete everything a run holds and wait until each resource is confirmed absent; takes the
     run over from its driver. Of a run whose journal cannot be read, what carries its label.
     `timeout`: seconds after which it waits no longer for what does not go or does not answer; None:
-    15 minutes for each. Errors: `Leaked` with the commands that finish by hand; those of a store
-    that does not take records, after everything was deleted all the same."""
+    15 minutes for each. Errors: `Leaked` with the commands that finish by hand; those of a store,
+    or a disk, that does not take records, after everything was deleted all the same."""
     from launcher import driver, unread
 
     here, facts = env(), _find(run)
@@ -339,8 +339,8 @@ def _teardown(facts: dict[str, Any], here: Env, waiting: Waiting) -> Run:
         engine.teardown(seen.id, here, lock=lock, until=waiting.until)
     except Leaked:
         raise
-    except (Signal, UsageError) as error:
-        if not is_remote(seen.root):
+    except (Signal, UsageError, home.Unwritable) as error:
+        if not (is_remote(seen.root) or isinstance(error, home.Unwritable)):
             raise
         _clear_without_journal(seen, here, waiting)
         error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "
@@ -468,8 +468,10 @@ def _clear_without_journal(run: Run, here: Env, waiting: Waiting) -> None:
     theirs = replace(here, owner=run.owner)
     for name in dict.fromkeys(job.backend for job in run.jobs):
         backend = backends.load(name)
-        attempts = (attempt for job in run.jobs if job.backend == name for attempt in job.attempts)
+        attempts = [a for job in run.jobs if job.backend == name for a in job.attempts]
         known = [ref for attempt in attempts for ref in attempt.refs]
+        if any(attempt.held is Held.CREATING for attempt in attempts):
+            here.clock.sleep(backend.can.settle)  # what was asked for last may not show yet
         try:
             found = list(backend.sweep(theirs))
             if known and isinstance(backend, CanFind):

@@ -22,7 +22,8 @@ from launcher.backends.base import (
     Ref,
 )
 from launcher.claim import NAP, Claim, Load, say
-from launcher.errors import BadRequest, Leaked, Signal, Transient
+from launcher.errors import BadRequest, HeldElsewhere, LaunchError, Leaked, Signal, Transient
+from launcher.fold import Fold
 from launcher.run import Attempt, JobState, Run
 from launcher.waiting import Waiting
 
@@ -37,7 +38,7 @@ def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:
     leaks: list[Leaked] = []
     at = {"job": job.index, "attempt": attempt.number}
     try:
-        _record(claim, job, attempt, _strays(claim, job, attempt))
+        write_down(claim, job, attempt)
     except Leaked as leak:
         leaks.append(leak)
     for ref in reversed(attempt.holding):
@@ -105,6 +106,28 @@ def first(claim: Claim, job: JobState, attempt: Attempt) -> bool:
     else:  # the newest record is what is followed
         claim.record("ref", job=job.index, attempt=attempt.number, ref=known[0])
     return True
+
+
+def write_down(claim: Claim, job: JobState, attempt: Attempt) -> None:
+    """Record what the attempt's requests without an answer have made, perhaps long ago: it has had
+    a price, and an end of its own. Errors: `Leaked`."""
+    _record(claim, job, attempt, _strays(claim, job, attempt))
+
+
+def keep(claim: Claim, job: JobState, attempt: Attempt, ref: Ref) -> None:
+    """Record what a request has just made. Errors: `HeldElsewhere` when the run was lost meanwhile
+    (this machine slept, say): who drives it finds the resource by its label; of a run that is over
+    nobody would look, so it is deleted here first."""
+    try:
+        claim.record("ref", job=job.index, attempt=attempt.number, ref=ref)
+    except HeldElsewhere:
+        try:
+            if ref.billable and Fold(claim.journal.read()).run.ended is not None:
+                claim.say(f"{ref.name} was made after {claim.run.name} was over: deleting it")
+                remove(claim.backend(ref.backend), ref, claim.env)
+        except LaunchError as error:
+            claim.say(f"{ref.name} may be left: {error}; `launch sweep` finds it")
+        raise
 
 
 def made(claim: Claim, job: JobState, attempt: Attempt, waiting: Mapping[str, Any]) -> list[Ref]:

@@ -8,6 +8,7 @@ be killed between any two lines of this file and the next one ends at the same p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from types import MappingProxyType
@@ -16,7 +17,17 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import LATE, clear, first, insist, made, past_odd_refs, sweep
+from launcher.clear import (
+    LATE,
+    clear,
+    first,
+    insist,
+    keep,
+    made,
+    past_odd_refs,
+    sweep,
+    write_down,  # fmt: skip
+)
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -156,9 +167,12 @@ class Engine:
         except (Signal, BudgetSpent) as error:
             return Outcome(Phase.FAILED, str(error), error.code)
         if last is not None and wait:
-            patience = claim.patience(job)
+            patience, decided = claim.patience(job), claim.fold.taken
             claim.say(f"{job.name}: {last.why}; trying again in {wait:.0f} s")
             claim.pause(wait if patience is None else min(wait, patience))
+            claim.take_up()
+            if claim.fold.taken != decided:
+                return None  # by another budget: whether, and where, is to be decided anew
         if last is not None and claim.patience(job) == 0:
             why = f"no capacity within budget.wait ({self.recipe.budget.wait}): {last.why}"
             return Outcome(Phase.FAILED, why, Exit.CAPACITY)
@@ -223,8 +237,11 @@ class Engine:
                 self._phase(job, attempt, Phase.FAILED, held, str(signal), cause=cause)
                 return
         elif self.claim.waiting(job, attempt):
-            self._phase(job, attempt, Phase.CANCELLED, attempt.held, "stopped before it began")
-            return
+            with suppress(Leaked):  # `clear` asks again, and says so
+                write_down(self.claim, job, attempt)
+            if self.claim.waiting(job, attempt):
+                self._phase(job, attempt, Phase.CANCELLED, attempt.held, "stopped before it began")
+                return
         self._watch(job, attempt)
 
     def _place(self, job: JobState, attempt: Attempt) -> None:
@@ -246,7 +263,7 @@ class Engine:
                     held = attempt.held if any(r.billable for r in attempt.holding) else held
                     self._phase(job, attempt, Phase.CANCELLED, held, "stopped before it began")
                     return
-                self.claim.record("ref", job=job.index, attempt=attempt.number, ref=ref)
+                keep(self.claim, job, attempt, ref)
 
     def _held_after(self, job: JobState, attempt: Attempt, signal: Exception) -> Held:
         """What an attempt holds that could not be placed. A request that was refused has made
@@ -426,8 +443,9 @@ class Engine:
 
     def _last_look(self, job: JobState, attempt: Attempt) -> None:
         """Before a teardown: a job that ended while nobody looked has its own outcome."""
-        if not self.claim.waiting(job, attempt):
-            with past_odd_refs():
+        with past_odd_refs():
+            write_down(self.claim, job, attempt)
+            if not self.claim.waiting(job, attempt):
                 look = insist(self.claim, lambda: self._look(job, attempt), [job.name])
                 self._see(job, attempt, look)
         if not attempt.phase.over:
@@ -438,19 +456,8 @@ class Engine:
 
     def _gates(self, job: JobState) -> Optional[Outcome]:
         """Ask the gates after this job's stages; the first that does not pass ends the run."""
-        stages = self.claim.run.stages
-        for stage in self.claim.jobs[job.index]:
-            state = next(s for s in stages if s.id == stage.id)
-            if not stage.gate or state.gate == "passed":
-                continue
-            evaluations = {s.id: self.claim.evaluation(s) for s in stages}
-            result = gates.evaluate(stage.gate, evaluations, stage.id)
-            lines = list(result.lines)
-            self.claim.record("gate", id=stage.id, passed=result.passed, lines=lines)
-            if not result.passed:
-                why = f"the gate after '{stage.id}' did not pass: {'; '.join(lines)}"
-                return Outcome(Phase.FAILED, why, Exit.JOB)
-        return None
+        why = gates.refused(self.claim, job)
+        return Outcome(Phase.FAILED, why, Exit.JOB) if why else None
 
     def _whole(self) -> Optional[Outcome]:
         """The outcome of a run whose every job has succeeded; None: some have not."""

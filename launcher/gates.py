@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from launcher.spec import Gate
+
+if TYPE_CHECKING:
+    from launcher.claim import Claim
+    from launcher.run import JobState
 
 Evaluations = Mapping[str, Optional[Mapping[str, Any]]]
 #: `below: x, by: 0.1` holds for 0.1 as written in decimal, although 6.1 - 6.0 is a little less.
@@ -29,6 +33,23 @@ def evaluate(gates: Iterable[Gate], evaluations: Evaluations, stage: str) -> Gat
     verdicts = [verdict for gate in gates for verdict in _judge(gate, evaluations, stage)]
     lines = tuple(f"{line}: {'passed' if holds else 'failed'}" for holds, line in verdicts)
     return GateResult(all(holds for holds, _ in verdicts), lines)
+
+
+def refused(claim: Claim, job: JobState) -> str:
+    """Ask, and record, the gates after this job's stages: why the first that does not pass did not;
+    empty when all passed."""
+    stages = claim.run.stages
+    for stage in claim.jobs[job.index]:
+        state = next(s for s in stages if s.id == stage.id)
+        if not stage.gate or state.gate == "passed":
+            continue
+        evaluations = {s.id: claim.evaluation(s) for s in stages}
+        result = evaluate(stage.gate, evaluations, stage.id)
+        lines = list(result.lines)
+        claim.record("gate", id=stage.id, passed=result.passed, lines=lines)
+        if not result.passed:
+            return f"the gate after '{stage.id}' did not pass: {'; '.join(lines)}"
+    return ""
 
 
 def _judge(gate: Gate, evaluations: Evaluations, stage: str) -> Iterable[tuple[bool, str]]:

@@ -122,20 +122,24 @@ def find(home: Path, text: str) -> dict[str, Any]:
 class DriverLock:
     """`driver.lock` of a run: an flock that lives as long as its driver, whatever kills it."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, descriptor: int, place: Path) -> None:
+        self.descriptor, self._place = descriptor, place
 
     @classmethod
     def acquire(cls, place: Path, wait: float = 1.0) -> Optional[DriverLock]:
         """The lock, or None when another process keeps it for `wait` seconds. (`holder` takes it
-        for an instant; that is why a driver asks more than once.)"""
-        place.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(place / "driver.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        for an instant; that is why a driver asks more than once.) Errors: `Unwritable`."""
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            file = place / "driver.lock"
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise unwritable(place, error) from error
         deadline = time.monotonic() + wait
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(descriptor)
+                return cls(descriptor, place)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
@@ -152,13 +156,16 @@ class DriverLock:
         if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
             return None
         os.set_inheritable(descriptor, False)
-        return cls(descriptor)
+        return cls(descriptor, place)
 
     def claim(self, pid: int, since: float) -> None:
-        """Write who holds it."""
+        """Write who holds it. Errors: `Unwritable`."""
         facts = json.dumps({"host": socket.gethostname(), "pid": pid, "since": since})
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, facts.encode(), 0)
+        try:
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, facts.encode(), 0)
+        except OSError as error:
+            raise unwritable(self._place, error) from error
 
     def close(self) -> None:
         """Let go of it here; a process that inherited the descriptor keeps the lock."""

@@ -112,14 +112,15 @@ def reopen(fold: Fold, journal: Journal, place: Path, overrides: Iterable[str], 
     recipe = _revised(fold, place, given, env)
     _refuse_spent(recipe, fold.run, env.clock.now())
     artifacts = journal.artifacts
-    taken = len(artifacts.names("control/stop-"))
-    artifacts.move("control/stop.json", f"control/stop-{taken + 1}.json")
-    (place / "summary.json").unlink(missing_ok=True)
-    artifacts.remove("summary.json")
     # A change that no driver took up in time was of the run as it was before.
     left = changes.last(place)
     told = {"overrides": list(given), "recipe": to_dict(recipe), "taken": left}
     fold.apply(journal.append("resumed", **told))
+    # Only now: where another machine was first, the marker asks the run that goes on there.
+    taken = len(artifacts.names("control/stop-"))
+    artifacts.move("control/stop.json", f"control/stop-{taken + 1}.json")
+    (place / "summary.json").unlink(missing_ok=True)
+    artifacts.remove("summary.json")
     artifacts.write("recipe.yaml", as_yaml(recipe))
 
 

@@ -106,22 +106,23 @@ def look(env: Env, facts: dict[str, Any], believe: bool = False) -> Run:
 
 def write_summary(place: Path, run: Run, artifacts: Artifacts, share: bool = True) -> None:
     """`summary.json` in both places once nothing can change, so that `status` stays instant; none
-    while something still may. One that a store does not take is left out there: the journal says
-    it all. Without `share` it is written here only."""
+    while something still may. One that a store, or a full disk, does not take is left out there:
+    the journal says it all. Without `share` it is written here only."""
     run.folder = str(artifacts.folder)
-    with suppress(Signal):
+    with suppress(Signal, home.Unwritable):
         artifacts.refresh(anew=share)
     run.progress = records.run_progress(run)
     note_restarts(run)
     text = json.dumps(run.to_json()) + "\n"
-    with suppress(Signal):
+    with suppress(Signal, home.Unwritable):
         if run.live:
             artifacts.remove("summary.json")
         elif share:
             artifacts.write("summary.json", text)
     if run.live:
         (place / "summary.json").unlink(missing_ok=True)
-    else:
+        return
+    with suppress(home.Unwritable):
         home.write(place / "summary.json", text)
 
 

@@ -12,14 +12,14 @@ from typing import Any, Optional
 
 import pytest
 
-from launcher import api, cli, console, engine, home, logs, records, view
+from launcher import api, cli, console, engine, home, logs, records, start, view
 from launcher.adopt import adopt
 from launcher.artifacts import EVENTS, LOGS, Artifacts, Bucket, here, journals, open_artifacts
 from launcher.backends.base import Env, Held, Phase
 from launcher.claim import write_marker
 from launcher.clock import ManualClock
 from launcher.errors import Damaged, Denied, Exit, HeldElsewhere, LaunchError, Transient, UsageError
-from launcher.journal import Journal
+from launcher.journal import Fold, Journal
 from launcher.pulling import pull
 from launcher.run import Run
 from launcher.spec import Gate
@@ -514,6 +514,26 @@ def test_resuming_what_another_laptop_has_resumed_changes_nothing(
     with pytest.raises(HeldElsewhere):
         api.resume(run_id)  # the summary here still says that it is over
     assert journal(it, run_id) == records_
+
+
+def test_of_two_laptops_that_resume_a_run_the_slower_one_takes_no_request_to_stop_away(
+    it: Scene,
+) -> None:
+    """The faster one's run was asked to stop in the meantime."""
+    run_id = begin(it)
+    artifacts = opened(it, run_id)
+    write_marker(artifacts, it.clock.now(), "ann", "lunch")
+    drive(it, run_id)
+    at = place(it, run_id)
+    slow, fast = (Journal(at, artifacts, it.clock) for _ in range(2))
+    stale, fresh = (Fold(one.read()) for one in (slow, fast))
+    start.reopen(fresh, fast, at, (), it.env)
+    write_marker(artifacts, it.clock.now(), "ann", "enough")
+    it.clock.sleep(1.0)
+    with pytest.raises(HeldElsewhere):
+        start.reopen(stale, slow, at, (), it.env)
+    run = drive(it, run_id)
+    assert (run.why, it.server.vertex.created) == ("stopped: enough", [])
 
 
 def test_what_a_report_reads_lies_here_after_a_refresh(it: Scene) -> None:

@@ -13,6 +13,7 @@ import pytest
 from launcher import api, bundle, cli, console, doctor, money, report, start
 from launcher.backends.base import Held, Phase
 from launcher.changes import last
+from launcher.clock import ManualClock
 from launcher.errors import Exit, UsageError
 from launcher.fold import Fold
 from launcher.recipe import load
@@ -146,6 +147,26 @@ def test_a_price_cap_ends_a_run_that_waits_for_its_next_attempt(live: Live) -> N
     live.record("phase", **facts, exit_code=75, cause="preempted")
     found = live.against("budget.usd=12", "budget.usd_per_hour=10", text=FILE)
     assert [change.path for change in found.stops] == ["budget.usd_per_hour"]
+
+
+def test_a_price_cap_that_comes_while_a_run_waits_holds_for_its_next_attempt(
+    tmp_path: Path,
+) -> None:
+    """The place of that attempt was chosen before the wait."""
+    places = [{"place": place, "capacity": "spot", "usd_per_hour": usd}
+              for place, usd in (("cheap", 1.0), ("dear", 60.0))]  # fmt: skip
+    it = scene(tmp_path, offers=places, jobs=[{"end": "preempted"}])
+
+    class BetweenTwo(ManualClock):
+        def sleep(self, seconds: float) -> None:
+            (first, *others) = it.run().jobs[0].attempts
+            if first.phase.over and not first.holding and not others and not last(it.place):
+                raised(it, usd_per_hour=10)()
+            super().sleep(seconds)
+
+    run = it.drive(BetweenTwo())
+    assert "changed" in it.kinds()
+    assert [attempt.place for attempt in run.jobs[0].attempts] == ["cheap", "cheap"]
 
 
 # What a deadline ends.

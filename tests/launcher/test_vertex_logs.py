@@ -210,6 +210,25 @@ def test_a_worker_whose_clock_runs_ahead_hides_nobody(it: Scene) -> None:
         assert texts == [f"{task} {n}" for n in range(20)]
 
 
+def test_a_worker_whose_clock_is_an_hour_ahead_repeats_nothing(it: Scene) -> None:
+    """The service finds its entries by their times, long after they were received."""
+    follower = Follower(it, job := started(it))
+    it.see(job)
+    number, begun = job.refs[-1].data["job_id"], it.clock.now()
+    for n in range(45):
+        it.clock.sleep(20.0)
+        for task, ahead in (("workerpool1-0", 3600.0), ("workerpool0-0", 0.0)):
+            time = begun + 20 * n + ahead
+            it.server.logging.write(
+                "proj", number, task, f"{task} {n}", time, late=it.clock.now() - time
+            )
+        follower.look()
+    it.clock.sleep(logs.SETTLE + 2)
+    follower.look()
+    assert len(follower.texts) == 90
+    assert sorted(follower.texts) == sorted({*follower.texts})
+
+
 def test_of_an_attempt_that_was_created_twice_the_lines_of_the_first_job_all_come(
     it: Scene,
 ) -> None:

@@ -34,6 +34,8 @@ LOOK_BACK, WIDE_EVERY, _WIDE_PAGES = 600.0, 60.0, 10
 WIDE_AT_THE_END = 10.0
 #: Seconds after the end of a job until its last entries are there.
 DRAIN = 30.0
+#: Seconds by which a time in a filter, which has microseconds, may lie before the one meant.
+_ROUNDED = 1e-3
 _PAGE = 1000
 #: What boot puts before a worker's line where a job has several: its global rank.
 _RANK = re.compile(r"\[worker (\d+)\] ")
@@ -41,7 +43,9 @@ _RANK = re.compile(r"\[worker (\d+)\] ")
 
 @dataclass(repr=False)
 class _Given:
-    """Insert id -> its number among the lines given; shared by all cursors of one reader."""
+    """Insert id -> its number among the lines given, and its time; shared by all cursors of one
+    reader. The time is the entry's own: by it the service finds an entry again, however long ago
+    it was received."""
 
     numbers: dict[str, tuple[int, float]] = field(default_factory=dict)
     count: int = 0
@@ -110,14 +114,14 @@ def read(job: JobHandle, query: LogQuery, env: Env) -> Iterator[Line]:
         for entry in sorted(page, key=lambda entry: (entry.at, entry.insert_id)):
             if entry.at > until or given.has(entry):
                 continue
-            count = given.add(entry.insert_id, entry.at)
+            count = given.add(entry.insert_id, entry.time)
             newest = max(entry.at, float(cursor.get("time", 0.0)))
             cursor = {"job": number, "time": newest, "id": entry.insert_id, "number": count,
                       "given": given}  # fmt: skip
             if query.worker in (None, entry.worker):
                 yield Line(entry.worker, entry.time, entry.text, cursor)
     if cursor:
-        given.forget(float(cursor["time"]) - LOOK_BACK - OVERLAP)
+        given.forget(float(cursor["time"]) - LOOK_BACK - OVERLAP - _ROUNDED)
 
 
 def _pages(
