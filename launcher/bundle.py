@@ -65,9 +65,14 @@ def packed(files: Iterable[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def place(home: Path, sha256: str) -> Path:
-    """Where the archive of this name is."""
-    return home / "bundles" / f"{sha256}.tar.bz2"
+def place(home: Path, sha256: str, like: str = "") -> Path:
+    """Where the archive of this name is; `like`: a name of its kind, for an older run's is `.tar.gz`."""
+    return home / "bundles" / f"{sha256}{kind(like)}"
+
+
+def kind(name: str) -> str:
+    """How an archive of this name is packed."""
+    return ".tar.gz" if name.endswith(".tar.gz") else ".tar.bz2"
 
 
 def compressed(tar: bytes) -> bytes:

@@ -420,7 +420,7 @@ class Claim:
         if self.foreign:
             if not _SHA256.fullmatch(str(raw["sha256"])):
                 raise JournalDamaged(f"{self.journal.first}: its bundle has no sha256")
-            raw["path"] = str(bundle_place(self.env.home, raw["sha256"]))
+            raw["path"] = str(bundle_place(self.env.home, raw["sha256"], str(raw["path"])))
         refs = (r for job in self.run.jobs for attempt in job.attempts for r in attempt.refs)
         if Path(raw["path"]).exists() or any(raw["sha256"] in ref.name for ref in refs):
             return Bundle(Path(raw["path"]), raw["sha256"], raw["bytes"])

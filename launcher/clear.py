@@ -25,11 +25,9 @@ from launcher.claim import NAP, Claim, Load, say
 from launcher.errors import BadRequest, HeldElsewhere, LaunchError, Leaked, Signal, Transient
 from launcher.fold import Fold
 from launcher.run import Attempt, JobState, Run
-from launcher.waiting import Waiting
+from launcher.waiting import LATE, Waiting
 
 Answer = TypeVar("Answer")
-#: Why what is not there is looked for once more.
-LATE = "not there, but it might show late"
 
 
 def clear(claim: Claim, job: JobState, attempt: Attempt) -> None:

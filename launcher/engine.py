@@ -17,17 +17,7 @@ from typing import Any, Optional
 from launcher import backends, gates, home, retry
 from launcher.backends.base import Env, Held, Intent, Offer, Phase, Ref, Seen
 from launcher.claim import FIRST_LOOK, Claim, Load, claimed
-from launcher.clear import (
-    LATE,
-    clear,
-    first,
-    insist,
-    keep,
-    made,
-    past_odd_refs,
-    sweep,
-    write_down,  # fmt: skip
-)
+from launcher.clear import clear, first, insist, keep, made, past_odd_refs, sweep, write_down
 from launcher.errors import Again, BudgetSpent, Exit, Leaked, NoCapacity, Signal, Transient
 from launcher.fold import NOT_STARTED, worst
 from launcher.money import LEAST, worth
@@ -37,6 +27,7 @@ from launcher.retry import Outcome
 from launcher.run import Attempt, JobState, Run
 from launcher.spec import Recipe
 from launcher.view import write_summary
+from launcher.waiting import LATE
 from trainer.boot import AGAIN, CONFIG, OUTAGE
 
 #: Seconds between two looks, at most: on this machine, elsewhere.

@@ -16,12 +16,12 @@ from launcher import backends, home, retry
 from launcher.artifacts import Artifacts, open_artifacts
 from launcher.backends.base import Backend, Env, Held, Ref
 from launcher.claim import refuse_processes, write_marker
-from launcher.clear import LATE, patiently, remove
+from launcher.clear import patiently, remove
 from launcher.errors import JournalDamaged, LaunchError, Leaked, Signal, Transient
 from launcher.journal import Journal
 from launcher.run import Run
 from launcher.view import unread
-from launcher.waiting import Waiting
+from launcher.waiting import LATE, Waiting
 
 _RECORD = re.compile(r"journal/(\d{8}\.json)")
 

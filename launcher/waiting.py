@@ -14,6 +14,8 @@ from launcher.clock import Clock
 #: How long a resource may stay DELETING, or a backend deaf, before it counts as leaked. Waits are
 #: added up: a machine that sleeps meanwhile has not waited.
 PATIENCE = 900.0
+#: Why what is not there is looked for once more.
+LATE = "not there, but it might show late"
 #: Seconds of a wait before its first line, and between two lines.
 _QUIET, _EVERY = 5.0, 60.0
 

@@ -15,6 +15,7 @@ from urllib.parse import quote, urlencode
 
 from launcher import hardware
 from launcher.backends.base import Intent, JobSpec, Offer, Plan
+from launcher.bundle import kind as packing
 from launcher.errors import BadRequest, NoCapacity
 from launcher.spec import OWN_PRICE, Hardware, Vertex
 from launcher.wheels import TORCH, is_remote
@@ -127,14 +128,14 @@ def plan(spec: JobSpec, offer: Offer) -> Plan:
     image = _image(spec.hardware)
     root, bundle = str(spec.boot["root"]).rstrip("/"), spec.boot["bundle"]
     bucket = root.removeprefix("gs://").partition("/")[0]
-    bundle_uri = f"gs://{bucket}/launch/bundles/{bundle['sha256']}{_kind(bundle)}"
+    bundle_uri = f"gs://{bucket}/launch/bundles/{bundle['sha256']}{packing(str(bundle['url']))}"
     boot_uri = f"{root}/boot/{spec.name}-a${{attempt}}.json"
     wheels, uploads = _wheels(spec, bucket)
     boot = {
         **spec.boot, "bundle": {**bundle, "url": bundle_uri}, "environment": True, **wheels,
     }  # fmt: skip
     if (code := spec.boot.get("code")) is not None:
-        uri = f"gs://{bucket}/launch/code/{code['sha256']}{_kind(code)}"
+        uri = f"gs://{bucket}/launch/code/{code['sha256']}{packing(str(code['url']))}"
         uploads[uri] = {"file": code["url"], "sha256": code["sha256"]}
         boot["code"] = {**code, "url": uri}
     facts = {"project": project_of(spec.hardware), "labels": labels(spec)}
@@ -223,11 +224,6 @@ def _price(
                 f"Compute Engine, without what Vertex AI adds; {price.source}, {price.snapshot}"
             )
     return None, f"no dated {capacity} price for {machine} in {place}"
-
-
-def _kind(archive: Mapping[str, Any]) -> str:
-    """How an archive is packed, by its name: an older run's is a `.tar.gz`."""
-    return ".tar.gz" if str(archive["url"]).endswith(".tar.gz") else ".tar.bz2"
 
 
 def _wheels(spec: JobSpec, bucket: str) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
