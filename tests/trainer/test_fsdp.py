@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import TCPStore
 
 from tests.stub_jobs import finish, log, read, specification, start
 from tests.trainer.conftest import in_folder
@@ -21,7 +24,7 @@ from tests.trainer.faults import Faults
 from tests.trainer.sharded_runs import optimizer_digest
 from tests.trainer.test_loop import lines
 from tests.trainer.test_recovery import Ran, apart, same
-from trainer import parallel, smaller
+from trainer import alarm, parallel, smaller
 from trainer.checkpoint import load_state
 from trainer.config import (
     Adapter,
@@ -259,6 +262,23 @@ def test_out_of_memory_ends_all_workers_and_the_next_start_is_smaller(
     assert "resumed at step 2" in again.said and again.checkpoint.name == "step-4"
     assert apart(fsdp.weights(), again.weights()) < 1e-6
     assert load_state(again.checkpoint)["micro_batch"] == 2
+
+
+def test_workers_that_run_out_of_memory_at_once_wait_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each has something to tell, and none of them listens any more."""
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(kept.port))
+    cpu = torch.device("cpu")
+    alarms = [alarm.Alarm(Runtime(cpu, "fp32", rank, 3), tmp_path) for rank in range(3)]
+    for each in alarms:
+        each.close()
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda each: each.tell(Leave(4, 2)), alarms))
+    assert time.monotonic() - began < alarm.PATIENCE
 
 
 def test_one_row_without_memory_ends_all_workers_for_good(begin: Start) -> None:
