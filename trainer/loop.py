@@ -444,7 +444,8 @@ class Loop:
             self._saved_at = self.step
             held = self.runtime.gather((rng_state(), self.objective.state_dict()))
             state = self._state([rng for rng, _ in held], [state for _, state in held])
-            self.saver.save(self.step, state, val_loss=self._val_loss(), best=best, wait=wait)
+            with parallel.gathering(self.stream.micro_batch):
+                self.saver.save(self.step, state, val_loss=self._val_loss(), best=best, wait=wait)
         if wait:
             self.saver.wait()
         self._tell_saved()

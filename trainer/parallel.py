@@ -9,6 +9,7 @@ Only the model that is trained is sharded; teachers and other frozen models stay
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Optional, TypeVar
@@ -154,6 +155,22 @@ def attempt(
     if isinstance(decision, Retry):
         raise Leave(rows, decision.micro_batch)
     raise Leave(rows, 0, getattr(decision, "reason", ""))
+
+
+@contextlib.contextmanager
+def gathering(rows: int) -> Iterator[None]:
+    """Within it, all ranks make the tensors of a sharded model whole, for a checkpoint. `rows`: of
+    a micro-batch. Errors: `Leave` in place of an out-of-memory, as in `attempt`: smaller steps
+    leave more room, in larger pieces."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        fewer = (rows + 1) // 2 if rows > 1 else 0
+        reason = (
+            "no memory to gather a checkpoint, even with one row at a time: take a larger"
+            " accelerator, or more of them"
+        )
+        raise Leave(rows, fewer, reason, "while a checkpoint was gathered") from None
 
 
 def reduce_gradients(model: nn.Module, runtime: Runtime, ready: bool = True) -> bool:

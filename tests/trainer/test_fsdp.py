@@ -281,6 +281,32 @@ def test_workers_that_run_out_of_memory_at_once_wait_for_nobody(
     assert time.monotonic() - began < alarm.PATIENCE
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "waiting"])
+def test_out_of_memory_while_a_checkpoint_is_gathered_starts_again(
+    begin: Start, fsdp: Ran, beside: bool
+) -> None:
+    """Of the 21 tensors of the second save the third finds none, on one of the workers: the other
+    one waits for it there. The save before it is the one that the next start goes on from."""
+    name, settings = f"gather-{beside}", {"save_every": 2, "save_async": beside}
+    failed = begin(name, 2, {"whole": [21 + 2]}, parallel="fsdp", until=4, **settings)
+    assert failed.codes == [75, 75], failed.said
+    assert "error: rank 1: out of memory while a checkpoint was gathered" in failed.said
+    assert smaller.noted(failed.folder) == 2 and failed.checkpoint.name == "step-2"
+    assert not verify(failed.checkpoint)
+    again = begin(f"{name}-again", 2, go_on=failed, parallel="fsdp", **settings)
+    assert again.codes == [0, 0] and "resumed at step 2" in again.said, again.said
+    assert apart(fsdp.weights(), again.weights()) < 1e-6
+
+
+def test_a_checkpoint_that_no_number_of_rows_gathers_ends_all_workers_for_good(
+    begin: Start,
+) -> None:
+    failed = begin("gather-one", 2, {"whole": [2]}, parallel="fsdp", micro_batch=1, accumulate=4)
+    assert failed.codes == [64, 64], failed.said
+    assert "no memory to gather a checkpoint, even with one row at a time" in failed.said
+    assert smaller.noted(failed.folder) is None
+
+
 def test_one_row_without_memory_ends_all_workers_for_good(begin: Start) -> None:
     fault = {**STUDENT, "kind": "oom", "calls": []}
     failed = begin("one-row", 2, fault, parallel="fsdp", micro_batch=1, accumulate=4)
