@@ -175,8 +175,9 @@ class Loop:
         self.guard.consecutive = state["consecutive"]
         if self.scaler is not None and state.get("scaler") is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if state["micro_batch"] is not None:
-            self._largest = min(state["micro_batch"], self._largest or state["micro_batch"])
+        # Also what is known besides: a curriculum cuts as configured when it goes to its phase.
+        if known := [n for n in (state["micro_batch"], self._largest) if n is not None]:
+            self._largest = min(known)
             self.stream.resize(min(self._largest, self.stream.micro_batch))
         self._saved_at = self.step
         self._evaluated_at = state.get("evaluated_at", self.step)
