@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from trainer import copies, parallel, probe
 from trainer.batch import Batch
-from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
+from trainer.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    crash_dump,
+    load_state,
+    rng_state,
+    set_rng_state,
+)
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, Stream
 from trainer.evaluate import Left, held_out, held_out_rows
@@ -335,18 +342,17 @@ class Loop:
                 self._crash(decision.reason)
 
     def _crash(self, reason: str) -> None:
-        where = self.folder / "crash_dump.pt"
+        kept = f"state and batch shapes are in {self.folder / 'crash_dump.pt'}"
         model = self.saver.files.tensors()  # all ranks: each may hold a part
         if self.runtime.main:
             shape = [self.stream.micro_batch, self.stream.rows.sequence_length]
-            state = {
-                **parallel.local_parts(self._state([], [])),
-                "model": model,
-                "batch_shape": shape,
-            }
-            where = crash_dump(self.folder, state)
+            state = parallel.local_parts(self._state([], []))
+            try:
+                crash_dump(self.folder, {**state, "model": model, "batch_shape": shape})
+            except CheckpointError as error:
+                kept = str(error)
         self.runtime.barrier()  # a rank that leaves first would have torchrun end the others
-        raise NonFiniteError(f"step {self.step}: {reason}; state and batch shapes are in {where}")
+        raise NonFiniteError(f"step {self.step}: {reason}; {kept}")
 
     def _log(self, rate: float, norm: Tensor) -> None:
         facts, tokens = self._window.close(self.runtime, self.training_seconds)
