@@ -60,7 +60,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
             f"the adapter has {found:,} trainable parameters, its shapes say {expected:,}"
         )
     if saved is not None:
-        _restore(wrapped, saved)
+        _restore(wrapped, saved, adapter)
     return wrapped
 
 
@@ -317,7 +317,7 @@ def _names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _restore(model: Any, saved: Path) -> None:
+def _restore(model: Any, saved: Path, adapter: Adapter) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -329,6 +329,12 @@ def _restore(model: Any, saved: Path) -> None:
         raise CheckpointError(
             f"{saved}: its adapter is not that of model.adapter ({name} is {theirs.get(name)}"
             f" there, {ours.get(name)} here); resume with the settings it was started with"
+        )
+    scale = json.loads((saved / CONFIG).read_text()).get("lora_alpha", adapter.alpha)
+    if scale != adapter.alpha:  # in no tensor: the same ones would count more or less
+        raise CheckpointError(
+            f"{saved}: its adapter is not that of model.adapter (alpha is {scale:g} there,"
+            f" {adapter.alpha:g} here); resume with the settings it was started with"
         )
     set_peft_model_state_dict(model, state)
 

@@ -129,6 +129,15 @@ def test_a_checkpoint_of_another_rank_is_not_resumed(lora: StageConfig, run_stag
         run_stage(wider, attempt=2)
 
 
+def test_an_adapter_that_would_count_more_is_not_resumed(lora: StageConfig, run_stage: Run) -> None:
+    """Nothing of it is in the tensors."""
+    run_stage(in_folder(lora, Path(lora.output), until=1))
+    assert lora.model is not None and lora.model.adapter is not None
+    louder = replace(lora.model.adapter, alpha=lora.model.adapter.alpha * 2)
+    with pytest.raises(CheckpointError, match=r"model\.adapter \(alpha is \d+ there, \d+ here\)"):
+        run_stage(replace(lora, model=replace(lora.model, adapter=louder)))
+
+
 def test_a_reference_to_an_adapter_is_the_base_with_it(
     base: StageConfig, lora: StageConfig, run_stage: Run, tmp_path: Path
 ) -> None:
