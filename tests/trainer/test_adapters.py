@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,20 @@ def test_an_adapter_that_would_count_more_is_not_resumed(lora: StageConfig, run_
     louder = replace(lora.model.adapter, alpha=lora.model.adapter.alpha * 2)
     with pytest.raises(CheckpointError, match=r"model\.adapter \(alpha is \d+ there, \d+ here\)"):
         run_stage(replace(lora, model=replace(lora.model, adapter=louder)))
+
+
+@pytest.mark.parametrize("name", ["step-4", "other"])
+def test_another_base_of_the_same_shape_is_warned_of(
+    lora: StageConfig, run_stage: Run, tmp_path: Path, name: str
+) -> None:
+    """By its last name: a base that has moved is the same one."""
+    run_stage(in_folder(lora, Path(lora.output), until=1))
+    assert lora.model is not None
+    found, before = resolve(str(lora.model.name)), last(lora)
+    moved = shutil.copytree(found, tmp_path / "moved" / name)
+    went = run_stage(replace(lora, model=replace(lora.model, name=str(moved))), attempt=2)
+    line = f"WARNING: the adapter in {before} was made for {found}, and goes on on {moved}"
+    assert [x for x in went.lines if "was made for" in x] == [line] * (name == "other")
 
 
 def test_a_reference_to_an_adapter_is_the_base_with_it(
