@@ -84,9 +84,9 @@ def inject(kind: str, *, hidden: int, learning: bool, calls: list[int], rows: in
     nn.modules.module.register_module_forward_hook(after)
 
 
-def starve(whole: list[int]) -> None:
+def starve(whole: list[int], host: bool = False) -> None:
     """Of the tensors of which each rank has a part, those that are gathered with these numbers,
-    from 0, find no memory."""
+    from 0, find no memory on the device, or on the host."""
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -95,6 +95,8 @@ def starve(whole: list[int]) -> None:
     def gather(tensor: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
+        if count in whole and host:
+            raise RuntimeError("not enough memory (injected)")
         if count in whole:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return full_tensor(tensor, **options)

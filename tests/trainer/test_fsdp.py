@@ -298,6 +298,14 @@ def test_out_of_memory_while_a_checkpoint_is_gathered_starts_again(
     assert apart(fsdp.weights(), again.weights()) < 1e-6
 
 
+def test_whatever_else_fails_while_a_checkpoint_is_gathered_is_not_waited_for(begin: Start) -> None:
+    fault = {"whole": [21 + 2], "host": True}
+    failed = begin("gather-host", 2, fault, parallel="fsdp", save_every=2)
+    assert failed.codes == [78, 78], failed.said
+    assert "step 4 not saved: " in failed.said and "not enough memory (injected)" in failed.said
+    assert failed.checkpoint.name == "step-2" and not verify(failed.checkpoint)
+
+
 def test_a_checkpoint_that_no_number_of_rows_gathers_ends_all_workers_for_good(
     begin: Start,
 ) -> None:
@@ -315,12 +323,17 @@ def test_one_row_without_memory_ends_all_workers_for_good(begin: Start) -> None:
     assert smaller.noted(failed.folder) is None
 
 
-def test_a_micro_batch_that_is_looked_for_starts_again_with_what_fits(begin: Start) -> None:
+def test_a_micro_batch_that_is_looked_for_starts_again_with_what_fits(
+    begin: Start, fsdp: Ran
+) -> None:
     fault = {**STUDENT, "kind": "oom", "calls": [], "rows": 2}
     auto = {"micro_batch": "auto", "global_batch": ROWS, "parallel": "fsdp"}
     failed = begin("auto", 2, fault, **auto)
     assert failed.codes == [75, 75] and smaller.noted(failed.folder) == 2, failed.said
     assert "resumed" not in failed.said
+    again = begin("auto-again", 2, fault, go_on=failed, **auto)
+    assert again.codes == [0, 0] and load_state(again.checkpoint)["micro_batch"] == 2, again.said
+    assert apart(fsdp.weights(), again.weights()) < 1e-6
 
 
 def test_out_of_memory_in_an_evaluation_starts_again(begin: Start) -> None:
