@@ -176,13 +176,17 @@ def expected_count(
 def adapted_tensors(model: Any) -> set[str]:
     """The names, in the base model, of the tensors that the adapter of `model` changes: a B that is
     all zeros, as before the first step, changes nothing."""
-    found = set()
+    found = attached(model)
+    return {name for name, part in found.items() if bool(part.lora_B["default"].weight.any())}
+
+
+def attached(model: Any) -> dict[str, Any]:
+    """The names, in the base model, of all tensors that have an adapter -> PEFT's module there."""
+    found = {}
     for path, module in model.named_modules():
-        if "default" not in getattr(module, "lora_B", ()):
-            continue
-        if bool(module.lora_B["default"].weight.any()):
+        if "default" in getattr(module, "lora_B", ()):
             plain = path.removeprefix("base_model.model.").replace(".base_layer", "")
-            found.add(f"{plain}.{getattr(module, 'parameter_name', 'weight')}")
+            found[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
     return found
 
 

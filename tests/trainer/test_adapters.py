@@ -288,6 +288,21 @@ def test_a_merged_model_gives_the_logits_of_its_adapter(
     assert resolve(merge.output) == resolve(f"{merge.output}@best") == merge.output
 
 
+@pytest.mark.parametrize(("rest", "warned"), [(1.0, 0), (0.0, 1)])
+def test_a_merge_says_what_an_adapter_of_zeros_leaves_alone(
+    merge: StageConfig, run_stage: Run, tmp_path: Path, rest: float, warned: int
+) -> None:
+    assert merge.merge is not None
+    made = shutil.copytree(resolve(merge.merge.adapter), tmp_path / "made")
+    tensors = load_file(made / adapters.WEIGHTS)
+    kept = {n: t if ".layers.0." in n else t * rest for n, t in tensors.items()}
+    save_file(kept, made / adapters.WEIGHTS)
+    told = run_stage(replace(merge, merge=replace(merge.merge, adapter=str(made)))).lines
+    line = "warning: the adapter leaves 7 of its 14 tensors as they are"
+    assert len([x for x in told if x.startswith(line)]) == warned
+    assert len([x for x in told if "of its" in x]) == warned
+
+
 def test_a_merge_in_bf16_is_compared_as_it_was_saved(merge: StageConfig, run_stage: Run) -> None:
     assert merge.merge is not None
     outcome = run_stage(replace(merge, merge=replace(merge.merge, precision="bf16")))
