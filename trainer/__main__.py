@@ -154,8 +154,11 @@ def print_error(line: str) -> None:
 
 
 def _explain(error: Exception) -> int:
+    import torch
+
     from trainer.checkpoint import CheckpointError
     from trainer.loop import NonFiniteError
+    from trainer.sharded import line_of
     from trainer.smaller import Leave
     from trainer.smoke import FAILED, GroupError, SmokeFailed
 
@@ -171,6 +174,13 @@ def _explain(error: Exception) -> int:
     if isinstance(error, Leave):
         print_error(str(error))
         return error.code
+    if isinstance(error, torch.OutOfMemoryError):  # what fewer rows help against is caught before
+        print_error(
+            f"out of memory where fewer rows at a time do not help ({line_of(error)}):"
+            " take a smaller model, an adapter (model.adapter), a larger accelerator, or several of"
+            " them with train.parallel: fsdp"
+        )
+        return CONFIG
     traceback.print_exception(error)
     print_error(f"{type(error).__name__}: {error}")
     return ERROR

@@ -60,7 +60,7 @@ def attach(model: Any, adapter: Adapter, base: str, saved: Optional[Path] = None
             f"the adapter has {found:,} trainable parameters, its shapes say {expected:,}"
         )
     if saved is not None:
-        _restore(wrapped, saved)
+        _restore(wrapped, saved, adapter)
     return wrapped
 
 
@@ -176,13 +176,17 @@ def expected_count(
 def adapted_tensors(model: Any) -> set[str]:
     """The names, in the base model, of the tensors that the adapter of `model` changes: a B that is
     all zeros, as before the first step, changes nothing."""
-    found = set()
+    found = attached(model)
+    return {name for name, part in found.items() if bool(part.lora_B["default"].weight.any())}
+
+
+def attached(model: Any) -> dict[str, Any]:
+    """The names, in the base model, of all tensors that have an adapter -> PEFT's module there."""
+    found = {}
     for path, module in model.named_modules():
-        if "default" not in getattr(module, "lora_B", ()):
-            continue
-        if bool(module.lora_B["default"].weight.any()):
+        if "default" in getattr(module, "lora_B", ()):
             plain = path.removeprefix("base_model.model.").replace(".base_layer", "")
-            found.add(f"{plain}.{getattr(module, 'parameter_name', 'weight')}")
+            found[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"] = module
     return found
 
 
@@ -317,7 +321,7 @@ def _names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _restore(model: Any, saved: Path) -> None:
+def _restore(model: Any, saved: Path, adapter: Adapter) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -329,6 +333,12 @@ def _restore(model: Any, saved: Path) -> None:
         raise CheckpointError(
             f"{saved}: its adapter is not that of model.adapter ({name} is {theirs.get(name)}"
             f" there, {ours.get(name)} here); resume with the settings it was started with"
+        )
+    scale = json.loads((saved / CONFIG).read_text()).get("lora_alpha", adapter.alpha)
+    if scale != adapter.alpha:  # in no tensor: the same ones would count more or less
+        raise CheckpointError(
+            f"{saved}: its adapter is not that of model.adapter (alpha is {scale:g} there,"
+            f" {adapter.alpha:g} here); resume with the settings it was started with"
         )
     set_peft_model_state_dict(model, state)
 

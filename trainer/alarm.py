@@ -29,7 +29,7 @@ from trainer.store import StoreError
 
 _KEY, _HEARD = "launch/leave", "launch/heard"
 #: Seconds between two looks, and seconds that the others get to hear of it.
-_PERIOD, _PATIENCE = 0.5, 20.0
+_PERIOD, PATIENCE = 0.5, 20.0
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def listening(model: nn.Module, runtime: Runtime, folder: Path) -> Iterator[None
     if not is_sharded(model):
         yield
         return
-    alarm = _Alarm(runtime, folder) if runtime.world_size > 1 else None
+    alarm = Alarm(runtime, folder) if runtime.world_size > 1 else None
     try:
         yield
     except Leave as leave:
@@ -56,12 +56,14 @@ def listening(model: nn.Module, runtime: Runtime, folder: Path) -> Iterator[None
             alarm.close()
 
 
-class _Alarm:
+class Alarm:
+    """The thread of a rank that listens for one that leaves, and its word to the others."""
+
     def __init__(self, runtime: Runtime, folder: Path) -> None:
         self.rank, self.world_size, self.folder = runtime.rank, runtime.world_size, folder
         # A connection of its own: one client answers one question at a time.
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=_PATIENCE)
+        patience = timedelta(seconds=PATIENCE)
         self._store = TCPStore(host, port, timeout=patience, wait_for_workers=False)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="alarm", daemon=True)
@@ -75,10 +77,11 @@ class _Alarm:
         """Let the other ranks leave, and wait until they have heard it."""
         self.close()
         said = {"code": leave.code, "rows": leave.rows, "line": f"rank {self.rank}: {leave}"}
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + PATIENCE
         with contextlib.suppress(RuntimeError):  # who keeps the store may be gone already
             self._store.set(_KEY, json.dumps(said))
-            while self._store.add(_HEARD, 0) < self.world_size - 1 and time.monotonic() < until:
+            self._store.add(_HEARD, 1)  # others may have run out of memory, too, and wait as well
+            while self._store.add(_HEARD, 0) < self.world_size and time.monotonic() < until:
                 time.sleep(0.05)
 
     def _listen(self) -> None:

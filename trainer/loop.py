@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from trainer import copies, parallel, probe
 from trainer.batch import Batch
-from trainer.checkpoint import Checkpoints, crash_dump, load_state, rng_state, set_rng_state
+from trainer.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    crash_dump,
+    load_state,
+    rng_state,
+    set_rng_state,
+)
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, Stream
 from trainer.evaluate import Left, held_out, held_out_rows
@@ -175,8 +182,9 @@ class Loop:
         self.guard.consecutive = state["consecutive"]
         if self.scaler is not None and state.get("scaler") is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if state["micro_batch"] is not None:
-            self._largest = min(state["micro_batch"], self._largest or state["micro_batch"])
+        # Also what is known besides: a curriculum cuts as configured when it goes to its phase.
+        if known := [n for n in (state["micro_batch"], self._largest) if n is not None]:
+            self._largest = min(known)
             self.stream.resize(min(self._largest, self.stream.micro_batch))
         self._saved_at = self.step
         self._evaluated_at = state.get("evaluated_at", self.step)
@@ -334,18 +342,17 @@ class Loop:
                 self._crash(decision.reason)
 
     def _crash(self, reason: str) -> None:
-        where = self.folder / "crash_dump.pt"
+        kept = f"state and batch shapes are in {self.folder / 'crash_dump.pt'}"
         model = self.saver.files.tensors()  # all ranks: each may hold a part
         if self.runtime.main:
             shape = [self.stream.micro_batch, self.stream.rows.sequence_length]
-            state = {
-                **parallel.local_parts(self._state([], [])),
-                "model": model,
-                "batch_shape": shape,
-            }
-            where = crash_dump(self.folder, state)
+            state = parallel.local_parts(self._state([], []))
+            try:
+                crash_dump(self.folder, {**state, "model": model, "batch_shape": shape})
+            except CheckpointError as error:
+                kept = str(error)
         self.runtime.barrier()  # a rank that leaves first would have torchrun end the others
-        raise NonFiniteError(f"step {self.step}: {reason}; state and batch shapes are in {where}")
+        raise NonFiniteError(f"step {self.step}: {reason}; {kept}")
 
     def _log(self, rate: float, norm: Tensor) -> None:
         facts, tokens = self._window.close(self.runtime, self.training_seconds)
@@ -444,7 +451,8 @@ class Loop:
             self._saved_at = self.step
             held = self.runtime.gather((rng_state(), self.objective.state_dict()))
             state = self._state([rng for rng, _ in held], [state for _, state in held])
-            self.saver.save(self.step, state, val_loss=self._val_loss(), best=best, wait=wait)
+            with parallel.gathering(self.stream.micro_batch):
+                self.saver.save(self.step, state, val_loss=self._val_loss(), best=best, wait=wait)
         if wait:
             self.saver.wait()
         self._tell_saved()

@@ -55,6 +55,12 @@ def merge_adapter(config: Merge, folder: Path, say: Say) -> dict[str, float]:
     without, marks = logits(plain, prompts), _marks(plain)
     adapted = adapters.load(plain, source).eval()
     before, wanted = logits(adapted, prompts), adapters.adapted_tensors(adapted)
+    count = len(adapters.attached(adapted))
+    if len(wanted) < count:
+        say(
+            f"warning: the adapter leaves {count - len(wanted)} of its {count} tensors as they are:"
+            " there it is all zeros, as before the first step"
+        )
     merged = adapted.merge_and_unload(safe_merge=True)
     facts = {
         "merged_tensors": _merged(marks, merged, wanted),

@@ -9,7 +9,9 @@ Only the model that is trained is sharded; teachers and other frozen models stay
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, Optional, TypeVar
 
 import torch
@@ -28,6 +30,7 @@ Parallel = Literal["auto", "ddp", "fsdp"]
 SHARE = 0.4
 #: The method of a sharded model that gives its last hidden states.
 DECODE = "decode_sharded"
+_REACHED = "_reached_parameters"  # where it keeps which of them got a gradient on this rank
 _Result = TypeVar("_Result")
 
 
@@ -117,6 +120,8 @@ def shard(model: Any, runtime: Runtime) -> None:
             if hasattr(module, "set_reduce_scatter_unused_params"):
                 module.set_reduce_scatter_unused_params(True)
 
+    _note_gradients(model)
+
     def decode(**inputs: Any) -> Tensor:
         hidden: Tensor = model.get_decoder()(**inputs).last_hidden_state
         return hidden
@@ -152,9 +157,37 @@ def attempt(
     raise Leave(rows, 0, getattr(decision, "reason", ""))
 
 
+@contextlib.contextmanager
+def gathering(rows: int) -> Iterator[None]:
+    """Within it, all ranks make the tensors of a sharded model whole, for a checkpoint. `rows`: of
+    a micro-batch. Errors: `Leave` in place of an out-of-memory, as in `attempt`: smaller steps
+    leave more room, in larger pieces."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        fewer = (rows + 1) // 2 if rows > 1 else 0
+        reason = (
+            "no memory to gather a checkpoint, even with one row at a time: take a larger"
+            " accelerator, or more of them"
+        )
+        raise Leave(rows, fewer, reason, "while a checkpoint was gathered") from None
+
+
 def reduce_gradients(model: nn.Module, runtime: Runtime, ready: bool = True) -> bool:
-    """`Runtime.reduce_gradients` of `model`; nothing is left to do where it is sharded."""
-    return ready if is_sharded(model) else runtime.reduce_gradients(model.parameters(), ready)
+    """`Runtime.reduce_gradients` of `model`. Where it is sharded they are summed already, and what
+    no rank's rows reach has zeros by that: they are taken away, as the optimizer would have the
+    weight decay with them."""
+    if not is_sharded(model):
+        return runtime.reduce_gradients(model.parameters(), ready)
+    reached: dict[str, bool] = vars(model)[_REACHED]
+    missing = [name for name, found in reached.items() if not found]
+    if runtime.any(bool(missing))[0]:
+        nowhere = set.intersection(*map(set, runtime.gather(missing)))
+        for name, parameter in model.named_parameters():
+            if name in nowhere:
+                parameter.grad = None
+    reached.update(dict.fromkeys(reached, False))
+    return ready
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -221,6 +254,35 @@ def _quantised(model: nn.Module) -> str:
     """The name of the first parameter that holds no numbers of its own; empty where none is."""
     packed = (n for n, p in model.named_parameters() if not p.is_floating_point())
     return next(packed, "")
+
+
+def _note_gradients(model: Any) -> None:
+    """Keep of the parameters of a sharded `model`, by their names, whether a backward pass has
+    reached them on this rank. While a pass runs the parameters are others, whole, but each time the
+    same ones: they are watched from the first pass of their block on, and those outside the blocks
+    from that of the decoder."""
+    reached: dict[str, bool] = {}
+    vars(model)[_REACHED] = reached
+
+    def watch(at: nn.Module, module: nn.Module, prefix: str) -> None:
+        def first(*_: Any) -> None:
+            handle.remove()
+            for name, parameter in module.named_parameters(prefix):
+                if parameter.requires_grad and not hasattr(parameter, "to_local"):
+                    reached[name] = False
+                    parameter.register_post_accumulate_grad_hook(partial(_note, reached, name))
+
+        handle = at.register_forward_pre_hook(first)
+
+    inside = {id(block) for block in blocks(model)}
+    for prefix, module in model.named_modules():
+        if id(module) in inside:
+            watch(module, module, prefix)
+    watch(model.get_decoder(), model, "")
+
+
+def _note(reached: dict[str, bool], name: str, parameter: Tensor) -> None:
+    reached[name] = True
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

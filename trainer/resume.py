@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer import adapters, models
+from trainer import adapters, copies, models
 from trainer.checkpoint import CheckpointError, Checkpoints, newest, resolve
 from trainer.config import ConfigError, Model, StageConfig
 from trainer.manifest import MANIFEST, verify
@@ -66,7 +66,10 @@ def begin(
                 f"train.resume: the nodes read {reference} as different checkpoints; name one:"
                 " checkpoints/step-N"
             )
-    return checkpoints, None if step is None else root / f"step-{step}"
+    found = None if step is None else root / f"step-{step}"
+    if found is not None and plan.adapter is not None:
+        _warn_of_base(found, plan, say)
+    return checkpoints, found
 
 
 def adopt(found: Path, checkpoints: Checkpoints, say: Say) -> None:
@@ -102,6 +105,17 @@ def check_model(found: Path, plan: Model, tokens: Any, what: str) -> None:
             raise ConfigError(
                 f"{what}: {found} is of another model: {name} is {before} there, {now} here{hint}"
             )
+
+
+def _warn_of_base(found: Path, plan: Model, say: Say) -> None:
+    """A line where the adapter in `found` was made for another model than `plan` names. Only the
+    last names are compared: a run that moves has its models in other folders."""
+    theirs, ours = adapters.base_of(found), resolve(str(plan.name))
+    if Path(theirs).name != Path(ours).name:
+        say(
+            f"WARNING: the adapter in {found} was made for {copies.origin(theirs)}, and goes on on"
+            f" {copies.origin(ours)}"
+        )
 
 
 def whole(reference: str, say: Say) -> Path:

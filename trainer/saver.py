@@ -81,7 +81,8 @@ class Saver:
         wait: bool = False,
     ) -> None:
         """Save `step`, after the save before it; `state` is as in `Checkpoints.save`. `wait`: be
-        done on return, without a copy. Errors: as `wait`, of this save or of the one before."""
+        done on return, without a copy. Errors: as `wait`, of this save or of the one before;
+        `torch.OutOfMemoryError`, on one worker, of a model that all have a part of."""
         self.wait()
         self._begun = True
         beside = self.background and not wait
@@ -122,8 +123,9 @@ class Saver:
         best: bool,
         beside: bool,
     ) -> None:
+        tensors = self._gathered(step)
         try:
-            work = _Work(step, *self._taken(state, beside), val_loss, best)
+            work = _Work(step, *self._taken(tensors, state, beside), val_loss, best)
         except Exception as error:  # the other workers are about to write their parts
             work = _Work(step, {}, {}, {}, val_loss, best, error)
         if not beside:
@@ -132,11 +134,24 @@ class Saver:
         self._thread = threading.Thread(target=self._beside, args=(work,), name=f"save-{step}")
         self._thread.start()
 
+    def _gathered(self, step: int) -> Optional[dict[str, Tensor]]:
+        """The tensors of a model of which every worker has a part; else None. Who fails here has to
+        leave: the others wait for it in the middle of an exchange, and hear nothing from a save."""
+        if self.shards is None or not self.shards.parts:
+            return None
+        try:
+            return self.files.tensors()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _not_saved(step, error) from error
+
     def _taken(
-        self, state: dict[str, Any], beside: bool
+        self, tensors: Optional[dict[str, Tensor]], state: dict[str, Any], beside: bool
     ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-        """The tensors of the model, the state and the part that this worker writes."""
-        tensors = self.files.tensors()
+        """The tensors of the model, which may be gathered, the state and the part that this worker
+        writes."""
+        tensors = self.files.tensors() if tensors is None else tensors
         part: dict[str, Tensor] = {}
         if self.shards is not None:
             part = self.shards.take(state, sum(value.nbytes for value in tensors.values()))

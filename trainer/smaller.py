@@ -20,14 +20,16 @@ _AGAIN, _CONFIG = 75, 64
 
 class Leave(Exception):
     """A rank that had no memory for `tried` rows at a time, and why all ranks leave. `rows`: the
-    micro-batch of the next start; 0 where none is small enough, for the `reason`."""
+    micro-batch of the next start; 0 where none is small enough, for the `reason`. `during`: what
+    memory ran out in, where that was no step."""
 
-    def __init__(self, tried: int, rows: int, reason: str = "") -> None:
+    def __init__(self, tried: int, rows: int, reason: str = "", during: str = "") -> None:
         self.tried, self.rows = tried, rows
         self.code = _AGAIN if rows else _CONFIG
+        when = f"{during}, " if during else ""
         again = (
-            f"out of memory with {tried} rows at a time, and sharded workers cannot repeat a step:"
-            f" the next start goes on from the last checkpoint with {rows}"
+            f"out of memory {when}with {tried} rows at a time, and sharded workers cannot repeat a"
+            f" step: the next start goes on from the last checkpoint with {rows}"
         )
         super().__init__(again if rows else reason)
 

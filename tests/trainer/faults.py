@@ -84,6 +84,26 @@ def inject(kind: str, *, hidden: int, learning: bool, calls: list[int], rows: in
     nn.modules.module.register_module_forward_hook(after)
 
 
+def starve(whole: list[int], host: bool = False) -> None:
+    """Of the tensors of which each rank has a part, those that are gathered with these numbers,
+    from 0, find no memory on the device, or on the host."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    full_tensor, count = DTensor.full_tensor, -1
+
+    def gather(tensor: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in whole and host:
+            raise RuntimeError("not enough memory (injected)")
+        if count in whole:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return full_tensor(tensor, **options)
+
+    DTensor.full_tensor = gather
+
+
 def undo(steps: list[int]) -> None:
     """Take the updates of these steps, counted from 0, back as a whole."""
     import torch
@@ -154,7 +174,7 @@ def _be_rank(rank: int, port: int, asked: dict[str, Any]) -> None:
         if "undo" in fault:
             undo(fault["undo"])
         elif fault and rank == asked["ranks"] - 1:
-            inject(**fault)
+            starve(**fault) if "whole" in fault else inject(**fault)
         code = __main__.main(["run", asked["job"]])
     except BaseException:
         traceback.print_exc()

@@ -20,9 +20,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tests.trainer.sharded_runs import losses, run, stage, workers
+from trainer import parallel
 from trainer import runtime as runtimes
 from trainer.checkpoint import Checkpoints
 from trainer.config import Grpo, Source, Train
+from trainer.models import head_weight
 from trainer.optimizer import clip, make_optimizer, unscale
 
 #: Seconds after which a worker counts as hanging; its result is then the number of the signal.
@@ -86,6 +88,65 @@ def without_a_gradient() -> dict[str, Any]:
 
     start = {name: value.flatten().tolist() for name, value in Parts().named_parameters()}
     one = after_two_steps(range(2), runtimes.Runtime(torch.device("cpu"), "fp32"))
+    return {"start": start, "one": one, "two": workers(2, act)}
+
+
+class Sometimes(nn.Module):
+    """An MLP beside which a row may use another layer, and no row ever a third one."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        self.before, self.second, self.none = before, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.busy = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.before(x)
+        return found + self.second(x) if self.busy else found
+
+
+def partly_used() -> Any:
+    shape = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2)
+    )
+    model.model.layers[1].mlp = Sometimes(model.model.layers[1].mlp)
+    return model
+
+
+def shared_without_a_gradient() -> dict[str, Any]:
+    """As `without_a_gradient`, by workers that each have a part of the model."""
+
+    def learn(model: Any, rows: range, process: runtimes.Runtime) -> dict[str, Any]:
+        optimizer = make_optimizer(model, Train(steps=1, weight_decay=0.5, lr=0.1))
+        norms = []
+        for _ in range(2):
+            for row in rows:
+                model.model.layers[1].mlp.busy = row == 1
+                ids = torch.arange(6).view(1, 6) + 5 * row
+                if parallel.is_sharded(model):
+                    hidden = getattr(model, parallel.DECODE)(input_ids=ids)
+                else:
+                    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+                (hidden @ head_weight(model).T).square().mean().backward()
+            assert parallel.reduce_gradients(model, process)
+            norms.append(float(unscale(model, 1.0)))
+            optimizer.step()
+            optimizer.zero_grad()
+        found = dict(model.named_parameters())
+        found = parallel.whole(model, found) if parallel.is_sharded(model) else found
+        values = {name: value.flatten().tolist() for name, value in found.items()}
+        return {"values": values, "norms": norms}
+
+    def act(rank: int) -> Any:
+        signal.alarm(LIMIT)
+        with runtimes.start() as process:
+            model = partly_used()
+            parallel.shard(model, process)
+            return learn(model, range(rank, rank + 1), process)
+
+    start = {name: value.flatten().tolist() for name, value in partly_used().named_parameters()}
+    one = learn(partly_used(), range(2), runtimes.Runtime(torch.device("cpu"), "fp32"))
     return {"start": start, "one": one, "two": workers(2, act)}
 
 
@@ -267,6 +328,7 @@ def hashes(folder: Path) -> str:
 def main(out: Path, tokenizer: str, texts: str) -> dict[str, Any]:
     scenarios: dict[str, Callable[[], Any]] = {
         "gradients": without_a_gradient,
+        "shared gradients": shared_without_a_gradient,
         "room": without_room,
         "saves": lambda: failed_saves(out, tokenizer, texts),
         "left": lambda: left_evaluation(out, tokenizer, texts),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,6 +128,29 @@ def test_a_checkpoint_of_another_rank_is_not_resumed(lora: StageConfig, run_stag
     wider = replace(lora, model=replace(lora.model, adapter=Adapter(rank=5)))
     with pytest.raises(CheckpointError, match=r"is not that of model\.adapter .*\(3, \d+\)"):
         run_stage(wider, attempt=2)
+
+
+def test_an_adapter_that_would_count_more_is_not_resumed(lora: StageConfig, run_stage: Run) -> None:
+    """Nothing of it is in the tensors."""
+    run_stage(in_folder(lora, Path(lora.output), until=1))
+    assert lora.model is not None and lora.model.adapter is not None
+    louder = replace(lora.model.adapter, alpha=lora.model.adapter.alpha * 2)
+    with pytest.raises(CheckpointError, match=r"model\.adapter \(alpha is \d+ there, \d+ here\)"):
+        run_stage(replace(lora, model=replace(lora.model, adapter=louder)))
+
+
+@pytest.mark.parametrize("name", ["step-4", "other"])
+def test_another_base_of_the_same_shape_is_warned_of(
+    lora: StageConfig, run_stage: Run, tmp_path: Path, name: str
+) -> None:
+    """By its last name: a base that has moved is the same one."""
+    run_stage(in_folder(lora, Path(lora.output), until=1))
+    assert lora.model is not None
+    found, before = resolve(str(lora.model.name)), last(lora)
+    moved = shutil.copytree(found, tmp_path / "moved" / name)
+    went = run_stage(replace(lora, model=replace(lora.model, name=str(moved))), attempt=2)
+    line = f"WARNING: the adapter in {before} was made for {found}, and goes on on {moved}"
+    assert [x for x in went.lines if "was made for" in x] == [line] * (name == "other")
 
 
 def test_a_reference_to_an_adapter_is_the_base_with_it(
@@ -262,6 +286,21 @@ def test_a_merged_model_gives_the_logits_of_its_adapter(
     assert all(torch.equal(ours[n], t) for n, t in theirs.state_dict().items() if n in ours)
     # A model reference, with or without a suffix.
     assert resolve(merge.output) == resolve(f"{merge.output}@best") == merge.output
+
+
+@pytest.mark.parametrize(("rest", "warned"), [(1.0, 0), (0.0, 1)])
+def test_a_merge_says_what_an_adapter_of_zeros_leaves_alone(
+    merge: StageConfig, run_stage: Run, tmp_path: Path, rest: float, warned: int
+) -> None:
+    assert merge.merge is not None
+    made = shutil.copytree(resolve(merge.merge.adapter), tmp_path / "made")
+    tensors = load_file(made / adapters.WEIGHTS)
+    kept = {n: t if ".layers.0." in n else t * rest for n, t in tensors.items()}
+    save_file(kept, made / adapters.WEIGHTS)
+    told = run_stage(replace(merge, merge=replace(merge.merge, adapter=str(made)))).lines
+    line = "warning: the adapter leaves 7 of its 14 tensors as they are"
+    assert len([x for x in told if x.startswith(line)]) == warned
+    assert len([x for x in told if "of its" in x]) == warned
 
 
 def test_a_merge_in_bf16_is_compared_as_it_was_saved(merge: StageConfig, run_stage: Run) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.trainer.conftest import in_folder
 from tests.trainer.test_loop import Faulty, lines, weights
-from trainer import phases, stages
+from trainer import phases, smaller, stages
 from trainer.batch import IGNORE
 from trainer.config import (
     ConfigError,
@@ -275,6 +275,18 @@ def test_out_of_memory_at_a_longer_length_halves_and_stays_halved(
     taught = [e for e in lines(tmp_path / "taught", "event") if e["event"] == "oom_split"]
     assert len(taught) == 1  # the resumed run knows, also in rows of another length
     assert weights(tmp_path / "taught") == weights(tmp_path / "split")
+
+
+def test_fewer_rows_that_were_noted_hold_in_the_phase_that_goes_on(
+    lengthened: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As workers that share a model note them; the checkpoint before knows nothing of it."""
+    run_stage(in_folder(lengthened, tmp_path / "out", until=8))
+    smaller.note(tmp_path / "out", 1)
+    made = stages.train(lambda *_: Long(largest=1))
+    monkeypatch.setitem(stages.STAGES, "pretrain", made)
+    assert run_stage(in_folder(lengthened, tmp_path / "out"), attempt=2).step == STEPS
+    assert not [e for e in lines(tmp_path / "out", "event") if e["event"] == "oom_split"]
 
 
 def test_epochs_seconds_and_steps_end_phases(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import TCPStore
 
 from tests.stub_jobs import finish, log, read, specification, start
 from tests.trainer.conftest import in_folder
@@ -21,7 +24,7 @@ from tests.trainer.faults import Faults
 from tests.trainer.sharded_runs import optimizer_digest
 from tests.trainer.test_loop import lines
 from tests.trainer.test_recovery import Ran, apart, same
-from trainer import parallel, smaller
+from trainer import alarm, parallel, smaller
 from trainer.checkpoint import load_state
 from trainer.config import (
     Adapter,
@@ -261,6 +264,57 @@ def test_out_of_memory_ends_all_workers_and_the_next_start_is_smaller(
     assert load_state(again.checkpoint)["micro_batch"] == 2
 
 
+def test_workers_that_run_out_of_memory_at_once_wait_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each has something to tell, and none of them listens any more."""
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(kept.port))
+    cpu = torch.device("cpu")
+    alarms = [alarm.Alarm(Runtime(cpu, "fp32", rank, 3), tmp_path) for rank in range(3)]
+    for each in alarms:
+        each.close()
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda each: each.tell(Leave(4, 2)), alarms))
+    assert time.monotonic() - began < alarm.PATIENCE
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "waiting"])
+def test_out_of_memory_while_a_checkpoint_is_gathered_starts_again(
+    begin: Start, fsdp: Ran, beside: bool
+) -> None:
+    """Of the 21 tensors of the second save the third finds none, on one of the workers: the other
+    one waits for it there. The save before it is the one that the next start goes on from."""
+    name, settings = f"gather-{beside}", {"save_every": 2, "save_async": beside}
+    failed = begin(name, 2, {"whole": [21 + 2]}, parallel="fsdp", until=4, **settings)
+    assert failed.codes == [75, 75], failed.said
+    assert "error: rank 1: out of memory while a checkpoint was gathered" in failed.said
+    assert smaller.noted(failed.folder) == 2 and failed.checkpoint.name == "step-2"
+    assert not verify(failed.checkpoint)
+    again = begin(f"{name}-again", 2, go_on=failed, parallel="fsdp", **settings)
+    assert again.codes == [0, 0] and "resumed at step 2" in again.said, again.said
+    assert apart(fsdp.weights(), again.weights()) < 1e-6
+
+
+def test_whatever_else_fails_while_a_checkpoint_is_gathered_is_not_waited_for(begin: Start) -> None:
+    fault = {"whole": [21 + 2], "host": True}
+    failed = begin("gather-host", 2, fault, parallel="fsdp", save_every=2)
+    assert failed.codes == [78, 78], failed.said
+    assert "step 4 not saved: " in failed.said and "not enough memory (injected)" in failed.said
+    assert failed.checkpoint.name == "step-2" and not verify(failed.checkpoint)
+
+
+def test_a_checkpoint_that_no_number_of_rows_gathers_ends_all_workers_for_good(
+    begin: Start,
+) -> None:
+    failed = begin("gather-one", 2, {"whole": [2]}, parallel="fsdp", micro_batch=1, accumulate=4)
+    assert failed.codes == [64, 64], failed.said
+    assert "no memory to gather a checkpoint, even with one row at a time" in failed.said
+    assert smaller.noted(failed.folder) is None
+
+
 def test_one_row_without_memory_ends_all_workers_for_good(begin: Start) -> None:
     fault = {**STUDENT, "kind": "oom", "calls": []}
     failed = begin("one-row", 2, fault, parallel="fsdp", micro_batch=1, accumulate=4)
@@ -269,12 +323,17 @@ def test_one_row_without_memory_ends_all_workers_for_good(begin: Start) -> None:
     assert smaller.noted(failed.folder) is None
 
 
-def test_a_micro_batch_that_is_looked_for_starts_again_with_what_fits(begin: Start) -> None:
+def test_a_micro_batch_that_is_looked_for_starts_again_with_what_fits(
+    begin: Start, fsdp: Ran
+) -> None:
     fault = {**STUDENT, "kind": "oom", "calls": [], "rows": 2}
     auto = {"micro_batch": "auto", "global_batch": ROWS, "parallel": "fsdp"}
     failed = begin("auto", 2, fault, **auto)
     assert failed.codes == [75, 75] and smaller.noted(failed.folder) == 2, failed.said
     assert "resumed" not in failed.said
+    again = begin("auto-again", 2, fault, go_on=failed, **auto)
+    assert again.codes == [0, 0] and load_state(again.checkpoint)["micro_batch"] == 2, again.said
+    assert apart(fsdp.weights(), again.weights()) < 1e-6
 
 
 def test_out_of_memory_in_an_evaluation_starts_again(begin: Start) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 ROOT = Path(__file__).resolve().parents[2]
+#: From torch 2.13 on.
+SUMS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,18 @@ def test_a_parameter_without_a_gradient_on_any_rank_is_left_alone(runs: dict[str
         for name, value in one["values"].items():
             assert two["values"][name] == pytest.approx(value, rel=1e-5), name
             assert (two["values"][name] == found["start"][name]) == name.startswith("none.")
+
+
+@pytest.mark.skipif(not SUMS_UNUSED, reason="this torch cannot sum what one rank alone uses")
+def test_workers_that_share_a_model_leave_alone_what_none_of_them_uses(
+    runs: dict[str, Any],
+) -> None:
+    found = runs["shared gradients"]
+    one, (two, _) = found["one"], found["two"]
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
+    for name, value in one["values"].items():
+        assert two["values"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        assert (two["values"][name] == found["start"][name]) == (".none." in name), name
 
 
 def test_no_room_for_the_sum_of_gradients_is_said_on_all_ranks_before_it(

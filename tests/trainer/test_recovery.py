@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tests.trainer import gradients
 from tests.trainer.conftest import in_folder
 from tests.trainer.faults import Faults
 from tests.trainer.test_loop import lines
-from trainer import scaler
+from trainer import __main__, scaler
 from trainer.checkpoint import load_state
 from trainer.config import Distill, Job, KeepLogits, StageConfig, Targets, to_dict
 from trainer.losses.distance import logit_distance
@@ -333,6 +334,22 @@ def test_out_of_memory_in_an_evaluation_halves_its_batch(run: Any, tiny: Any) ->
     never = run(tiny("never"), 2, {**fault, "rows": 0})
     assert never.codes == [64, 64], never.said
     assert never.said.count("error: evaluation: one row does not fit") == 2
+
+
+def test_a_model_that_does_not_fit_ends_with_one_line(
+    stage: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(self: nn.Module, device: Any) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory. (injected)\nSee the documentation")
+
+    monkeypatch.setattr(nn.Module, "to", full)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(to_dict(Job(run="r", stages=(stage,)))))
+    assert __main__.main(["run", str(job)]) == 64
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    why = "out of memory where fewer rows at a time do not help (CUDA out of memory. (injected)):"
+    assert len(said) == 1 and said[0].startswith(f"error: {why}")
 
 
 def test_a_limited_evaluation_compares_the_same_rows_however_it_is_cut(run: Any, tiny: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.trainer.conftest import in_folder
+from tests.trainer.disk import file_size_limit
 from tests.trainer.test_loop import Faulty, lines
 from trainer import stages
 from trainer.checkpoint import CheckpointError, load_state
@@ -114,6 +115,15 @@ def test_a_step_that_is_not_finite_counts_across_a_resume(
     use(monkeypatch, Faulty(nan=(4,)))
     with pytest.raises(NonFiniteError, match="two steps in a row"):
         run_stage(in_folder(stage, tmp_path / "out", steps=6), attempt=2)
+
+
+def test_a_crash_dump_without_room_does_not_hide_why_there_is_one(
+    stage: StageConfig, run_stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Faulty(nan=(0, 1)))
+    said = "not finite in two steps in a row; .*crash dump was not written: disk full"
+    with file_size_limit(30_000), pytest.raises(NonFiniteError, match=said):
+        run_stage(in_folder(stage, tmp_path / "out"))
 
 
 def test_the_clean_steps_of_the_loss_scale_go_on_counting(
