@@ -110,12 +110,16 @@ def refuse_quantised(reference: str) -> None:
 
 
 def stored_dtype(reference: str) -> torch.dtype:
-    """The dtype that a model's configuration gives; fp32 where it gives none that is known."""
+    """The dtype that a model's configuration gives; else bf16 for one in MXFP4, whose other weights
+    are that, and fp32 for others."""
     from transformers import AutoConfig
 
-    found = getattr(AutoConfig.from_pretrained(resolve(reference)), "dtype", None)
+    configuration = AutoConfig.from_pretrained(resolve(reference))
+    found = getattr(configuration, "dtype", None)
     if isinstance(found, str):
         found = getattr(torch, found, None)
+    if found is None and quantized.method(configuration) == quantized.MXFP4:
+        return torch.bfloat16
     return found if found in LIMITS else torch.float32
 
 
