@@ -144,8 +144,9 @@ MODELS = {
     "qwen2": ("Qwen2", "qwen2", False, {"tie_word_embeddings": True}),
     "mistral": ("Mistral", "smollm", False, {}),
     "mixtral": ("Mixtral", "smollm", False, EXPERTS),
-    "qwen3-moe": ("Qwen3Moe", "qwen2", False,
-                  {**EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True}),
+    "qwen3-moe": ("Qwen3Moe", "qwen2", False,  # sizes that Transformers' reader takes for granted
+                  {**EXPERTS, "moe_intermediate_size": 768, "norm_topk_prob": True,
+                   "head_dim": 128}),
     "gpt-oss": ("GptOss", "gpt-4o", False, {**EXPERTS, "rope_parameters": YARN}),
 }  # fmt: skip
 
@@ -164,7 +165,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable
     return make
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "qwen3-moe"])
 def test_transformers_reads_the_same_model_and_tokenizer_from_the_file(
     name: str, made: Callable[[str], str], tmp_path: Path
 ) -> None:
