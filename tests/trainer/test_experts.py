@@ -226,6 +226,13 @@ def test_an_adapter_on_mxfp4_experts_is_merged_into_widened_ones(
     assert not any(torch.equal(merged[key], value) for key, value in wanted.items())
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
 
+    gguf = pytest.importorskip("gguf")
+    export = Export(merge.output, format="gguf")
+    run_stage(StageConfig("g", "export", str(tmp_path / "g"), export=export))
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "g" / "m-F32.gguf").tensors}
+    both = merged["model.layers.1.mlp.experts.gate_up_proj"].transpose(1, 2).numpy()
+    assert (tensors["blk.1.ffn_up_exps.weight"] == both[:, 1::2]).all()
+
 
 def test_what_mxfp4_files_give_no_dtype_for_is_bf16(packed: Any) -> None:
     """In fp32 a merge would be twice as large as it need be."""
