@@ -8,7 +8,6 @@ same token ids.
 from __future__ import annotations
 
 import math
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -31,6 +30,7 @@ from trainer.gguf_vocab import (
     vocabulary,
 )
 from trainer.manifest import make_readable
+from trainer.merge import fresh
 from trainer.models import load_tokenizer
 
 #: Kinds that keep tensors as they are stored, by safetensors' names.
@@ -71,23 +71,17 @@ def write_gguf(config: Export, folder: Path, say: Say) -> tuple[Path, dict[str, 
     kind = config.quantize
     if kind == "auto":
         kind = _as_stored(source)
-    hidden = folder / ".writing"
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
     kinds = _kinds(source, kind)
-    path = hidden / f"{file_name(config)}-{_file_kind(kind, kinds)}.gguf"
     if packed := [name for name, part in source.parts.items() if part.packed]:
         say(f"{len(packed)} tensors of experts stay in MXFP4")
     if rounded := [n for n, k in kinds.items() if k == "F16" and kind in ("q8_0", "q4_0")]:
         say(f"{kind}: {len(rounded)} tensors are f16, as their rows are no multiple of {_GROUP}")
-    try:
+    with fresh(folder) as hidden:
+        path = hidden / f"{file_name(config)}-{_file_kind(kind, kinds)}.gguf"
         parameters = _write(gguf, path, source, vocab, kinds, kind, config)
         worst = _check_tensors(gguf, path, source, kinds)
         _check_vocabulary(gguf, path, vocab, tokens)
-    except BaseException:
-        shutil.rmtree(hidden)
-        raise
-    make_readable(hidden)
+        make_readable(hidden)
     say(
         f"{path.name}: {path.stat().st_size:,} bytes, {len(kinds)} tensors in {kind}; weights"
         f" differ by at most {worst:.1e} of the largest of their tensor; equal token ids"
