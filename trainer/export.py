@@ -17,7 +17,7 @@ from trainer.config import ConfigError, Export
 from trainer.gguf_export import write_gguf
 from trainer.merge import encode_prompts, publish, stored_dtype, write_folder
 from trainer.models import PLAIN_ATTENTION, load_pretrained, load_tokenizer, parameter_count
-from trainer.store import StoreError, open_store, sha256_file
+from trainer.store import StoreError, disk_full, open_store, sha256_file
 
 HUB = "hub:"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,6 +35,8 @@ def export_model(config: Export, folder: Path, say: Say) -> dict[str, float]:
     remote = copies.REMOTE.match(config.to or "") is not None
     if name is not None:
         _check_hub(name)
+    elif config.to is not None and not remote:
+        _check_place(Path(config.to).expanduser())
     source = resolve(config.model)
     if adapters.is_adapter(source):
         raise ConfigError(f"export.model: '{config.model}' is an adapter; merge it first")
@@ -106,16 +108,30 @@ def _move(written: Path, target: Path) -> None:
             raise ConfigError(f"export.to: {target} is taken and holds something else")
         shutil.rmtree(written)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rmdir()
+    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        written.rename(target)
-    except OSError:  # another file system
-        beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-        shutil.copytree(written, beside)
-        beside.rename(target)
-        shutil.rmtree(written)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rmdir()
+        try:
+            written.rename(target)
+        except OSError:  # another file system
+            shutil.copytree(written, beside)
+            beside.rename(target)
+            shutil.rmtree(written)
+    except OSError as error:
+        for folder in (beside, written):
+            shutil.rmtree(folder, ignore_errors=True)
+        why = disk_full(error) or adapters.one_line(error)
+        raise CheckpointError(f"export.to: cannot write {target}: {why}") from error
+
+
+def _check_place(target: Path) -> None:
+    """Look before the work is done."""
+    there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if there != target and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "is read-only for this user" if there.is_dir() else "is no folder"
+        raise ConfigError(f"export.to: {there} {why}, so that {target} cannot be written")
 
 
 def _send(folder: Path, uri: str) -> None:

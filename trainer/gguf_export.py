@@ -8,7 +8,6 @@ same token ids.
 from __future__ import annotations
 
 import math
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,13 +21,20 @@ from trainer import copies
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError, Export
 from trainer.gguf_model import ROPE_FREQUENCIES, Source
-from trainer.gguf_vocab import Vocabulary, differences, is_known, sample_texts, vocabulary
+from trainer.gguf_vocab import (
+    Vocabulary,
+    cuts_marks,
+    differences,
+    is_known,
+    sample_texts,
+    vocabulary,
+)
 from trainer.manifest import make_readable
-from trainer.merge import stored_dtype
+from trainer.merge import fresh
 from trainer.models import load_tokenizer
 
-#: Kinds that store numbers of 16 or 32 bits, and the one that keeps a stored model as it is.
-_KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+#: Kinds that keep tensors as they are stored, by safetensors' names.
+_KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 #: Numbers compared at a time.
 _BLOCK = 1 << 22
 #: Of a value, or of its group's largest: how far the stored number may be off. f16, bf16: half of
@@ -57,24 +63,25 @@ def write_gguf(config: Export, folder: Path, say: Say) -> tuple[Path, dict[str, 
     if vocab.model == "gpt2" and not is_known(tokens):
         count = len(sample_texts())
         say(f"tokenizer: words are cut as in {vocab.pre}: equal ids on {count} texts")
+    if cuts_marks(vocab, tokens):
+        say(
+            f"warning: llama.cpp cuts words ({vocab.pre}) at combining marks: texts in Hindi, Khmer"
+            " and the like get other ids from it"
+        )
     kind = config.quantize
     if kind == "auto":
-        kind = _KINDS[stored_dtype(config.model)]
-    hidden = folder / ".writing"
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    path = hidden / f"{file_name(config)}-{kind.upper()}.gguf"
+        kind = _as_stored(source)
     kinds = _kinds(source, kind)
+    if packed := [name for name, part in source.parts.items() if part.packed]:
+        say(f"{len(packed)} tensors of experts stay in MXFP4")
     if rounded := [n for n, k in kinds.items() if k == "F16" and kind in ("q8_0", "q4_0")]:
         say(f"{kind}: {len(rounded)} tensors are f16, as their rows are no multiple of {_GROUP}")
-    try:
+    with fresh(folder) as hidden:
+        path = hidden / f"{file_name(config)}-{_file_kind(kind, kinds)}.gguf"
         parameters = _write(gguf, path, source, vocab, kinds, kind, config)
         worst = _check_tensors(gguf, path, source, kinds)
         _check_vocabulary(gguf, path, vocab, tokens)
-    except BaseException:
-        shutil.rmtree(hidden)
-        raise
-    make_readable(hidden)
+        make_readable(hidden)
     say(
         f"{path.name}: {path.stat().st_size:,} bytes, {len(kinds)} tensors in {kind}; weights"
         f" differ by at most {worst:.1e} of the largest of their tensor; equal token ids"
@@ -100,14 +107,32 @@ def file_name(config: Export) -> str:
     return name.removesuffix("@best").removesuffix("@last").removesuffix(".gguf") or "model"
 
 
+def _as_stored(source: Source) -> str:
+    """The kind that loses nothing: that of all matrices, f32 where they differ."""
+    found = {
+        source.dtype(name)
+        for name, part in source.parts.items()
+        if not (part.packed or _stays_wide(name, part.shape))
+    }
+    return _KINDS.get(found.pop(), "f32") if len(found) == 1 else "f32"
+
+
+def _stays_wide(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp wants f32 whatever the rest is: norms, biases, routers of experts."""
+    routers = (".bias", ".ffn_gate_inp.weight", "_norm.weight")
+    return len(shape) == 1 or name.endswith(routers)
+
+
 def _kinds(source: Source, kind: str) -> dict[str, str]:
-    """The kind of number of every tensor: norms and biases stay f32, rows that do not divide into
-    groups f16. With q4_0 the head keeps 8 bits: it is where 4 cost most."""
+    """The kind of number of every tensor: norms, biases and routers stay f32, rows that do not
+    divide into groups f16. With q4_0 the head keeps 8 bits: it is where 4 cost most."""
     found: dict[str, str] = {}
     shapes = source.shapes()
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     for name, shape in shapes.items():
-        if len(shape) == 1:
+        if name in source.parts and source.parts[name].packed:
+            found[name] = "MXFP4"
+        elif _stays_wide(name, shape):
             found[name] = "F32"
         elif kind in ("q8_0", "q4_0") and shape[-1] % _GROUP:
             found[name] = "F16"
@@ -116,6 +141,12 @@ def _kinds(source: Source, kind: str) -> dict[str, str]:
         else:
             found[name] = kind.upper()
     return found
+
+
+def _file_kind(kind: str, kinds: dict[str, str]) -> str:
+    """What a file is called after: most of its numbers, which experts hold."""
+    packed = kind in _KINDS.values() and "MXFP4" in kinds.values()
+    return "MXFP4" if packed else kind.upper()
 
 
 def _write(
@@ -135,8 +166,9 @@ def _write(
     writer.add_name(file_name(config))
     writer.add_size_label(gguf.size_label(total, shared, expert, experts))
     source.write_numbers(writer)
-    prefix = "ALL" if kind == "f32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
+    mostly = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
+    named = _file_kind(kind, kinds)
+    writer.add_file_type(gguf.LlamaFileType[mostly.get(named, f"MOSTLY_{named}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write_vocabulary(gguf, writer, vocab)
     try:
@@ -194,6 +226,8 @@ def _write_vocabulary(gguf: Any, writer: Any, vocab: Vocabulary) -> None:
 
 def _stored(gguf: Any, name: str, tensor: torch.Tensor, kind: str) -> Any:
     """The bytes of a tensor. Errors: `CheckpointError` where 16 bits do not reach."""
+    if kind == "MXFP4":
+        return tensor.numpy()
     with numpy.errstate(over="ignore"):
         stored = gguf.quantize(tensor.numpy(), gguf.GGMLQuantizationType[kind])
     if kind == "F16" and not numpy.isfinite(stored).all():
@@ -210,14 +244,17 @@ def _check_tensors(gguf: Any, path: Path, source: Source, kinds: dict[str, str])
     if set(there) != set(kinds):
         name = min(set(there) ^ set(kinds))
         raise CheckpointError(f"{path.name}: {name} does not read back as it was written")
-    worst = 0.0
+    worst, shapes = 0.0, source.shapes()
     for name, tensor in source.tensors():
         found = there[name]
         number = gguf.GGMLQuantizationType[kinds[name]]
-        stored = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), number)
+        stored = gguf.quant_shape_to_byte_shape(shapes[name], number)
         good = found.tensor_type == number and found.data.nbytes == math.prod(stored)
         largest, off = float(tensor.abs().max()), 0.0
-        for rows in _rows(tensor) if good else ():
+        packed = kinds[name] == "MXFP4"
+        if packed:
+            good = good and numpy.array_equal(found.data, tensor.numpy())
+        for rows in _rows(tensor) if good and not packed else ():
             wanted = tensor[rows].numpy() if tensor.dim() > 1 else tensor.numpy()
             data = found.data[rows] if tensor.dim() > 1 else found.data
             got = gguf.dequantize(data, number).reshape(wanted.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import Any, NoReturn, Union
 
 from trainer.config import ConfigError
 from trainer.data.corpus import python_reference
-from trainer.gguf_words import IGNORES_MERGES, KNOWN, PROBE, WORDS, encode_pieces
+from trainer.gguf_words import EXACT, IGNORES_MERGES, KNOWN, PROBE, WORDS, encode_pieces
 
 #: Kinds of tokens (`tokenizer.ggml.token_type`).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPECIALS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 #: Score of a token that no merge makes.
 _ADDED = -1000.0
+#: What control tokens look like, by llama.cpp's converter: those of DeepSeek, Gemma, Command R.
+_CONTROLS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_AROUND_CONTROLS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 _PASSAGES = 48
 _OTHERS = (
     "",
@@ -90,18 +94,30 @@ def sample_texts() -> list[str]:
     return [*texts, PROBE, *_OTHERS]
 
 
+def cuts_marks(vocabulary: Vocabulary, tokens: Any) -> bool:
+    """Whether llama.cpp cuts a text with combining marks otherwise than the tokenizer, which it is
+    known to do under some names: all files of such models have that."""
+    return vocabulary.pre in EXACT and encoder(vocabulary)(PROBE) != list(tokens.encode(PROBE))
+
+
 def differences(vocabulary: Vocabulary, tokens: Any) -> list[str]:
-    """Those of `sample_texts` to which llama.cpp would give other ids than the tokenizer."""
+    """Those of `sample_texts` to which llama.cpp would give other ids than the tokenizer, beside
+    what `cuts_marks` says: of texts with such marks the ids must be those of the exact words."""
     encode, texts = encoder(vocabulary), sample_texts()
     if vocabulary.model == "gpt2":  # SentencePiece tokenizers differ in spaces beside such tokens
         added = [token.content for token in tokens.added_tokens_decoder.values()][:8]
         texts += [f"one{token}two {token}\n" for token in added]
-    return [text for text in texts if encode(text) != list(tokens.encode(text))]
+    wrong = [text for text in texts if encode(text) != list(tokens.encode(text))]
+    if wrong and vocabulary.pre in EXACT:
+        exact = encoder(vocabulary, EXACT[vocabulary.pre])
+        wrong = [t for t in wrong if not _has_marks(t) or exact(t) != list(tokens.encode(t))]
+    return wrong
 
 
-def encoder(vocabulary: Vocabulary) -> Any:
+def encoder(vocabulary: Vocabulary, words: tuple[str, ...] = ()) -> Any:
     """A function from a text to its ids, as llama.cpp would give them: special tokens first, then
-    words, then merges; `bos` and `eos` around it where the file asks for them."""
+    words (cut by the expressions `words`, if given), then merges; `bos` and `eos` around it where
+    the file asks for them."""
     if vocabulary.model == "llama":
         known = dict(zip(vocabulary.tokens, range(len(vocabulary.tokens))))
         lead = "▁" if vocabulary.space_prefix else ""
@@ -113,7 +129,7 @@ def encoder(vocabulary: Vocabulary) -> Any:
     ignores = vocabulary.pre in IGNORES_MERGES
     machine = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=ignores))
     machine.pre_tokenizer = pre_tokenizers.Sequence([
-        _splitter(vocabulary.pre),
+        _splitter(words or WORDS[vocabulary.pre]),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     apart = (CONTROL, USER_DEFINED, UNKNOWN)
@@ -153,7 +169,8 @@ def _pre_names(tokens: Any) -> list[str]:
         return [name]
     own = tokens.backend_tokenizer.pre_tokenizer
     texts = sample_texts()
-    fits = [name for name in WORDS if own and all(_words(own, t) == _cut(name, t) for t in texts)]
+    words = {**WORDS, **EXACT}
+    fits = [n for n in words if own and all(_words(own, t) == _cut(words[n], t) for t in texts)]
     return fits or list(WORDS)
 
 
@@ -162,19 +179,23 @@ def _words(pre_tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return [where for _, where in pre_tokenizer.pre_tokenize_str(text)]
 
 
-def _cut(name: str, text: str) -> list[tuple[int, int]]:
+def _cut(words: tuple[str, ...], text: str) -> list[tuple[int, int]]:
     from tokenizers import pre_tokenizers
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _words(pre_tokenizers.Sequence([_splitter(name), level]), text)
+    return _words(pre_tokenizers.Sequence([_splitter(words), level]), text)
 
 
-def _splitter(name: str) -> Any:
+def _splitter(words: tuple[str, ...]) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS[name]]
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in words]
     )
+
+
+def _has_marks(text: str) -> bool:
+    return any(unicodedata.category(character).startswith("M") for character in text)
 
 
 def _fingerprint(tokens: Any) -> str:
@@ -196,7 +217,9 @@ def _tokens(
 def _kind(added: Any) -> int:
     """Some models leave their control tokens unmarked; their form gives them away."""
     text = added.content
-    looks = (text.startswith("<|") and text.endswith("|>")) or text in ("<pad>", "<mask>")
+    looks = text in _CONTROLS or any(
+        text.startswith(begin) and text.endswith(end) for begin, end in _AROUND_CONTROLS
+    )
     return CONTROL if added.special or looks else USER_DEFINED
 
 

@@ -16,6 +16,14 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CASED = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
+_LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_ENGLISH}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_ENGLISH}?"
+    r"|\p{N}{1,3}" + _SLASHED
+)
 #: `tokenizer.ggml.pre` -> expressions, each of which cuts what the ones before left. The order is
 #: that in which they are tried.
 WORDS: dict[str, tuple[str, ...]] = {
@@ -28,7 +36,20 @@ WORDS: dict[str, tuple[str, ...]] = {
     "falcon3": (_LLAMA3,),
     "phi-2": (_GPT2,),
     "deepseek-r1-qwen": (_QWEN2,),
-    "pixtral": (_TEKKEN,),
+    "pixtral": (_LLAMA3,),
+    "gpt-4o": (_GPT4O,),
+}
+#: The tokenizers' own expressions where llama.cpp's differ: it cuts words at combining marks.
+EXACT = {
+    "tekken": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+        r"|\p{N}" + _SLASHED,
+    ),
+    "gpt-4o": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}?"
+        r"|\p{N}{1,3}" + _SLASHED,
+    ),
 }
 #: Where a word that is a token as a whole is not merged from bytes.
 IGNORES_MERGES = ("llama-bpe", "falcon3", "tekken", "pixtral")
@@ -47,6 +68,7 @@ KNOWN = {
     "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",  # DBRX
     "fcace8b9cac38ce847670c970cd5892031a753a1ef381abd1d9af00f713da085": "phi-2",  # Phi 2
     "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",  # gpt-oss
 }
 #: The text that tells tokenizers apart.
 PROBE = (

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,7 +24,7 @@ from trainer.config import ConfigError, Merge
 from trainer.data.corpus import python_reference
 from trainer.manifest import make_readable
 from trainer.models import PLAIN_ATTENTION, has_tokenizer, load_pretrained, load_tokenizer
-from trainer.store import fsync
+from trainer.store import disk_full, free_bytes, fsync
 
 #: Largest difference of logits, as a share of the largest logit, by the dtype of the weights: what
 #: rounding each weight once (2^-24, 2^-11, 2^-9) may add up to over the layers of a large model.
@@ -116,12 +117,16 @@ def refuse_quantised(reference: str) -> None:
 
 
 def stored_dtype(reference: str) -> torch.dtype:
-    """The dtype that a model's configuration gives; fp32 where it gives none that is known."""
+    """The dtype that a model's configuration gives; else bf16 for one in MXFP4, whose other weights
+    are that, and fp32 for others."""
     from transformers import AutoConfig
 
-    found = getattr(AutoConfig.from_pretrained(resolve(reference)), "dtype", None)
+    configuration = AutoConfig.from_pretrained(resolve(reference))
+    found = getattr(configuration, "dtype", None)
     if isinstance(found, str):
         found = getattr(torch, found, None)
+    if found is None and quantized.method(configuration) == quantized.MXFP4:
+        return torch.bfloat16
     return found if found in LIMITS else torch.float32
 
 
@@ -163,15 +168,33 @@ def largest_difference(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def write_folder(model: Any, tokens: Optional[Any], folder: Path) -> Path:
-    """`from_pretrained`'s files in a fresh hidden folder inside `folder`; `publish` shows them."""
+    """`from_pretrained`'s files in a `fresh` hidden folder; `publish` shows them."""
+    with fresh(folder) as hidden:
+        model.save_pretrained(hidden)
+        if tokens is not None:
+            tokens.save_pretrained(hidden)
+        make_readable(hidden)
+    return hidden
+
+
+@contextmanager
+def fresh(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside `folder` to write into, which is gone when that fails. Errors:
+    `CheckpointError` for a full disk."""
     hidden = folder / ".writing"
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
-    model.save_pretrained(hidden)
-    if tokens is not None:
-        tokens.save_pretrained(hidden)
-    make_readable(hidden)
-    return hidden
+    try:
+        yield hidden
+    except BaseException as error:
+        free = free_bytes(hidden) / 1e6
+        shutil.rmtree(hidden)
+        if full := disk_full(error):
+            raise CheckpointError(
+                f"{full}: the model was not written to {folder}: {free:.1f} MB were free; free some"
+                " space, or write elsewhere"
+            ) from error
+        raise
 
 
 def publish(hidden: Path, folder: Path) -> None:

@@ -336,6 +336,8 @@ def disk_full(error: BaseException) -> str | None:
         number = re.search(r"\(os error (\d+)\)", str(seen))
         if number and int(number.group(1)) in _FULL:
             return _FULL[int(number.group(1))]
+        if re.fullmatch(r"\d+ requested and \d+ written", str(seen)):  # numpy, without a number
+            return _FULL[errno.ENOSPC]
         seen = seen.__cause__ or seen.__context__
     return None
 

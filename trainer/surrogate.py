@@ -275,7 +275,7 @@ def _text(run: bytes, at: int) -> Iterator[_Piece]:
     begin = 0
     while begin < min(3, len(run)) and run[begin] & 0xC0 == 0x80:
         begin += 1
-    for end in range(len(run), max(begin, len(run) - 3), -1):
+    for end in range(len(run), max(begin, len(run) - 4), -1):  # up to 3 of 4 bytes
         try:
             yield _Piece(at + begin, run[begin:end].decode(), None)
             return

@@ -16,9 +16,9 @@ from tests.trainer.conftest import in_folder
 from tests.trainer.test_adapters_families import attached, tiny
 from trainer import adapters, quantized
 from trainer.checkpoint import CheckpointError, resolve
-from trainer.config import Adapter, ConfigError, Export, Merge, Model, StageConfig
+from trainer.config import Adapter, ConfigError, Export, Merge, Model, Sdce, StageConfig
 from trainer.loading import FieldErrors
-from trainer.merge import _merged, encode_prompts, logits
+from trainer.merge import _merged, encode_prompts, logits, stored_dtype
 from trainer.models import load_pretrained, load_tokenizer
 
 Run = Callable[..., Any]
@@ -225,3 +225,29 @@ def test_an_adapter_on_mxfp4_experts_is_merged_into_widened_ones(
     assert all(merged[key].shape == value.shape for key, value in wanted.items())
     assert not any(torch.equal(merged[key], value) for key, value in wanted.items())
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+
+    gguf = pytest.importorskip("gguf")
+    export = Export(merge.output, format="gguf")
+    run_stage(StageConfig("g", "export", str(tmp_path / "g"), export=export))
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "g" / "m-F32.gguf").tensors}
+    both = merged["model.layers.1.mlp.experts.gate_up_proj"].transpose(1, 2).numpy()
+    assert (tensors["blk.1.ffn_up_exps.weight"] == both[:, 1::2]).all()
+
+
+def test_what_mxfp4_files_give_no_dtype_for_is_bf16(packed: Any) -> None:
+    """In fp32 a merge would be twice as large as it need be."""
+    name, _ = packed
+    assert stored_dtype(name) == torch.float32  # what the configuration says counts
+    path = Path(name) / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config))
+    assert stored_dtype(name) == torch.bfloat16
+
+
+def test_mxfp4_serves_as_a_surrogate(packed: Any, stage: StageConfig, run_stage: Run) -> None:
+    """Widened as it is loaded, it holds likely what it did."""
+    guided = replace(stage, stage="sdce", sdce=Sdce(surrogate=packed[0]),
+                     data=replace(stage.data, packing=False))  # fmt: skip
+    outcome = run_stage(in_folder(guided, Path(stage.output), steps=2))
+    assert any(line.startswith(f"surrogate: {packed[0]}, ") for line in outcome.lines)

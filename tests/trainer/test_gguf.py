@@ -28,12 +28,24 @@ LLAMA_3_1 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
-#: Words as Llama 3, Qwen 2 and SmolLM cut them.
+YARN = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0,
+    "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+#: Words as Llama 3, Qwen 2, gpt-oss and Mistral Nemo cut them.
 SPLITS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
@@ -74,7 +86,7 @@ def make_tokenizer(folder: Path, texts: list[str], cut: str, bos: bool = False) 
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         ),
     )  # fmt: skip
-    machine.add_tokens([AddedToken("<tool>", normalized=False)])
+    machine.add_tokens([AddedToken(text, normalized=False) for text in ("<tool>", "<｜User｜>")])
     if bos:
         machine.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", pair="<|begin|> $A <|begin|> $B",
@@ -107,9 +119,8 @@ def make_model(folder: Path, family: str, tokenizer: str, **changes: Any) -> str
     model = transformers.AutoModelForCausalLM.from_config(configuration, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # norms are ones and biases zeros: nothing would show
+            if parameter.dim() == 1 or name.endswith("_bias"):  # else ones and zeros: all alike
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            del name
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return str(folder)
@@ -132,6 +143,11 @@ MODELS = {
     "qwen3": ("Qwen3", "qwen2", False, {"head_dim": 128}),
     "qwen2": ("Qwen2", "qwen2", False, {"tie_word_embeddings": True}),
     "mistral": ("Mistral", "smollm", False, {}),
+    "mixtral": ("Mixtral", "smollm", False, EXPERTS),
+    "qwen3-moe": ("Qwen3Moe", "qwen2", False,  # sizes that Transformers' reader takes for granted
+                  {**EXPERTS, "moe_intermediate_size": 768, "norm_topk_prob": True,
+                   "head_dim": 128}),
+    "gpt-oss": ("GptOss", "gpt-4o", False, {**EXPERTS, "rope_parameters": YARN}),
 }  # fmt: skip
 
 
@@ -149,7 +165,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable
     return make
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "qwen3-moe"])
 def test_transformers_reads_the_same_model_and_tokenizer_from_the_file(
     name: str, made: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -223,7 +239,7 @@ def test_the_file_is_that_of_llama_cpps_own_converter(
     assert set(his) - set(mine) <= {*guessed, f"{token}add_sep_token"}
 
 
-@pytest.mark.parametrize("cut", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+@pytest.mark.parametrize("cut", ["gpt-2", "llama-bpe", "qwen2", "smollm", "gpt-4o"])
 def test_a_tokenizer_of_ones_own_gets_the_name_that_cuts_words_as_it_does(
     cut: str, texts: list[str], tmp_path: Path
 ) -> None:
@@ -244,6 +260,7 @@ def test_tokens_have_their_kinds_and_ids_without_one_are_filled_up(
     assert len(found.tokens) == len(found.types) == SIZE
     assert found.types[tokens.bos_token_id] == gguf_vocab.CONTROL
     assert found.types[tokens.convert_tokens_to_ids("<tool>")] == gguf_vocab.USER_DEFINED
+    assert found.types[tokens.convert_tokens_to_ids("<｜User｜>")] == gguf_vocab.CONTROL
     assert found.tokens[-1] == f"[PAD{SIZE - 1}]" and found.types[-1] == gguf_vocab.UNUSED
     assert found.special == {n: getattr(tokens, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     with pytest.raises(ConfigError, match=f"has {len(tokens)} tokens, its output 300"):

@@ -242,6 +242,20 @@ def test_special_tokens_are_the_surrogates_own_or_left_out(tmp_path: Path) -> No
     assert a.decode(golds) == "bcdf"
 
 
+@pytest.mark.parametrize("bytes_left", [1, 2, 3])
+def test_a_chunk_that_ends_within_a_character_is_read_up_to_it(
+    bytes_left: int, tmp_path: Path
+) -> None:
+    """Byte-level tokens cut an emoji after any of its four bytes."""
+    byte_tokenizer(tmp_path / "a")
+    a, b = (AutoTokenizer.from_pretrained(tmp_path / "a") for _ in range(2))
+    b.add_special_tokens({"additional_special_tokens": ["<|theirs|>"]})
+    # A chunk's last target is the first token of the next one.
+    host = rows_of(a, ["hello 😀"], len("hello ") + bytes_left - 1)
+    golds = host.targets[host.targets != IGNORE][Vocabularies(a, b).view(host).places]
+    assert a.decode(golds[: len("ello ")]) == "ello "
+
+
 def test_a_chunk_is_cut_where_the_surrogates_context_ends(pair: tuple[Any, Any]) -> None:
     ours, theirs = pair
     host = rows_of(ours, [PROSE[:300]], 1000)

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from trainer import adapters, copies, models, trial
+from trainer import adapters, copies, models, quantized, trial
 from trainer.checkpoint import resolve
 from trainer.config import ConfigError, Model
 from trainer.context import Context
@@ -82,7 +82,8 @@ def _base(name: str) -> str:
 def _refuse_quantised(name: str) -> None:
     facts = models.configuration(Model(name=_base(name)), None)
     dtype = str(getattr(facts, "dtype", None)).removeprefix("torch.")
-    if getattr(facts, "quantization_config", None) is None and dtype in _WHOLE:
+    # MXFP4 is widened as it is loaded, without a loss.
+    if quantized.method(facts) in (None, quantized.MXFP4) and dtype in _WHOLE:
         return
     raise ConfigError(
         f"sdce.surrogate: '{name}' is quantised, which changes what it holds likely; take its"
