@@ -138,7 +138,7 @@ def _rows(number: int) -> str:
 
 def _checkpointing(at: _Try) -> Iterator[_Try]:
     model = at.stage.model
-    if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing:
+    if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing is True:
         return
     stage = replace(at.stage, model=replace(model, gradient_checkpointing=True))
     yield at.with_(stage, "gradient checkpointing", {"model.gradient_checkpointing": "true"})

@@ -367,6 +367,20 @@ def test_what_keeps_the_training_the_same_comes_first_and_together_only_where_ne
     assert one.effect == ""
 
 
+def test_where_selective_checkpointing_is_not_enough_the_whole_one_is_proposed() -> None:
+    stage = sft(EIGHT_B, rows=8, gradient_checkpointing="selective")
+    h200 = hardware.parse("H200")
+    (first, *_) = fit.changes(stage, h200, 1, shapes.of_stage(stage, (stage,), Path()))
+    assert of(stage, h200).fits is False
+    assert first.settings == ("model.gradient_checkpointing=true",)
+    assert first.memory.fits and first.effect == ""
+    whole = sft(EIGHT_B, rows=64, length=4096, gradient_checkpointing=True)
+    known = shapes.of_stage(whole, (whole,), Path())
+    assert of(whole, h200).fits is False
+    assert not any("model.gradient_checkpointing=true" in change.settings
+                   for change in fit.changes(whole, h200, 1, known))  # fmt: skip
+
+
 def test_a_machine_of_the_recipes_places_comes_before_a_slightly_cheaper_one_elsewhere() -> None:
     stage = sft(EIGHT_B, rows=1, adapter=Adapter(rank=16), gradient_checkpointing=False)
     near = changes_of(on_vertex(stage, places=("us-central1",), capacity=("spot",)))[-1]
