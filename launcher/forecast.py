@@ -38,7 +38,7 @@ NOT_COUNTED = (
 _NAMED = 3
 NO_BUDGET = Budget()
 #: Parts of `fit.Memory` that are weights.
-_WEIGHTS = ("weights", "teacher", "start")
+_WEIGHTS = ("weights", "teacher", "surrogate", "start")
 _STAGE = re.compile(r"\$\{stage:([^}]*)\}")
 
 

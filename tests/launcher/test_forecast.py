@@ -472,6 +472,17 @@ def misfit(size: float, weights: float) -> Forecast:
     return Forecast("kd", "kd", memory, (change,), steps=10, hours=(1.0, 1.0))
 
 
+def test_a_surrogate_larger_than_the_device_is_refused_as_a_teacher_is() -> None:
+    small, large = Model(name="meta-llama/Llama-3.2-1B"), "meta-llama/Llama-3.1-70B"
+    plain = stage(stage="sdce", model=small, sdce=Sdce("meta-llama/Llama-3.2-1B"))
+    on_l4 = replace(plain, hardware=replace(plain.hardware, accelerator="L4:1"))
+    assert forecast.hopeless(of(on_l4, offer(1.0))) is None
+    said = forecast.hopeless(of(replace(on_l4, sdce=Sdce(large)), offer(1.0)))
+    assert said is not None and "the weights alone are" in said[0]
+    teacher = replace(on_l4, stage="kd", sdce=None, kd=Distill(teacher=large))
+    assert forecast.hopeless(of(teacher, offer(1.0))) is not None
+
+
 def with_forecast(monkeypatch: pytest.MonkeyPatch, made: Forecast) -> None:
     monkeypatch.setattr(forecast, "of_stage", lambda *given, **more: made)
 
