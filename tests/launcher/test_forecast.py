@@ -448,6 +448,16 @@ def test_a_run_whose_rows_were_others_is_not_believed(tmp_path: Path) -> None:
     assert measured.like(one, models, tmp_path) is None
 
 
+def test_a_measured_run_read_its_examples_cut_at_the_length_of_a_row(tmp_path: Path) -> None:
+    data = Data(train=(Source(path="long.jsonl"),), sequence_length=128, packing=False)
+    told = Expected(tokens_per_example=512)
+    one = stage(model=Model(name="meta-llama/Llama-3.2-1B"), data=data, forecast=told)
+    recorded(tmp_path, Recipe("r", (one,)), [8.0] * 5)
+    found = of(one, offer(1.0), home=tmp_path)
+    assert found.basis == "measured" and found.hours is not None
+    assert found.hours[0] == pytest.approx(100 * 8 / 8.0 / 3600), "800 rows at 8 a second"
+
+
 def test_a_run_with_too_few_steps_or_a_damaged_record_does_not_count(tmp_path: Path) -> None:
     one = stage(model=Model(name="meta-llama/Llama-3.2-1B"))
     recipe = Recipe("r", (one,))
