@@ -247,6 +247,30 @@ def test_a_large_file_is_counted_by_its_beginning(
     assert held.examples == 1000 and held.about and held.how.startswith("about 1,000 documents")
 
 
+def test_limited_batches_are_all_that_a_pass_reads() -> None:
+    """trainer/stages.py cuts the rows first, and takes whole steps then."""
+    told = Expected(examples=1_000_000, tokens_per_example=64)
+    few = Train(epochs=2, micro_batch=4, accumulate=2, limit_batches=3)
+    read = amount.of_stage(stage(train=few, forecast=told), 2)
+    assert (read.rows, read.steps) == (2 * 3 * 4 * 2, 3)
+    assert read.tokens == read.rows * 128 and read.examples == 2 * read.rows
+    assert "of which train.limit_batches leaves 48 rows" in read.how[0]
+    more = replace(few, limit_batches=10**9)
+    assert amount.of_stage(stage(train=more, forecast=told), 2).tokens == 2 * 64e6
+    auto = Train(epochs=1, micro_batch="auto", global_batch=32, limit_batches=5)
+    assert amount.of_stage(stage(train=auto, forecast=told), 4).rows == 5 * 32
+    padded = Data(sequence_length=128, packing=False)
+    for tokens in (None, 64):
+        held = Expected(examples=1_000_000, tokens_per_example=tokens)
+        read = amount.of_stage(stage(train=few, data=padded, forecast=held), 2)
+        assert (read.rows, read.steps) == (48, 3)
+
+
+def test_the_last_step_of_the_epochs_is_whole() -> None:
+    told, train = Expected(examples=33, tokens_per_example=128), Train(epochs=1, micro_batch=8)
+    assert amount.of_stage(stage(train=train, forecast=told), 1).steps == 5
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [
