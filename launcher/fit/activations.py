@@ -46,12 +46,10 @@ def layer_activations(step: Step) -> float:
 def products_kept(step: Step) -> float:
     """What selective checkpointing keeps of one block (trainer/blocks.py): the results of its
     matrix products, those of an adapter too, and that of fused attention with its logarithm."""
-    sizes = step.shape.projections
-    active = max(step.shape.experts_per_token, 1)
-    outputs = sum(
-        size[0] * (active if name in ("gate_proj", "up_proj", "down_proj") else 1)
-        for name, size in sizes.items()
-    )
+    shape, sizes = step.shape, step.shape.projections
+    outputs = sum(size[0] for size in sizes.values())
+    if shape.experts:  # gate, up and down of each one that a token meets
+        outputs += shape.experts_per_token * (2 * shape.intermediate + shape.hidden)
     outputs += sum(step.rank + sizes[name][0] for name in step.targets)
     attention = 0 if step.eager else step.wide * step.shape.heads * step.shape.head_dim
     return step.wide * outputs + attention + (0 if step.eager else 4 * step.shape.heads)

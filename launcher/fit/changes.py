@@ -150,11 +150,15 @@ def _rows(number: int) -> str:
 
 
 def _checkpointing(at: _Try) -> Iterator[_Try]:
+    """First what repeats no product, then what repeats all."""
     model = at.stage.model
     if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing is True:
         return
-    stage = replace(at.stage, model=replace(model, gradient_checkpointing=True))
-    yield at.with_(stage, "gradient checkpointing", {"model.gradient_checkpointing": "true"})
+    for how, what in (("selective", "selective checkpointing"), (True, "gradient checkpointing")):
+        if how == model.gradient_checkpointing:
+            continue
+        stage = replace(at.stage, model=replace(model, gradient_checkpointing=how))
+        yield at.with_(stage, what, {"model.gradient_checkpointing": str(how).lower()})
 
 
 def _sharded(at: _Try, nodes: int) -> Iterator[_Try]:

@@ -383,6 +383,26 @@ def test_where_selective_checkpointing_is_not_enough_the_whole_one_is_proposed()
                    for change in fit.changes(whole, h200, 1, known))  # fmt: skip
 
 
+def test_the_checkpointing_that_repeats_no_product_comes_before_that_which_repeats_all() -> None:
+    stage, h100 = sft(EIGHT_B, rows=4), hardware.parse("H100:8")
+    known = shapes.of_stage(stage, (stage,), Path())
+    settings = [change.settings for change in fit.changes(stage, h100, 1, known)]
+    assert of(stage, h100).fits is False
+    assert ("model.gradient_checkpointing=selective",) in settings
+    assert ("model.gradient_checkpointing=true",) not in settings
+
+
+def test_selective_checkpointing_keeps_the_products_of_the_experts_that_a_token_meets() -> None:
+    def kept(kind: Any) -> float:
+        stage = sft("openai/gpt-oss-20b", rows=1, adapter=Adapter(), gradient_checkpointing=kind)
+        return parts(of(stage))["activations"]
+
+    # Of 24 blocks q, k, v and o, what their adapters add, and A's results; and of four experts
+    # gate, up and down, 2880 wide.
+    each = 2 * (2 * (4096 + 2 * 512 + 2880) + 4 * 16 + 4 * 3 * 2880)
+    assert kept("selective") - kept(True) == pytest.approx(2048 * 24 * each)
+
+
 def test_a_machine_of_the_recipes_places_comes_before_a_slightly_cheaper_one_elsewhere() -> None:
     stage = sft(EIGHT_B, rows=1, adapter=Adapter(rank=16), gradient_checkpointing=False)
     near = changes_of(on_vertex(stage, places=("us-central1",), capacity=("spot",)))[-1]
