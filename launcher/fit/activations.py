@@ -55,17 +55,6 @@ def products_kept(step: Step) -> float:
     return step.wide * outputs + attention + (0 if step.eager else 4 * step.shape.heads)
 
 
-def kept_of_again(step: Step) -> float:
-    """Of what a block computes again, what is one of the results that selective checkpointing kept
-    and is counted with them: gate, up, values, and attention's own."""
-    if not step.selective:
-        return 0.0
-    shape = step.shape
-    inner = shape.intermediate * max(shape.experts_per_token, 1)
-    own = 2 * inner + shape.kv_heads * shape.head_dim
-    return step.wide * (own + (0 if step.eager else shape.heads * shape.head_dim))
-
-
 def stream(step: Step) -> float:
     """The residual stream: fp32 unless the embedding is 16-bit."""
     return step.shape.hidden * (2 if step.rank and step.half else 4)

@@ -16,7 +16,6 @@ from typing import Optional
 
 from launcher.fit import sharding
 from launcher.fit.activations import (
-    kept_of_again,
     layer_activations,
     products_kept,
     stream,
@@ -282,11 +281,13 @@ def _name_of_loss(step: Step) -> str:
 
 
 def _again(step: Step) -> Part:
-    """What checkpointing computes again for the backward pass of a block."""
+    """What checkpointing computes again for the backward pass of a block. What a selective one kept
+    of it is taken over or goes: each result is handed out once."""
     each = layer_activations(step)
+    there = stream(step) + (products_kept(step) if step.selective else 0)
     return Part(
         "activations of one block",
-        step.tokens * (each - stream(step) - kept_of_again(step)),
+        step.tokens * max(each - there, 0),
         f"computed again: {count(step.tokens)} tokens x {each:,.0f} bytes",
     )
 
