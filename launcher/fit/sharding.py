@@ -70,6 +70,18 @@ def root_learns(step: Step) -> float:
     )
 
 
+def beginning(step: Step) -> list[Part]:
+    """Beside `root`, when the first block has been gathered: the buffers that both came in."""
+    if step.workers == 1:
+        return []
+    held, arrived = _of_block(step), root(step)
+    return [
+        replace(arrived, name="buffer of embeddings and head"),
+        Part("gathered blocks", 2 * step.wide * held,
+             f"{count(held)} parameters x {step.wide} bytes, and their buffer"),
+    ]  # fmt: skip
+
+
 def block(step: Step, at: int, done: bool) -> list[Part]:
     """What FSDP2 holds of blocks in the backward pass of block `at` (0: the first, whose turn comes
     last): its weights, gathered; those of the one before it, on their way, in the buffer that they

@@ -228,6 +228,7 @@ def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     layers, root, kept = step.shape.layers, sharding.root(step), _kept(step)
     widened, head = _widened(step), _head_gradients(step)
     of_all = [] if step.checkpointing else widened
+    yield "the beginning of the forward pass", [root, *sharding.beginning(step)]
     yield _name_of_loss(step), [kept, root, *of_all, *_tail(step), *_loss(step)]
     backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
     # From one block to the next less is kept and more gradients are left. The most is taken at an

@@ -523,6 +523,9 @@ def test_a_block_is_gathered_while_the_next_one_arrives_and_the_last_one_is_summ
     assert end["sum of one block"] == 4 * block and end["gradients"] == 32 * 4 * block / 8
     assert sums["gradients of embeddings and head"] == 8 * outside
     assert sums["gradients"] == 4 * SHAPES[EIGHT_B].parameters / 8
+    begin = found["the beginning of the forward pass"]
+    assert begin["buffer of embeddings and head"] == begin["embeddings and head"] == 4 * outside
+    assert begin["gathered blocks"] == 2 * 2 * block
     alone = moments_of(stage, 1)["the last block's backward pass"]
     assert alone["gathered blocks"] == 2 * block, "one worker gathers from nobody"
 
