@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional, Union
 
 from launcher import hardware
 from launcher.fit.memory import TRAINING, memory
@@ -154,7 +154,11 @@ def _checkpointing(at: _Try) -> Iterator[_Try]:
     model = at.stage.model
     if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing is True:
         return
-    for how, what in (("selective", "selective checkpointing"), (True, "gradient checkpointing")):
+    ways: dict[str, Union[Literal["selective"], bool]] = {
+        "selective checkpointing": "selective",
+        "gradient checkpointing": True,
+    }
+    for what, how in ways.items():
         if how == model.gradient_checkpointing:
             continue
         stage = replace(at.stage, model=replace(model, gradient_checkpointing=how))
