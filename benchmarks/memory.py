@@ -109,6 +109,12 @@ CASES = (
     Case("8b-fsdp8-2048-checkpointing", _8B, 2048, 4, True, workers=8),
     Case("8b-fsdp8-512-checkpointing", _8B, 512, 1, True, workers=8),
     Case("8b-fsdp8-2048-accumulate", _8B, 2048, 1, accumulate=4, workers=8),
+    Case(
+        "8b-fsdp8-512-frozen", _8B, 512, 1, True, workers=8,
+        freeze=("model.embed_tokens.*", "lm_head.*"),
+    ),
+    Case("8b-fsdp8-lora-2048-checkpointing", _8B, 2048, 8, True, adapter=True, workers=8),
+    Case("8b-fsdp8-lora-1024", _8B, 1024, 4, adapter=True, workers=8),
     Case("1b-fp32-fsdp4-1024", _1B, 1024, 4, precision="fp32", workers=4),
     Case("qwen3-0.6b-fsdp2-2048", "Qwen/Qwen3-0.6B", 2048, 4, workers=2),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,17 +144,22 @@ def _of_epochs(stage: Stage, train: Train, per_step: int, words: str, held: Coun
         return Amount(unknown=f"{held.how}; give forecast.examples")
     examples = held.examples * epochs
     passes = f"{held.how} x {epochs:g} epochs = {figure(examples)} examples"
-    each = held.tokens_per_example
+    each, most = held.tokens_per_example, _most_rows(train, per_step) * epochs
     if each is None:
         if stage.data.packing:
             unknown = "the length of the examples is not known; give forecast.tokens_per_example"
             return Amount(None, None, None, examples, held.about, (passes,), unknown)
-        steps = int(-(-examples // per_step))
+        examples = min(examples, most)
+        steps = max(1, math.ceil(examples / per_step))
         unknown = f"{passes}, of unknown length; give forecast.tokens_per_example"
         return Amount(None, examples, steps, examples, held.about, (passes,), unknown)
     tokens = examples * (each if stage.data.packing else min(each, stage.data.sequence_length))
     rows = tokens / stage.data.sequence_length if stage.data.packing else examples
-    steps = max(1, round(rows / per_step))
+    if most < rows:
+        part = most / rows
+        tokens, rows, examples = tokens * part, most, examples * part
+        passes += f", of which train.limit_batches leaves {figure(rows)} rows"
+    steps = max(1, math.ceil(rows / per_step))
     until = train.until or steps
     if until < steps:
         part = until / steps
@@ -161,6 +167,13 @@ def _of_epochs(stage: Stage, train: Train, per_step: int, words: str, held: Coun
     how = (passes, f"{each:,.0f} tokens each: {figure(tokens)} tokens, {steps:,} steps of {words}",
            *_shorter(stage))  # fmt: skip
     return Amount(tokens, rows, steps, examples, held.about, how)
+
+
+def _most_rows(train: Train, per_step: int) -> float:
+    """Rows of all workers that `train.limit_batches` lets through in one pass."""
+    if train.limit_batches is None:
+        return math.inf
+    return train.limit_batches * per_step / (train.accumulate if train.global_batch is None else 1)
 
 
 def _rows_per_step(train: Train, workers: int) -> tuple[int, str]:

@@ -38,7 +38,7 @@ NOT_COUNTED = (
 _NAMED = 3
 NO_BUDGET = Budget()
 #: Parts of `fit.Memory` that are weights.
-_WEIGHTS = ("weights", "teacher", "start")
+_WEIGHTS = ("weights", "teacher", "surrogate", "start")
 _STAGE = re.compile(r"\$\{stage:([^}]*)\}")
 
 
@@ -290,9 +290,10 @@ def _with_speed(
     if told is not None and told.examples_per_hour is not None:
         return replace(made, basis="given", source="forecast.examples_per_hour")
     known = measured.like(stage, models, launch_home)
-    each = float(stage.data.sequence_length) if stage.data.packing else held.tokens_per_example
+    length = float(stage.data.sequence_length)
+    each = length if stage.data.packing else held.tokens_per_example
     if known is not None and each is not None:
-        rate = known.rows_per_second * each
+        rate = known.rows_per_second * min(each, length)  # longer ones are cut, as in `read`
         line = f"speed: {known.rows_per_second:.4g} rows a second, the median of {known.run}"
         return replace(made, tokens_per_second=rate, basis="measured", source=f"in {known.run}",
                        explain=(*made.explain, line))  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import util
 from typing import Any, Optional
 
-from launcher import backends, forecast, hardware
+from launcher import backends, fit, forecast, hardware
 from launcher.backends.base import Env, Offer
 from launcher.errors import LaunchError
 from launcher.forecast import Forecast, Range
@@ -116,12 +116,10 @@ def _asked_of(asked: Hardware, name: str, any_accelerator: bool) -> Iterator[Har
 
 def _moved(stage: Stage, spec: Hardware) -> Stage:
     """The stage on other hardware, with as many rows in a step, where they can be shared evenly:
-    with more devices each does fewer micro-batches."""
+    with more devices each does fewer micro-batches, or smaller ones."""
     train = stage.train
-    if train is not None and not isinstance(train.micro_batch, str):
-        now, then = _workers(stage.hardware), _workers(spec)
-        if train.accumulate * now % then == 0:
-            train = replace(train, accumulate=train.accumulate * now // then)
+    if train is not None:
+        train = fit.same_rows(train, _workers(stage.hardware), _workers(spec)) or train
     return replace(stage, hardware=spec, train=train)
 
 

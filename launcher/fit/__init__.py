@@ -6,6 +6,7 @@ with what torch counts. Pure: no file, no network, no torch.
 
 from launcher.fit.changes import Change as Change
 from launcher.fit.changes import changes as changes
+from launcher.fit.changes import same_rows as same_rows
 from launcher.fit.memory import checkpoint_bytes as checkpoint_bytes
 from launcher.fit.memory import memory as memory
 from launcher.fit.memory import unknown as unknown

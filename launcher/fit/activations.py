@@ -22,7 +22,7 @@ def layer_activations(step: Step) -> float:
     if step.rank:
         # Per norm its fp32 input; a base that learns nothing keeps no inputs, each A its own.
         norms = 2 * 4 * hidden
-        inputs = sum(_adapter_input(step, name) for name in step.targets)
+        inputs = _adapter_inputs(step)
         outputs = wide * step.rank * len(step.targets)
     else:
         # Per norm its fp32 input and result; under autocast each product has a copy of its input.
@@ -46,26 +46,13 @@ def layer_activations(step: Step) -> float:
 def products_kept(step: Step) -> float:
     """What selective checkpointing keeps of one block (trainer/blocks.py): the results of its
     matrix products, those of an adapter too, and that of fused attention with its logarithm."""
-    sizes = step.shape.projections
-    active = max(step.shape.experts_per_token, 1)
-    outputs = sum(
-        size[0] * (active if name in ("gate_proj", "up_proj", "down_proj") else 1)
-        for name, size in sizes.items()
-    )
+    shape, sizes = step.shape, step.shape.projections
+    outputs = sum(size[0] for size in sizes.values())
+    if shape.experts:  # gate, up and down of each one that a token meets
+        outputs += shape.experts_per_token * (2 * shape.intermediate + shape.hidden)
     outputs += sum(step.rank + sizes[name][0] for name in step.targets)
     attention = 0 if step.eager else step.wide * step.shape.heads * step.shape.head_dim
     return step.wide * outputs + attention + (0 if step.eager else 4 * step.shape.heads)
-
-
-def kept_of_again(step: Step) -> float:
-    """Of what a block computes again, what is one of the results that selective checkpointing kept
-    and is counted with them: gate, up, values, and attention's own."""
-    if not step.selective:
-        return 0.0
-    shape = step.shape
-    inner = shape.intermediate * max(shape.experts_per_token, 1)
-    own = 2 * inner + shape.kv_heads * shape.head_dim
-    return step.wide * (own + (0 if step.eager else shape.heads * shape.head_dim))
 
 
 def stream(step: Step) -> float:
@@ -86,10 +73,12 @@ def cache(step: Step) -> float:
     return step.shape.layers * step.shape.kv_heads * step.shape.head_dim * (key + step.wide)
 
 
-def _adapter_input(step: Step, name: str) -> float:
-    """Under autocast each A keeps a copy of its input. In fp32 there is none: q, k and v share
-    one input, gate and up another, and that of o is attention's result, counted there."""
-    size = step.shape.projections[name][1]
-    if step.half:
-        return 2 * size
-    return 4 * size if name in ("q_proj", "gate_proj", "down_proj") else 0
+def _adapter_inputs(step: Step) -> float:
+    """What the A's of a block keep of their inputs: where these are cast, a copy each. Else q, k
+    and v share one input, gate and up another; that of o is attention's result, counted there."""
+    sizes = {name: step.shape.projections[name][1] for name in step.targets}
+    if step.casts:
+        return 2 * sum(sizes.values())
+    together = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    inputs = {together.get(name, name): size for name, size in sizes.items() if name != "o_proj"}
+    return step.wide * sum(inputs.values())

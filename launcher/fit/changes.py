@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional, Union
 
 from launcher import hardware
 from launcher.fit.memory import TRAINING, memory
@@ -90,6 +90,19 @@ def changes(
     return tuple(change for change in (*same, *other, larger) if change is not None)
 
 
+def same_rows(train: Train, now: int, then: int) -> Optional[Train]:
+    """`train` with the same rows in a step by `then` devices for `now`: fewer micro-batches, or
+    smaller ones; None: they cannot be shared evenly."""
+    if isinstance(train.micro_batch, str):  # train.global_batch is shared by itself
+        return train
+    whole = train.micro_batch * train.accumulate * now
+    if whole % then:
+        return None
+    each = whole // then
+    rows = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
+    return replace(train, micro_batch=rows, accumulate=each // rows)
+
+
 def _eased(at: _Try) -> Iterator[_Try]:
     """`at` itself, then with what keeps the training the same, the least first."""
     yield at
@@ -137,11 +150,19 @@ def _rows(number: int) -> str:
 
 
 def _checkpointing(at: _Try) -> Iterator[_Try]:
+    """First what repeats no product, then what repeats all."""
     model = at.stage.model
-    if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing:
+    if at.stage.stage not in TRAINING or model is None or model.gradient_checkpointing is True:
         return
-    stage = replace(at.stage, model=replace(model, gradient_checkpointing=True))
-    yield at.with_(stage, "gradient checkpointing", {"model.gradient_checkpointing": "true"})
+    ways: dict[str, Union[Literal["selective"], bool]] = {
+        "selective checkpointing": "selective",
+        "gradient checkpointing": True,
+    }
+    for what, how in ways.items():
+        if how == model.gradient_checkpointing:
+            continue
+        stage = replace(at.stage, model=replace(model, gradient_checkpointing=how))
+        yield at.with_(stage, what, {"model.gradient_checkpointing": str(how).lower()})
 
 
 def _sharded(at: _Try, nodes: int) -> Iterator[_Try]:
@@ -252,7 +273,7 @@ def _moved(at: _Try, other: Accelerator, cloud: str, rate: float, place: Optiona
     effects = ["its price is not known" if rate == math.inf else f"from {rate:.2f} USD/h"]
     train = at.stage.train
     if train is not None and other.count != at.accelerator.count:
-        shared = _shared(train, at.accelerator.count, other.count)
+        shared = same_rows(train, at.accelerator.count, other.count)
         if shared is not None and not isinstance(shared.micro_batch, str):
             for name in ("micro_batch", "accumulate"):
                 if getattr(shared, name) != getattr(train, name):
@@ -263,15 +284,3 @@ def _moved(at: _Try, other: Accelerator, cloud: str, rate: float, place: Optiona
         train = shared or train
     stage = replace(at.stage, hardware=changed, train=train)
     return _Try(stage, other, (str(other),), settings, ("; ".join(effects),))
-
-
-def _shared(train: Train, now: int, then: int) -> Optional[Train]:
-    """The same rows in a step by `then` devices for `now`; None: they cannot be shared evenly."""
-    if isinstance(train.micro_batch, str):  # train.global_batch is shared by itself
-        return train
-    whole = train.micro_batch * train.accumulate * now
-    if whole % then:
-        return None
-    each = whole // then
-    rows = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
-    return replace(train, micro_batch=rows, accumulate=each // rows)

@@ -55,7 +55,8 @@ def shared(parts: list[Part], step: Step) -> list[Part]:
 
 def root(step: Step) -> Part:
     """What lies outside the blocks, whole."""
-    number = step.shape.parameters - step.shape.layers * _of_block(step)
+    blocks = sum(math.prod(size) for size in step.shape.layer().values()) * step.shape.layers
+    number = step.shape.parameters - blocks
     size = step.base_bytes
     return Part("embeddings and head", number * size, f"{count(number)} gathered x {size} bytes")
 
@@ -69,24 +70,64 @@ def root_learns(step: Step) -> float:
     )
 
 
-def block(step: Step, first: bool) -> list[Part]:
-    """Of the backward pass of a block: its weights, gathered, and its gradients. Before the `first`
-    one, whose turn is last, there is the next block too, in the buffer that gathers it and as it
-    comes out of that; with the first one there are the fp32 buffers in which its gradients and
-    those of the block before are summed over the workers."""
-    adapted = step.adapted / step.shape.layers
-    inside = "model.layers.0."
-    learns = adapted + sum(math.prod(d) for n, d in step.learns.items() if n.startswith(inside))
-    held, size = _of_block(step) + adapted, step.wide
-    times, sums = (1, 8) if first else (3, 0)
-    how = f"{count(learns)} parameters x {size} bytes"
-    if sums:
-        how += ", and 2 buffers x 4 bytes that sum them"
+def beginning(step: Step) -> list[Part]:
+    """Beside `root`, when the first block has been gathered: the buffers that both came in."""
+    if step.workers == 1:
+        return []
+    held, arrived = _of_block(step), root(step)
     return [
-        Part("gathered blocks", times * size * held, f"{times} x {count(held)} x {size} bytes"),
-        Part("gradients of one block", (size + sums) * learns, how),
-    ]
+        replace(arrived, name="buffer of embeddings and head"),
+        Part("gathered blocks", 2 * step.wide * held,
+             f"{count(held)} parameters x {step.wide} bytes, and their buffer"),
+    ]  # fmt: skip
 
 
-def _of_block(step: Step) -> int:
-    return sum(math.prod(size) for size in step.shape.layer().values())
+def block(step: Step, at: int, done: bool) -> list[Part]:
+    """What FSDP2 holds of blocks in the backward pass of block `at` (0: the first, whose turn comes
+    last): its weights, gathered; those of the one before it, on their way, in the buffer that they
+    arrive in; the gradient of its last product, which comes first, or of all where it is `done`;
+    and the fp32 buffer in which the gradients of the block after it are summed over the workers,
+    which stays until this one's are due."""
+    held, learns = _of_block(step), _learns(step) if done else _learns(step, ".down_proj")
+    times = 2 if at > 0 and step.workers > 1 else 1
+    of = f"{count(held)} parameters x {step.wide} bytes"
+    why = f"{of}, and the next one's in the buffer that gathers it" if times == 2 else of
+    parts = [
+        Part("gathered blocks", times * step.wide * held, why),
+        Part("gradients of one block", step.wide * learns,
+             f"{count(learns)} parameters x {step.wide} bytes"),
+    ]  # fmt: skip
+    return parts if at == step.shape.layers - 1 else [*parts, summed(step)]
+
+
+def summed(step: Step) -> Part:
+    """The buffer in which the gradients of a block are summed over the workers."""
+    learns = _learns(step)
+    return Part("sum of one block", 4 * learns, f"{count(learns)} gradients x 4 bytes (fp32)")
+
+
+def left(step: Step, blocks: int, outside: bool = False) -> list[Part]:
+    """The gradients of the last `blocks` of them, and of what lies outside: one worker's part. With
+    `accumulate` all of them are there all the time, and counted as such."""
+    number = blocks * _learns(step) + (root_learns(step) if outside else 0)
+    if step.accumulate > 1:
+        number = 0.0
+    how = f"{count(number)} parameters x 4 bytes (fp32)"
+    return shared([Part("gradients", 4 * number, how)], step)
+
+
+def _learns(step: Step, named: str = "") -> float:
+    """Parameters of one block that learn, all or those `named` so: on average, where patterns
+    freeze some blocks. Of adapters always all: they are small."""
+    found = (
+        math.prod(size)
+        for name, size in step.learns.items()
+        if name.startswith("model.layers.") and named in name
+    )
+    return (step.adapted + sum(found)) / step.shape.layers
+
+
+def _of_block(step: Step) -> float:
+    """Parameters of one block, with its adapters."""
+    own = sum(math.prod(size) for size in step.shape.layer().values())
+    return own + step.adapted / step.shape.layers

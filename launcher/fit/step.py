@@ -16,7 +16,6 @@ from typing import Optional
 
 from launcher.fit import sharding
 from launcher.fit.activations import (
-    kept_of_again,
     layer_activations,
     products_kept,
     stream,
@@ -95,6 +94,12 @@ class Step:
         if not self.experts:
             return 0.0
         return self.base_bytes * sum(map(math.prod, self.shape.expert_tensors.values()))
+
+    @property
+    def casts(self) -> bool:
+        """Whether PEFT casts each adapter's input to its fp32, and autocast back. Where workers
+        share the model, A and B are gathered in 16 bits: there it does not."""
+        return bool(self.rank) and self.half and not self.sharded
 
     @property
     def trained(self) -> int:
@@ -193,7 +198,7 @@ def _moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     widened = _widened(step)
     of_all = [] if step.checkpointing else widened
     yield _name_of_loss(step), [kept, *copies, *of_all, *_tail(step), *_loss(step)]
-    if step.rank and not step.checkpointing:
+    if step.casts and not step.checkpointing:
         hidden, inner = step.shape.hidden, step.shape.intermediate
         size = step.tokens * (8.5 * hidden + 6.5 * inner) * step.wide / 2
         last = Part("forward pass", size, "of the last block")
@@ -221,28 +226,43 @@ def _sharded_moments(step: Step) -> Iterable[tuple[str, list[Part]]]:
     """The same where the workers share the model: no block's weights are copied, they are gathered
     in the precision of the products, and of a block's gradients one worker's part is left."""
     layers, root, kept = step.shape.layers, sharding.root(step), _kept(step)
-    backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
-    widened = _widened(step)
+    widened, head = _widened(step), _head_gradients(step)
     of_all = [] if step.checkpointing else widened
+    yield "the beginning of the forward pass", [root, *sharding.beginning(step)]
     yield _name_of_loss(step), [kept, root, *of_all, *_tail(step), *_loss(step)]
-    again = [_again(step)] if step.checkpointing else []
-    one = [Part(p.name, p.bytes / layers, f"{p.how}, of one block") for p in widened]
-    here = [
-        root,
-        *again,
-        *(one if step.checkpointing else widened),
-        _head_gradients(step),
-        backward,
-    ]
-    yield "the last block's backward pass", [kept, *here, *sharding.block(step, first=False)]
-    rest = Part(kept.name, kept.bytes / layers, "what the first block keeps")
-    size = 0.0 if step.accumulate > 1 else step.trained - sharding.root_learns(step)
-    left = sharding.shared([_product("gradients", size, 4, "parameters x 4 bytes (fp32)")], step)
-    yield "the first block's backward pass", [rest, *left, *here, *sharding.block(step, first=True)]
-    yield "the end of the backward pass", [root, *left, *_embedding(step)]
+    backward = Part("backward pass", _working(step), "what one block's backward pass has in hand")
+    # From one block to the next less is kept and more gradients are left. The most is taken at an
+    # end or beside it: the last block finds no sum of another's gradients, the first gathers none.
+    for at in dict.fromkeys((layers - 1, max(layers - 2, 0), min(1, layers - 1), 0)):
+        here = [root, head, *sharding.left(step, layers - 1 - at)]
+        if step.checkpointing:
+            before = after = [_of_blocks(kept, at + 1, layers)]
+            working = [*(_of_blocks(part, 1, layers) for part in widened), _again(step), backward]
+        else:
+            before = [_of_blocks(part, at + 1, layers) for part in (kept, *widened)]
+            after = [_of_blocks(part, at, layers) for part in (kept, *widened)]
+            working = [backward]
+        name = _turn(at, layers)
+        yield name, [*before, *here, *working, *sharding.block(step, at, done=False)]
+        yield f"the end of {name}", [*after, *here, *sharding.block(step, at, done=True)]
+    first = sharding.summed(step)  # the last one whose gradients were summed
+    other = [] if step.shape.tied else [head]
+    here = [root, first, *other, *sharding.left(step, layers)]
+    yield "the end of the backward pass", [*here, *_embedding(step)]
     twice = _product("gradients of embeddings and head", 2 * sharding.root_learns(step), 4,
                      "parameters x 4 bytes (fp32), and the buffer that sums them")  # fmt: skip
-    yield "the sum over workers", [*left, twice]
+    yield "the sum over workers", [*sharding.left(step, layers, outside=True), twice]
+
+
+def _of_blocks(part: Part, number: int, layers: int) -> Part:
+    """What `number` of all blocks have of it."""
+    how = part.how if number == layers else f"{part.how}, of {number} of them"
+    return Part(part.name, part.bytes * number / layers, how)
+
+
+def _turn(at: int, layers: int) -> str:
+    number = {0: "the first block", layers - 1: "the last block"}.get(at, f"block {at + 1}")
+    return f"{number}'s backward pass"
 
 
 def _asked(step: Step, other: Shape) -> list[Part]:
@@ -262,11 +282,13 @@ def _name_of_loss(step: Step) -> str:
 
 
 def _again(step: Step) -> Part:
-    """What checkpointing computes again for the backward pass of a block."""
+    """What checkpointing computes again for the backward pass of a block. What a selective one kept
+    of it is taken over or goes: each result is handed out once."""
     each = layer_activations(step)
+    there = stream(step) + (products_kept(step) if step.selective else 0)
     return Part(
         "activations of one block",
-        step.tokens * (each - stream(step) - kept_of_again(step)),
+        step.tokens * max(each - there, 0),
         f"computed again: {count(step.tokens)} tokens x {each:,.0f} bytes",
     )
 
@@ -340,15 +362,18 @@ def _head_gradients(step: Step) -> Part:
 
 
 def _working(step: Step) -> float:
-    """Bytes that the backward pass of a block takes for the time being (measured)."""
+    """Bytes that the backward pass of a block takes for the time being (measured, but for adapters
+    that are not cast)."""
     hidden, inner = step.shape.hidden, step.shape.intermediate
     inner *= max(step.shape.experts_per_token, 1)
     matrix = hidden * step.shape.intermediate
     casts = step.tokens * (hidden + inner) + matrix if step.float8 else 0  # of one product
     if step.rank:
-        each = 8.0 * hidden + 4.0 * inner
-        if step.checkpointing:
-            each = 8.3 * hidden + 6.5 * inner
+        # The gradient of the stream, and that times alpha / rank; of the last product's input what
+        # W gives, what the adapter gives, and their sum, when A's own input has gone.
+        each = 4.0 * hidden + 4.0 * inner
+        if step.casts:
+            each = 8.3 * hidden + 6.5 * inner if step.checkpointing else 8.0 * hidden + 4.0 * inner
         whole = step.widened  # the gradient of W + B A, from which those of B and A follow
         if step.nf4:  # a matrix as the product has it
             whole += step.wide * max(map(math.prod, step.shape.projections.values()))

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from launcher import fit, hardware, recipe, shapes, speed
 from launcher.fit import sharding
+from launcher.fit.memory import step_of
 from launcher.fit.parts import usable
+from launcher.fit.step import _moments
 from launcher.spec import Hardware, Stage, Vertex
 from trainer.config import (
     Adapter,
@@ -367,6 +369,40 @@ def test_what_keeps_the_training_the_same_comes_first_and_together_only_where_ne
     assert one.effect == ""
 
 
+def test_where_selective_checkpointing_is_not_enough_the_whole_one_is_proposed() -> None:
+    stage = sft(EIGHT_B, rows=8, gradient_checkpointing="selective")
+    h200 = hardware.parse("H200")
+    (first, *_) = fit.changes(stage, h200, 1, shapes.of_stage(stage, (stage,), Path()))
+    assert of(stage, h200).fits is False
+    assert first.settings == ("model.gradient_checkpointing=true",)
+    assert first.memory.fits and first.effect == ""
+    whole = sft(EIGHT_B, rows=64, length=4096, gradient_checkpointing=True)
+    known = shapes.of_stage(whole, (whole,), Path())
+    assert of(whole, h200).fits is False
+    assert not any("model.gradient_checkpointing=true" in change.settings
+                   for change in fit.changes(whole, h200, 1, known))  # fmt: skip
+
+
+def test_the_checkpointing_that_repeats_no_product_comes_before_that_which_repeats_all() -> None:
+    stage, h100 = sft(EIGHT_B, rows=4), hardware.parse("H100:8")
+    known = shapes.of_stage(stage, (stage,), Path())
+    settings = [change.settings for change in fit.changes(stage, h100, 1, known)]
+    assert of(stage, h100).fits is False
+    assert ("model.gradient_checkpointing=selective",) in settings
+    assert ("model.gradient_checkpointing=true",) not in settings
+
+
+def test_selective_checkpointing_keeps_the_products_of_the_experts_that_a_token_meets() -> None:
+    def kept(kind: Any) -> float:
+        stage = sft("openai/gpt-oss-20b", rows=1, adapter=Adapter(), gradient_checkpointing=kind)
+        return parts(of(stage))["activations"]
+
+    # Of 24 blocks q, k, v and o, what their adapters add, and A's results; and of four experts
+    # gate, up and down, 2880 wide.
+    each = 2 * (2 * (4096 + 2 * 512 + 2880) + 4 * 16 + 4 * 3 * 2880)
+    assert kept("selective") - kept(True) == pytest.approx(2048 * 24 * each)
+
+
 def test_a_machine_of_the_recipes_places_comes_before_a_slightly_cheaper_one_elsewhere() -> None:
     stage = sft(EIGHT_B, rows=1, adapter=Adapter(rank=16), gradient_checkpointing=False)
     near = changes_of(on_vertex(stage, places=("us-central1",), capacity=("spot",)))[-1]
@@ -458,6 +494,55 @@ def test_workers_share_weights_gradients_and_moments() -> None:
     assert parts(of(shared(stage), eight, nodes=2))["optimizer"] == number / 2
     teacher = replace(shared(stage), stage="kd", kd=Distill(teacher=EIGHT_B))
     assert parts(of(teacher, eight))["teacher"] == 2 * number, "what is only read stays whole"
+
+
+def moments_of(stage: Stage, workers: int) -> dict[str, dict[str, float]]:
+    """What each moment of a step has beside what is held all the time."""
+    known = shapes.of_stage(stage, (stage,), Path())
+    step = step_of(stage, hardware.parse(f"H100:{workers}"), 1, known)
+    return {name: {part.name: part.bytes for part in parts} for name, parts in _moments(step)}
+
+
+def test_a_block_is_gathered_while_the_next_one_arrives_and_the_last_one_is_summed() -> None:
+    """torch.distributed.fsdp prefetches one block in the backward pass, and keeps the input of one
+    reduce-scatter."""
+    stage = shared(sft(EIGHT_B, rows=1, length=512, gradient_checkpointing=True))
+    found, outside = moments_of(stage, 8), 2 * 128256 * 4096 + 4096
+    block = (SHAPES[EIGHT_B].parameters - outside) / 32
+    last, second = found["the last block's backward pass"], found["block 31's backward pass"]
+    first = found["the first block's backward pass"]
+    assert last["gathered blocks"] == second["gathered blocks"] == 2 * 2 * block
+    assert first["gathered blocks"] == 2 * block
+    assert "sum of one block" not in last and second["sum of one block"] == 4 * block
+    assert second["gradients of one block"] == 2 * 4096 * 14336, "of down_proj, the first of them"
+    assert found["the end of block 31's backward pass"]["gradients of one block"] == 2 * block
+    assert second["gradients"] == 4 * block / 8 and first["gradients"] == 31 * 4 * block / 8
+    end, sums = found["the end of the backward pass"], found["the sum over workers"]
+    table = 4 * 128256 * 4096
+    assert end["gradient of the head"] == end["gradient of the embedding"] == table
+    assert end["sum of one block"] == 4 * block and end["gradients"] == 32 * 4 * block / 8
+    assert sums["gradients of embeddings and head"] == 8 * outside
+    assert sums["gradients"] == 4 * SHAPES[EIGHT_B].parameters / 8
+    begin = found["the beginning of the forward pass"]
+    assert begin["buffer of embeddings and head"] == begin["embeddings and head"] == 4 * outside
+    assert begin["gathered blocks"] == 2 * 2 * block
+    alone = moments_of(stage, 1)["the last block's backward pass"]
+    assert alone["gathered blocks"] == 2 * block, "one worker gathers from nobody"
+
+
+def test_adapters_of_a_shared_model_cast_nothing() -> None:
+    """A and B are gathered in 16 bits, so that PEFT need not cast their inputs to fp32."""
+    stage = sft(EIGHT_B, rows=1, gradient_checkpointing=True, adapter=Adapter(rank=16))
+    name, again = "the last block's backward pass", "activations of one block"
+    whole, part = moments_of(shared(stage, "ddp"), 8)[name], moments_of(shared(stage), 8)[name]
+    # Inputs of k, v, o and up are others', too; at the peak four widths of the MLP, not 6.5.
+    assert whole[again] - part[again] == 2048 * 2 * 4 * 4096
+    assert part["backward pass"] == 2048 * 4 * (4096 + 14336)
+    assert whole["backward pass"] == 2048 * (8.3 * 4096 + 6.5 * 14336)
+    few = shared(sft(EIGHT_B, rows=1, gradient_checkpointing=True,
+                     adapter=Adapter(rank=16, targets=("v_proj", "up_proj"))))  # fmt: skip
+    less = (part[again] - moments_of(few, 8)[name][again]) / 2048
+    assert less == 2 * 14336 + 2 * 16 * 5, "q's input is v's, gate's is up's; down's is not kept"
 
 
 def test_auto_shards_where_the_trainer_would() -> None:

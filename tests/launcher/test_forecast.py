@@ -247,6 +247,30 @@ def test_a_large_file_is_counted_by_its_beginning(
     assert held.examples == 1000 and held.about and held.how.startswith("about 1,000 documents")
 
 
+def test_limited_batches_are_all_that_a_pass_reads() -> None:
+    """trainer/stages.py cuts the rows first, and takes whole steps then."""
+    told = Expected(examples=1_000_000, tokens_per_example=64)
+    few = Train(epochs=2, micro_batch=4, accumulate=2, limit_batches=3)
+    read = amount.of_stage(stage(train=few, forecast=told), 2)
+    assert (read.rows, read.steps) == (2 * 3 * 4 * 2, 3)
+    assert read.tokens == read.rows * 128 and read.examples == 2 * read.rows
+    assert "of which train.limit_batches leaves 48 rows" in read.how[0]
+    more = replace(few, limit_batches=10**9)
+    assert amount.of_stage(stage(train=more, forecast=told), 2).tokens == 2 * 64e6
+    auto = Train(epochs=1, micro_batch="auto", global_batch=32, limit_batches=5)
+    assert amount.of_stage(stage(train=auto, forecast=told), 4).rows == 5 * 32
+    padded = Data(sequence_length=128, packing=False)
+    for tokens in (None, 64):
+        held = Expected(examples=1_000_000, tokens_per_example=tokens)
+        read = amount.of_stage(stage(train=few, data=padded, forecast=held), 2)
+        assert (read.rows, read.steps) == (48, 3)
+
+
+def test_the_last_step_of_the_epochs_is_whole() -> None:
+    told, train = Expected(examples=33, tokens_per_example=128), Train(epochs=1, micro_batch=8)
+    assert amount.of_stage(stage(train=train, forecast=told), 1).steps == 5
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [
@@ -448,6 +472,16 @@ def test_a_run_whose_rows_were_others_is_not_believed(tmp_path: Path) -> None:
     assert measured.like(one, models, tmp_path) is None
 
 
+def test_a_measured_run_read_its_examples_cut_at_the_length_of_a_row(tmp_path: Path) -> None:
+    data = Data(train=(Source(path="long.jsonl"),), sequence_length=128, packing=False)
+    told = Expected(tokens_per_example=512)
+    one = stage(model=Model(name="meta-llama/Llama-3.2-1B"), data=data, forecast=told)
+    recorded(tmp_path, Recipe("r", (one,)), [8.0] * 5)
+    found = of(one, offer(1.0), home=tmp_path)
+    assert found.basis == "measured" and found.hours is not None
+    assert found.hours[0] == pytest.approx(100 * 8 / 8.0 / 3600), "800 rows at 8 a second"
+
+
 def test_a_run_with_too_few_steps_or_a_damaged_record_does_not_count(tmp_path: Path) -> None:
     one = stage(model=Model(name="meta-llama/Llama-3.2-1B"))
     recipe = Recipe("r", (one,))
@@ -470,6 +504,17 @@ def misfit(size: float, weights: float) -> Forecast:
     smaller = Memory((Part("weights", 19.8 * 2**30, ""),), 22.5 * 2**30)
     change = Change("checkpointing", ("model.gradient_checkpointing=true",), smaller)
     return Forecast("kd", "kd", memory, (change,), steps=10, hours=(1.0, 1.0))
+
+
+def test_a_surrogate_larger_than_the_device_is_refused_as_a_teacher_is() -> None:
+    small, large = Model(name="meta-llama/Llama-3.2-1B"), "meta-llama/Llama-3.1-70B"
+    plain = stage(stage="sdce", model=small, sdce=Sdce("meta-llama/Llama-3.2-1B"))
+    on_l4 = replace(plain, hardware=replace(plain.hardware, accelerator="L4:1"))
+    assert forecast.hopeless(of(on_l4, offer(1.0))) is None
+    said = forecast.hopeless(of(replace(on_l4, sdce=Sdce(large)), offer(1.0)))
+    assert said is not None and "the weights alone are" in said[0]
+    teacher = replace(on_l4, stage="kd", sdce=None, kd=Distill(teacher=large))
+    assert forecast.hopeless(of(teacher, offer(1.0))) is not None
 
 
 def with_forecast(monkeypatch: pytest.MonkeyPatch, made: Forecast) -> None:

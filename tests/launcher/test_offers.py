@@ -60,6 +60,21 @@ def test_more_devices_do_the_same_work_in_less_time(tmp_path: Path, sized: None)
     assert hours["A100-40GB:8"] == pytest.approx(hours["A100-40GB:1"] / 8)
 
 
+def test_a_step_has_as_many_rows_where_only_a_micro_batch_can_be_cut(
+    tmp_path: Path, sized: None
+) -> None:
+    """Eight devices do not do eight times the work in the time of one."""
+    asked = shipped("kd_l4", "train.micro_batch=32", "train.accumulate=1")
+    found = offering.rank(asked, environment(tmp_path), any_accelerator=True).ranked
+    rows = {row.offer.accelerator: row for row in found}
+    one, eight = rows["A100-40GB:1"], rows["A100-40GB:8"]
+    assert one.hours is not None and eight.hours is not None
+    assert one.tokens_per_second is not None and eight.tokens_per_second is not None
+    assert eight.hours[1] * eight.tokens_per_second == pytest.approx(
+        one.hours[1] * one.tokens_per_second
+    )
+
+
 def test_only_the_recipes_own_accelerator_is_offered_unless_asked(
     tmp_path: Path, sized: None
 ) -> None:

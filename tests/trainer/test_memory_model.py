@@ -16,6 +16,8 @@ from launcher import fit, hardware, shapes
 RUN = (
     "1b-full-2048", "8b-lora-1024", "1b-kd8b-2048-checkpointing", "1b-fsdp8-1024",
 )  # fmt: skip
+#: What is recorded may not get worse: no case is off by more than 0.7%.
+CLOSE = 0.01
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in RUN], ids=lambda c: c.name)
@@ -32,4 +34,4 @@ def test_the_forecast_still_agrees_with_all_that_was_counted() -> None:
         known = shapes.of_stage(stage, (stage,), Path())
         found = fit.memory(stage, hardware.parse(f"H100:{case.workers}"), 1, known)
         assert found is not None
-        assert abs(found.allocated / recorded[case.name]["counted"] - 1) <= LIMIT, case.name
+        assert abs(found.allocated / recorded[case.name]["counted"] - 1) <= CLOSE, case.name
