@@ -66,7 +66,7 @@ def packed(files: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def place(home: Path, sha256: str, like: str = "") -> Path:
-    """Where the archive of this name is; `like`: a name of its kind, for an older run's is `.tar.gz`."""
+    """Where the archive of this name is; `like`: a name of its kind (older runs: `.tar.gz`)."""
     return home / "bundles" / f"{sha256}{kind(like)}"
 
 
