@@ -21,7 +21,7 @@ from trainer.data.stream import Rows, Stream
 from trainer.evaluate import Left, held_out, held_out_rows
 from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import COUNTS, SHOWN, Metrics
-from trainer.objective import Objective
+from trainer.objective import Objective, divided
 from trainer.optimizer import clip, make_optimizer, unscale
 from trainer.runtime import Runtime
 from trainer.saver import Files, Saver
@@ -288,7 +288,11 @@ class Loop:
 
     def _smaller(self, tried: int) -> int:
         """The rows of a micro-batch from now on, after an out-of-memory with `tried` of them.
-        Errors: `ConfigError` when that was one row."""
+        Errors: `ConfigError` when that was one row, which cannot be cut."""
+        if tried == 1 and (parts := divided(self.objective)):
+            self._event("oom_split", micro_batch=1, tried=1)
+            self.say(f"out of memory with one row: {parts}")
+            return 1
         decision = self.guard.out_of_memory(tried)
         if not isinstance(decision, Retry):
             assert isinstance(decision, Abort)
