@@ -230,8 +230,8 @@ class Groups:
 
 
 def divided(groups: Sequence[Group], parts: int) -> list[list[Group]]:
-    """The groups as `parts` lists, at most as many as a group has answers, in each of them a part of
-    every group's. Advantages are numbers by now, so answers may be apart; what there is to report
+    """The groups as `parts` lists, at most as many as a group has answers, in each a part of those
+    of every group. Advantages are numbers by now, so answers may be apart; what there is to report
     is with the first."""
     parts = min(parts, *(len(group.answers) for group in groups))
     return [[_some(group, part, parts) for group in groups] for part in range(parts)]
