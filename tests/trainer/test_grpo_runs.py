@@ -160,12 +160,15 @@ def test_a_prompt_whose_answers_do_not_fit_together_is_learned_from_in_parts(
     try:
         run_stage(in_folder(config, tmp_path / "parts", until=1))
         run_stage(in_folder(config, tmp_path / "parts"), attempt=2)
+        auto: dict[str, Any] = {"micro_batch": "auto", "accumulate": 1, "global_batch": 2}
+        run_stage(in_folder(config, tmp_path / "auto", **auto))
         most = 8
         with pytest.raises(ConfigError, match="one row does not fit"):
             run_stage(in_folder(config, tmp_path / "none"))
     finally:
         handle.remove()
-    calm, parts = (lines(tmp_path / name, "step") for name in ("calm", "parts"))
+    calm, parts, whole = (lines(tmp_path / n, "step") for n in ("calm", "parts", "auto"))
+    assert [step["global_step"] for step in whole] == [1, 2]
     events = [e for e in lines(tmp_path / "parts", "event") if e["event"] == "oom_split"]
     assert events and {(event["tried"], event["micro_batch"]) for event in events} == {(1, 1)}
     for name in ("reward", "reward_std", "tokens", "train_loss", "grad_norm"):
