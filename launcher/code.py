@@ -56,15 +56,13 @@ def files(code: Code) -> dict[str, Path]:
     if not root.is_dir():
         raise Wrong("path", f"no such folder: {root}")
     ignored = _ignored(root)
-    includes = [_pattern(text) for text in code.include]
     found: dict[str, Path] = {}
     for name, path in _below(root, ignored, code.include):
-        if any(pattern.fullmatch(name) for pattern in includes):
-            if path.is_symlink():
-                raise Wrong("include", f"{name} is a link, which does not travel; copy what it is")
-            if not path.is_file():  # a pipe would be waited for
-                raise Wrong("include", f"{name} is no plain file; narrow `include`")
-            found[name] = path
+        if path.is_symlink():
+            raise Wrong("include", f"{name} is a link, which does not travel; copy what it is")
+        if not path.is_file():  # a pipe would be waited for
+            raise Wrong("include", f"{name} is no plain file; narrow `include`")
+        found[name] = path
     if not found:
         raise Wrong("include", f"no file below {root} fits {', '.join(code.include)}")
     _refuse_shadows(found)
@@ -153,8 +151,9 @@ def _refuse_shadows(names: Collection[str]) -> None:
 def _below(
     root: Path, ignored: Sequence[str], includes: Sequence[str]
 ) -> Iterator[tuple[str, Path]]:
-    """What may travel: files, and folders that are links, as `NAME/`. Hidden ones never do: they
+    """What is to travel: files, and folders that are links, as `NAME/`. Hidden ones never do: they
     hold settings and secrets. Folders that no pattern can reach are not looked into."""
+    wanted = [_pattern(text) for text in includes]
     begins = [_begins(text) for text in includes]
     for folder, folders, names in os.walk(root):
         here = Path(folder).relative_to(root)
@@ -165,15 +164,12 @@ def _below(
             and not _left_out((here / name).as_posix(), ignored)
         ]
         folders[:] = [name for name in kept if not (Path(folder) / name).is_symlink()]
-        yield from (
-            (f"{(here / name).as_posix()}/", Path(folder) / name)
-            for name in kept
-            if name not in folders
-        )
-        for name in sorted(names):
-            at = (here / name).as_posix()
-            if not _left_out(at, ignored):
-                yield at, Path(folder) / name
+        at = "" if here == Path() else f"{here.as_posix()}/"
+        links = [f"{name}/" for name in kept if name not in folders]
+        for name in (*links, *sorted(names)):
+            fits = any(pattern.fullmatch(at + name) for pattern in wanted)
+            if fits and (name in links or not _left_out(at + name, ignored)):
+                yield at + name, Path(folder) / name
 
 
 def _left_out(name: str, ignored: Sequence[str]) -> bool:
