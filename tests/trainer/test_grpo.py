@@ -13,6 +13,7 @@ from tests.trainer import gradients, grpo_cases
 from tests.trainer.grpo_cases import Fixed
 from trainer.batch import Batch
 from trainer.data.stream import Stream
+from trainer.evaluate import held_out
 from trainer.groups import advantages
 from trainer.objectives.grpo import Reinforce
 from trainer.step import backward, normalisers, prepare
@@ -260,3 +261,17 @@ def test_held_out_means_are_over_the_answers_that_were_judged(tokenizer: str, te
     lengths = [len(group.answers[0]) for group in objective.groups.greedy(batch.records)]
     assert count == 2 and len(set(lengths)) > 1
     assert sums.tolist()[:3] == [-6.0, 6.0, lengths[0] + lengths[2]]
+
+
+def test_held_out_answers_that_nobody_judged_have_no_reward(tokenizer: str, texts: str) -> None:
+    """Not one of 0, which a gate might let pass and which would be the best so far."""
+
+    def silent(completions: Sequence[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU, rewards=(silent,)))
+    rows = grpo_cases.prompts(tokenizer, texts)
+    found = held_out(model, rows, CPU, objective, micro_batch=4, limit=4)
+    assert found["val_count"] == 0
+    assert math.isnan(found["val_reward"]) and math.isnan(found["val_loss"])
