@@ -10,7 +10,7 @@ from typing import Optional
 
 from launcher.spec import Stage
 from trainer import phases
-from trainer.config import Source, Train
+from trainer.config import Grpo, Source, Train
 
 #: Where only a text's size is known. English prose with the vocabularies of today is near it; code,
 #: other languages and small vocabularies have fewer bytes a token.
@@ -54,10 +54,10 @@ def of_stage(stage: Stage, workers: int) -> Amount:
         return Amount(unknown="it does not train")
     if train.seconds_of is not None:
         return Amount(unknown="train.seconds_of says how long it takes, not how much it reads")
-    if stage.grpo is not None:
-        return Amount(unknown="how long drawing and judging answers takes is not known")
     per_step, words = _rows_per_step(train, workers)
     held = count(stage)
+    if stage.grpo is not None:
+        return _of_answers(stage, stage.grpo, train, per_step, words, held)
     if train.steps is not None:
         steps = min(train.steps, train.until or train.steps)
         return _of_rows(stage, steps * per_step, steps, held, f"{steps:,} steps x {words}")
@@ -174,6 +174,28 @@ def _most_rows(train: Train, per_step: int) -> float:
     if train.limit_batches is None:
         return math.inf
     return train.limit_batches * per_step / (train.accumulate if train.global_batch is None else 1)
+
+
+def _of_answers(
+    stage: Stage, grpo: Grpo, train: Train, per_step: int, words: str, held: Counted
+) -> Amount:
+    """Rows are prompts; their tokens are those of all answers, as long as they may be."""
+    most = float(max(stage.data.sequence_length - grpo.max_new_tokens, 1))
+    prompt = min(held.tokens_per_example or most, most)
+    steps, passes = train.steps, ""
+    if steps is None:
+        if held.examples is None:
+            return Amount(unknown=f"{held.how}; give forecast.examples")
+        once = max(1, -(-int(held.examples * (train.epochs or 0.0)) // per_step))
+        steps, passes = once * grpo.iterations, f"{held.how} x {train.epochs:g} epochs: "
+    steps = min(steps, train.until or steps)
+    prompts = float(steps * per_step)
+    tokens = prompts * grpo.group * (prompt + grpo.max_new_tokens)
+    told = "as data.train has them" if held.tokens_per_example else "at most"
+    how = (f"{passes}{steps:,} steps x {words} x {grpo.group} answers of up to "
+           f"{grpo.max_new_tokens:,} tokens, prompts of {prompt:,.0f} ({told}): "
+           f"{figure(tokens)} tokens")  # fmt: skip
+    return Amount(tokens, prompts, steps, prompts, held.about, (how,))
 
 
 def _rows_per_step(train: Train, workers: int) -> tuple[int, str]:

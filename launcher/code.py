@@ -5,9 +5,11 @@ trainer's. Which files, what never travels, and the archive's place in a recipe.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +33,14 @@ _NEVER = ("__pycache__", "*.pyc", "node_modules", "venv", "*.egg-info")
 _SECRETS = ("*.pem", "*.key", "*.p12", "*.pfx", "*.env", "id_rsa*", "id_ed25519*", "id_ecdsa*",
             "*credentials*.json", "service-account*.json", "service_account*.json")  # fmt: skip
 
+#: Modules that the trainer imports. The user's folder comes before them on PYTHONPATH, so one of
+#: its own by such a name would be imported instead, by all others too.
+_IMPORTED = {
+    *sys.stdlib_module_names, "trainer", "torch", "numpy", "transformers", "tokenizers", "jinja2",
+    "safetensors", "huggingface_hub", "datasets", "peft", "accelerate", "yaml", "regex", "requests",
+    "tqdm", "packaging", "filelock", "triton", "torchao", "bitsandbytes", "trl", "vllm",
+} - {"test", "this", "antigravity"}  # fmt: skip
+
 
 class Wrong(ValueError):
     """What is wrong with a `code` block, and with which of its keys."""
@@ -46,19 +56,16 @@ def files(code: Code) -> dict[str, Path]:
     if not root.is_dir():
         raise Wrong("path", f"no such folder: {root}")
     ignored = _ignored(root)
-    includes = [_pattern(text) for text in code.include]
     found: dict[str, Path] = {}
-    for name, path in _below(root, ignored):
-        if any(pattern.fullmatch(name) for pattern in includes):
-            if path.is_symlink():
-                raise Wrong("include", f"{name} is a link, which does not travel; copy what it is")
-            if not path.is_file():  # a pipe would be waited for
-                raise Wrong("include", f"{name} is no plain file; narrow `include`")
-            found[name] = path
+    for name, path in _below(root, ignored, code.include):
+        if path.is_symlink():
+            raise Wrong("include", f"{name} is a link, which does not travel; copy what it is")
+        if not path.is_file():  # a pipe would be waited for
+            raise Wrong("include", f"{name} is no plain file; narrow `include`")
+        found[name] = path
     if not found:
         raise Wrong("include", f"no file below {root} fits {', '.join(code.include)}")
-    if own := next((name for name in found if re.match(r"trainer(/|\.py\Z)", name)), None):
-        raise Wrong("include", f"{own}: the module `trainer` is launch's own; give it another name")
+    _refuse_shadows(found)
     sizes = {name: path.stat().st_size for name, path in found.items()}
     if (total := sum(sizes.values())) > LIMIT:
         largest = max(sizes, key=lambda name: sizes[name])
@@ -126,22 +133,43 @@ def _built(code: Code, home: Path) -> Code:
     return replace(code, sha256=digest, bytes=len(tar))
 
 
-def _below(root: Path, ignored: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """What may travel: files, and folders that are links, as `NAME/`. Hidden ones never do: they
-    hold settings and secrets."""
+def _refuse_shadows(names: Collection[str]) -> None:
+    """Errors: `Wrong` for a module that the trainer would import in place of another."""
+    for name in names:
+        top, _, rest = name.partition("/")
+        module = top.removesuffix(".py") if not rest else top
+        if module == "trainer" and (rest or top.endswith(".py")):
+            raise Wrong("include", f"{name}: the module `trainer` is launch's own; rename it")
+        if module in _IMPORTED and (f"{top}/__init__.py" in names if rest else top != module):
+            raise Wrong(
+                "include",
+                f"{name} would be imported in place of the module `{module}`; rename it, move it"
+                f" into a folder, or name it in {IGNORE}",
+            )
+
+
+def _below(
+    root: Path, ignored: Sequence[str], includes: Sequence[str]
+) -> Iterator[tuple[str, Path]]:
+    """What is to travel: files, and folders that are links, as `NAME/`. Hidden ones never do: they
+    hold settings and secrets. Folders that no pattern can reach are not looked into."""
+    wanted = [_pattern(text) for text in includes]
+    begins = [_begins(text) for text in includes]
     for folder, folders, names in os.walk(root):
         here = Path(folder).relative_to(root)
-        kept = [n for n in sorted(folders) if not _left_out((here / n).as_posix(), ignored)]
+        kept = [
+            name
+            for name in sorted(folders)
+            if any(all(a == b for a, b in zip((*here.parts, name), begin)) for begin in begins)
+            and not _left_out((here / name).as_posix(), ignored)
+        ]
         folders[:] = [name for name in kept if not (Path(folder) / name).is_symlink()]
-        yield from (
-            (f"{(here / name).as_posix()}/", Path(folder) / name)
-            for name in kept
-            if name not in folders
-        )
-        for name in sorted(names):
-            at = (here / name).as_posix()
-            if not _left_out(at, ignored):
-                yield at, Path(folder) / name
+        at = "" if here == Path() else f"{here.as_posix()}/"
+        links = [f"{name}/" for name in kept if name not in folders]
+        for name in (*links, *sorted(names)):
+            fits = any(pattern.fullmatch(at + name) for pattern in wanted)
+            if fits and (name in links or not _left_out(at + name, ignored)):
+                yield at + name, Path(folder) / name
 
 
 def _left_out(name: str, ignored: Sequence[str]) -> bool:
@@ -150,7 +178,9 @@ def _left_out(name: str, ignored: Sequence[str]) -> bool:
         return True
     if any(fnmatchcase(last.lower(), p) for p in _SECRETS):
         return True
-    return any(_pattern(p).fullmatch(name if "/" in p.rstrip("/") else last) for p in ignored)
+    return any(
+        _pattern(p.lstrip("/")).fullmatch(name if "/" in p.rstrip("/") else last) for p in ignored
+    )
 
 
 def _ignored(root: Path) -> list[str]:
@@ -165,7 +195,13 @@ def _ignored(root: Path) -> list[str]:
     wanted = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
     if odd := next((text for text in wanted if text.startswith("!")), None):
         raise Wrong("path", f"{root / IGNORE}: {odd}: nothing is taken back in; use `include`")
-    return [text.lstrip("/") if "/" in text.strip("/") else text.strip("/") for text in wanted]
+    return wanted
+
+
+def _begins(text: str) -> list[str]:
+    """The folders that a pattern names before its first sign that stands for others."""
+    parts = text.removeprefix("./").rstrip("/").split("/")
+    return list(itertools.takewhile(lambda part: not re.search(r"[*?]", part), parts))
 
 
 def _pattern(text: str) -> re.Pattern[str]:

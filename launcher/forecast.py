@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from launcher import amount, fit, hardware, measured, shapes, speed
+from launcher import amount, answers, fit, hardware, measured, shapes, speed
 from launcher.amount import Amount, figure
 from launcher.backends.base import Offer
 from launcher.errors import Exit
@@ -292,12 +292,22 @@ def _with_speed(
     known = measured.like(stage, models, launch_home)
     length = float(stage.data.sequence_length)
     each = length if stage.data.packing else held.tokens_per_example
+    if each is not None:
+        each = min(each, length)  # longer ones are cut, as in `read`
+    if stage.grpo is not None:  # its rows are prompts
+        each = answers.tokens_per_prompt(stage)
     if known is not None and each is not None:
-        rate = known.rows_per_second * min(each, length)  # longer ones are cut, as in `read`
+        rate = known.rows_per_second * each
         line = f"speed: {known.rows_per_second:.4g} rows a second, the median of {known.run}"
         return replace(made, tokens_per_second=rate, basis="measured", source=f"in {known.run}",
                        explain=(*made.explain, line))  # fmt: skip
     try:
+        if stage.grpo is not None:
+            found = answers.pace(stage, accelerator, models, task(stage), made.memory)
+            return replace(
+                made, tokens_per_second=found.tokens_per_second, basis=found.basis,
+                source=found.source, explain=(*made.explain, *found.explain),
+            )  # fmt: skip
         work = speed.work(stage, models.get("model"), models.get("teacher"))
     except ValueError as error:
         return replace(made, unknown=(*made.unknown, f"speed: {error}"))

@@ -18,8 +18,8 @@ from trainer.config import nearest
 
 @dataclass(frozen=True)
 class Kind:
-    """One accelerator model. `memory_gib` and `bf16_tflops` (dense) are per chip, from the
-    makers' data sheets; 0 where it has no meaning (cpu)."""
+    """One accelerator model. `memory_gib`, `bf16_tflops` (dense) and `memory_gbs` (GB/s) are per
+    chip, from the makers' data sheets; 0 where it has no meaning (cpu), or is not used yet."""
 
     name: str
     vendor: Literal["cpu", "nvidia", "tpu"]
@@ -28,23 +28,26 @@ class Kind:
     aliases: tuple[str, ...] = ()
     capability: float = 0  # NVIDIA's compute capability
     cores_in_name: bool = False  # TPU: `v4-32` counts TensorCores, two a chip; `v6e-8` chips
+    memory_gbs: float = 0  # of NVIDIA's: the form factor that clouds have (SXM but for L4, T4, NVL)
 
 
 KINDS = (
     Kind("cpu", "cpu"),
-    Kind("L4", "nvidia", 24, 121, capability=8.9),
-    Kind("A100-40GB", "nvidia", 40, 312, ("A100", "A100-SXM4-40GB"), 8.0),
-    Kind("A100-80GB", "nvidia", 80, 312, ("A100-SXM4-80GB", "A100-PCIE-80GB"), 8.0),
-    Kind("H100", "nvidia", 80, 989, ("H100-80GB", "H100-SXM"), 9.0),
-    Kind("H100-MEGA", "nvidia", 80, 989, ("H100-MEGA-80GB",), 9.0),
-    Kind("H100-NVL", "nvidia", 94, 835, capability=9.0),
-    Kind("H200", "nvidia", 141, 989, ("H200-141GB",), 9.0),
-    Kind("B200", "nvidia", 180, 2250, ("B200-180GB",), 10.0),
-    Kind("RTX4090", "nvidia", 24, 165, ("RTX_4090", "RTX-4090"), 8.9),
-    Kind("RTX5090", "nvidia", 32, 209.5, ("RTX_5090", "RTX-5090"), 12.0),
+    Kind("L4", "nvidia", 24, 121, capability=8.9, memory_gbs=300),
+    Kind("A100-40GB", "nvidia", 40, 312, ("A100", "A100-SXM4-40GB"), 8.0, memory_gbs=1555),
+    Kind(
+        "A100-80GB", "nvidia", 80, 312, ("A100-SXM4-80GB", "A100-PCIE-80GB"), 8.0, memory_gbs=2039
+    ),
+    Kind("H100", "nvidia", 80, 989, ("H100-80GB", "H100-SXM"), 9.0, memory_gbs=3350),
+    Kind("H100-MEGA", "nvidia", 80, 989, ("H100-MEGA-80GB",), 9.0, memory_gbs=3350),
+    Kind("H100-NVL", "nvidia", 94, 835, capability=9.0, memory_gbs=3900),
+    Kind("H200", "nvidia", 141, 989, ("H200-141GB",), 9.0, memory_gbs=4800),
+    Kind("B200", "nvidia", 180, 2250, ("B200-180GB",), 10.0, memory_gbs=8000),
+    Kind("RTX4090", "nvidia", 24, 165, ("RTX_4090", "RTX-4090"), 8.9, memory_gbs=1008),
+    Kind("RTX5090", "nvidia", 32, 209.5, ("RTX_5090", "RTX-5090"), 12.0, memory_gbs=1792),
     # No bf16 on the matrix units of these two.
-    Kind("T4", "nvidia", 16, aliases=("TESLA-T4",), capability=7.5),
-    Kind("V100", "nvidia", 16, aliases=("V100-16GB", "TESLA-V100"), capability=7.0),
+    Kind("T4", "nvidia", 16, aliases=("TESLA-T4",), capability=7.5, memory_gbs=320),
+    Kind("V100", "nvidia", 16, aliases=("V100-16GB", "TESLA-V100"), capability=7.0, memory_gbs=900),
     Kind("v2", "tpu", 16, 45, cores_in_name=True),
     Kind("v3", "tpu", 32, 123, cores_in_name=True),
     Kind("v4", "tpu", 32, 275, cores_in_name=True),

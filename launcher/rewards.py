@@ -11,7 +11,11 @@ from typing import Optional
 
 from launcher import code
 from launcher.spec import Code, Stage
+from trainer import config
 from trainer.config import Problem, nearest
+
+#: The folder of the package that travels with every run.
+_TRAINER = Path(config.__file__).parent
 
 
 def problems(stage: Stage, sent: Optional[Code]) -> Iterator[Problem]:
@@ -54,6 +58,9 @@ def _in_module(
     where: str, function: str, sent: Optional[Code], files: Mapping[str, Path]
 ) -> Optional[str]:
     stem = where.replace(".", "/")
+    if where.partition(".")[0] == "trainer":
+        own = _TRAINER.parent / f"{stem}.py"
+        return _lacks(own, function) if own.is_file() else f"the trainer has no module `{where}`"
     found = files.get(f"{stem}.py") or files.get(f"{stem}/__init__.py")
     if found is not None:
         return _lacks(found, function)

@@ -13,6 +13,7 @@ from launcher.references import Written, reference_problems, references
 from launcher.spec import Gate, Stage
 from trainer import phases
 from trainer.config import TRAINING, KeyPath, Problem, nearest, preference_problems, to_dict
+from trainer.config_objectives import packed_for_server
 from trainer.config_train import refused
 from trainer.store import BUCKET_NAME, BUCKET_SPELLING
 
@@ -254,6 +255,8 @@ def _together(stage: Stage) -> Iterator[Problem]:
     if stage.grpo is not None and stage.grpo.rollouts == "vllm" and (many := _workers(stage)) > 1:
         what = f"vllm serves one worker, here there are {many}; take one, or `generate`"
         yield ("grpo", "rollouts"), what
+    if stage.grpo is not None and (packed := packed_for_server(stage.grpo, stage.model)):
+        yield ("grpo", "rollouts"), packed
     if (fit := _BUILTIN.get(stage.stage)) is None:
         return
     for key in ("train", "validation"):

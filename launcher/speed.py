@@ -109,6 +109,13 @@ def work(config: Any, model: Optional[Shape], teacher: Optional[Shape] = None) -
     return Work(tokens, flops * tokens, elements * tokens, calls * micro_batches)
 
 
+def reading(model: Shape, context: float, tokens: float, head: bool = True) -> Work:
+    """The work of `tokens` in one forward pass, each attending to about `context` of them."""
+    elements = _elements(model) + (model.vocabulary if head else 0)
+    flops = forward_flops(model, context, head)
+    return Work(tokens, flops * tokens, elements * tokens, model.layers)
+
+
 def reference_share(config: Any, model: Optional[Shape]) -> float:
     """What a token costs in the pass with which the reference of `dpo` and `ipo` reads all pairs
     before the first step, by what it costs in a step; 0: there is no such pass."""

@@ -24,6 +24,9 @@ class Batch:
     term, the 0-dim float64 weight of this batch (e.g. supervised tokens); `extra` is the
     objective's.
 
+    `parts`, where an objective made any: what goes through the model in place of the batch, one
+    after another, since its rows are too much for once.
+
     Of the host's batch, one for each row: `places`, where the stream has it (none: it is not of the
     stream), and `records`, what rows that are more than tokens were made of."""
 
@@ -35,6 +38,7 @@ class Batch:
     progress: float = 0.0
     weights: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    parts: Sequence[Batch] = ()
     places: Sequence[int] = ()
     records: Sequence[Any] = ()
 

@@ -206,3 +206,11 @@ class Grpo(Strict):
             vllm_server=((self.vllm_server is not None) == vllm,
                          "must be given" if vllm else "belongs to `rollouts: vllm`"),
         )  # fmt: skip
+
+
+def packed_for_server(grpo: Grpo, model: Optional[Model]) -> Optional[str]:
+    """Why `rollouts: vllm` cannot serve `model`; None: it can, or is not asked for."""
+    adapter = model.adapter if model is not None else None
+    if grpo.rollouts != "vllm" or adapter is None or adapter.quantization != "nf4":
+        return None
+    return "vllm cannot be sent a base of 4 bits (model.adapter.quantization: nf4); take `generate`"

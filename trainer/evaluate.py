@@ -103,7 +103,8 @@ def held_out(
 
     width = len(objective.measures)
     count, sums = _sums(model, rows, runtime, batch_sums, width, micro_batch, limit, smaller, leave)
-    means = {f"val_{name}": x / max(count, 1) for name, x in zip(objective.measures, sums)}
+    by = count or math.nan  # of nothing there is no mean: 0 would look like one
+    means = {f"val_{name}": x / by for name, x in zip(objective.measures, sums)}
     return {**means, "val_count": float(count)}
 
 

@@ -57,6 +57,7 @@ class Groups:
         self.length, self.packing, self.reference = length, packing, reference
         self.kept: dict[int, Group] = {}
         self.step: Optional[int] = None
+        self.parts = 1  # in which the answers of a micro-batch go through the model
 
     @property
     def reported(self) -> dict[str, str]:
@@ -73,7 +74,7 @@ class Groups:
         much memory a step takes: they get the longest answers there may be, judged by nobody."""
         prompts: Sequence[Prompt] = batch.records
         if not batch.places:
-            return self._complete([self._longest(prompt) for prompt in prompts])
+            return self._completed([self._longest(prompt) for prompt in prompts])
         if step != self.step:
             self.step = step
             if batch.places[0] not in self.kept:
@@ -84,9 +85,9 @@ class Groups:
             asked = [prompts[i] for i in new]
             ids = [prompt.ids for prompt in asked]
             drawn = self.rollouts.draw(ids, self.plan.group, seed, step)
-            made = self._complete(self._judged(asked, drawn))
+            made = self._judged(asked, drawn)  # kept whatever happens to the passes below
             self.kept.update((batch.places[i], group) for i, group in zip(new, made))
-        return [self.kept[place] for place in batch.places]
+        return self._completed([self.kept[place] for place in batch.places])
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Group]:
         """One answer to each prompt, the most probable token every time."""
@@ -97,6 +98,29 @@ class Groups:
     def laid_out(self, groups: Sequence[Group]) -> Laid:
         """The groups as rows of the configured length, packed or not."""
         return lay_out(groups, self.length if self.packing else None)
+
+    def batches(self, groups: Sequence[Group], device: torch.device) -> list[Batch]:
+        """The groups on `device`, in the parts that memory allows, with an `extra` value for each
+        supervised token: `weight`, `advantage`, `old` and `reference` (None: there is none)."""
+        plan, found = self.plan, []
+        each = {"tokens": 1.0, "constant": 1 / plan.max_new_tokens}.get(plan.normalise)
+        for part in divided(groups, self.parts):
+            laid = self.laid_out(part)
+            made = laid.batch.to(device)
+            made.extra["weight"] = laid.column([each or 1 / n for n in laid.lengths]).to(device)
+            made.extra["advantage"] = laid.column([part[g].advantages[a] for g, a in laid.order])
+            for name in ("old", "reference"):
+                held = [one for g, a in laid.order for one in getattr(part[g], name)[a : a + 1]]
+                made.extra[name] = torch.cat(held).to(device) if held else None
+            found.append(made)
+        return found
+
+    def divide(self) -> Optional[str]:
+        """Twice as many parts from now on, in words; None: each is but an answer of a prompt."""
+        if self.parts >= self.plan.group:
+            return None
+        self.parts = min(2 * self.parts, self.plan.group)
+        return f"its {self.plan.group} answers in {self.parts} parts from now on"
 
     def logprobs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of the supervised tokens [n] of `batch`, at the temperature of the draws."""
@@ -162,35 +186,55 @@ class Groups:
         ids = [answer.ids for answer in answers]
         return Group(list(prompt.ids), ids, advantages(totals, self.plan.scale_rewards), facts)
 
-    def _complete(self, groups: list[Group]) -> list[Group]:
+    def _completed(self, groups: list[Group]) -> list[Group]:
         """With the log-probs of the weights as they are now, where other weights will be compared
-        with them, and with those of the reference."""
+        with them, and with those of the reference; those that have them keep them."""
         wanted: list[tuple[str, nn.Module, Callable[[], AbstractContextManager[Any]]]] = []
         if self.plan.iterations > 1:
             wanted.append(("old", self.model, torch.no_grad))
         if self.reference is not None:
             wanted.append(("reference", self.reference.model, self.reference.switch))
-        if not wanted or not groups:
-            return groups
-        laid = self.laid_out(groups)
-        batch = laid.batch.to(self.runtime.device)
         for name, model, switch in wanted:
-            with reading(model), switch(), self.runtime.autocast():
-                found = self.logprobs(model, batch).cpu()
-            of = dict(zip(laid.order, found.split(laid.lengths)))
-            for g, group in enumerate(groups):
-                # Copies: a part would keep, and save, all of `found`.
-                setattr(group, name, [of[g, a].clone() for a in range(len(group.answers))])
+            lacking = [group for group in groups if not getattr(group, name)]
+            if not lacking:
+                continue
+            found: list[list[Tensor]] = [[] for _ in lacking]
+            for part in divided(lacking, self.parts):
+                laid = self.laid_out(part)
+                batch = laid.batch.to(self.runtime.device)
+                with reading(model), switch(), self.runtime.autocast():
+                    logprobs = self.logprobs(model, batch).cpu()
+                of = dict(zip(laid.order, logprobs.split(laid.lengths)))
+                for g, group in enumerate(part):
+                    # Copies: a piece would keep, and save, all of `logprobs`.
+                    found[g] += [of[g, a].clone() for a in range(len(group.answers))]
+            for group, whole in zip(lacking, found):
+                setattr(group, name, whole)
         return groups
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers that further steps will ask for: none where each serves one."""
+        """The answers that further steps will ask for, none where each serves one; and what an
+        out-of-memory taught."""
         kept = self.kept if self.plan.iterations > 1 else {}
-        return {"kept": {place: dict(vars(group)) for place, group in kept.items()}}
+        state: dict[str, Any] = {
+            "kept": {place: dict(vars(group)) for place, group in kept.items()}
+        }
+        if self.parts > 1:
+            state["parts"] = self.parts
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.kept = {place: Group(**held) for place, held in state.get("kept", {}).items()}
+        self.parts = min(max(self.parts, state.get("parts", 1)), self.plan.group)
         self.step = None
+
+
+def divided(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+    """The groups as `parts` lists, at most as many as a group has answers, in each a part of those
+    of every group. Advantages are numbers by now, so answers may be apart; what there is to report
+    is with the first."""
+    parts = min(parts, *(len(group.answers) for group in groups))
+    return [[_some(group, part, parts) for group in groups] for part in range(parts)]
 
 
 def advantages(rewards: Sequence[Optional[float]], scale: bool) -> list[float]:
@@ -203,3 +247,13 @@ def advantages(rewards: Sequence[Optional[float]], scale: bool) -> list[float]:
     mean = statistics.fmean(known)
     by = statistics.stdev(known) + EPSILON if scale else 1.0
     return [0.0 if reward is None else (reward - mean) / by for reward in rewards]
+
+
+def _some(group: Group, part: int, parts: int) -> Group:
+    count = len(group.answers)
+    at = slice(part * count // parts, (part + 1) * count // parts)
+    facts = group.facts if part == 0 else {}
+    return Group(
+        group.prompt, group.answers[at], group.advantages[at], facts,
+        group.old[at], group.reference[at],
+    )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,10 @@ from trainer.checkpoint import (
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows, Stream
 from trainer.evaluate import Left, held_out, held_out_rows
+from trainer.flags import Flags
 from trainer.guard import Abort, Guard, Retry, SkipStep
 from trainer.metrics import COUNTS, SHOWN, Metrics
-from trainer.objective import Objective
+from trainer.objective import Objective, divided
 from trainer.optimizer import clip, make_optimizer, unscale
 from trainer.runtime import Runtime
 from trainer.saver import Files, Saver
@@ -103,7 +103,7 @@ class Loop:
         self.evaluation: dict[str, float] = {}
         self._saved_at = 0  # nothing is lost before the first step
         self._evaluated_at = -1
-        self._flags: deque[tuple[int, Tensor, Optional[torch.cuda.Event]]] = deque()
+        self._flags = Flags()
         self._window = Window(0.0)
 
     def run(self) -> Outcome:
@@ -233,7 +233,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._window.add(done, sum(batch.rows for batch in group), found_inf)
-        self._queue_flag(found_inf)
+        self._flags.put(self.step, found_inf)
         self._check_flags(keep=1)
         if self._logged(self.step):
             self.runtime.finish()  # or the speed would be that of asking, not of doing
@@ -296,7 +296,11 @@ class Loop:
 
     def _smaller(self, tried: int) -> int:
         """The rows of a micro-batch from now on, after an out-of-memory with `tried` of them.
-        Errors: `ConfigError` when that was one row."""
+        Errors: `ConfigError` when that was one row, which cannot be cut."""
+        if tried == 1 and (parts := divided(self.objective)):
+            self._event("oom_split", micro_batch=1, tried=1)
+            self.say(f"out of memory with one row: {parts}")
+            return 1
         decision = self.guard.out_of_memory(tried)
         if not isinstance(decision, Retry):
             assert isinstance(decision, Abort)
@@ -318,22 +322,9 @@ class Loop:
         self.say(f"step {self.step + 1}: rows of {length} tokens from here on, {rows} at a time")
         self.make_room()
 
-    def _queue_flag(self, flag: Tensor) -> None:
-        """Start copying a flag to the host; it is read one step later, when it has arrived."""
-        if flag.device.type != "cuda":
-            self._flags.append((self.step, flag, None))
-            return
-        host = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._flags.append((self.step, host, event))
-
     def _check_flags(self, keep: int) -> None:
-        while len(self._flags) > keep:
-            step, flag, event = self._flags.popleft()
-            if event is not None:
-                event.synchronize()
-            decision = self.guard.finite(float(flag) == 0.0)
+        for step, finite in self._flags.read(keep):
+            decision = self.guard.finite(finite)
             if isinstance(decision, SkipStep):
                 self._event("nan_skipped", step=step)
                 self.say(f"step {step}: not finite, skipped; weights and optimizer are untouched")

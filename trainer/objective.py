@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,21 @@ class Objective(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """An objective whose rows can be cut."""
+
+    def divide(self) -> Optional[str]:
+        """After an out-of-memory with one row: into smaller parts from now on, on all ranks alike.
+        What is done, in words; None: there are none smaller."""
+        ...
+
+
+def divided(objective: Objective) -> Optional[str]:
+    """What `objective` does so that a row takes less memory; None: nothing."""
+    return objective.divide() if isinstance(objective, Divisible) else None
 
 
 def share(coefficient: float, norm: Tensor) -> Tensor:

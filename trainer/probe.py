@@ -22,7 +22,7 @@ from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Train
 from trainer.data.stream import Rows
 from trainer.guard import Abort, Guard
-from trainer.objective import Objective
+from trainer.objective import Objective, divided
 from trainer.runtime import Runtime
 from trainer.step import backward, normalisers, prepare, unless_out_of_memory
 
@@ -64,7 +64,7 @@ def largest_micro_batch(
     fitting = 0
     with _trial(model, objective, rows, runtime) as fits:
         for count in _doubling(limit):
-            if not fits(count):
+            if not fits(count) and not (count == 1 and _fits_in_parts(fits, objective)):
                 break
             fitting = count
     if fitting == 0:
@@ -114,6 +114,14 @@ def longest(rows: Rows, count: int) -> list[int]:
     per_row = np.add.reduceat(lengths, rows.packing.starts[:-1])
     order = np.argsort(-per_row, kind="stable")
     return [int(index) for index in np.resize(order, count)]
+
+
+def _fits_in_parts(fits: Callable[[int], bool], objective: Objective) -> bool:
+    """Whether one row does, that did not fit as a whole."""
+    while divided(objective):
+        if fits(1):
+            return True
+    return False
 
 
 def _doubling(limit: int) -> list[int]:

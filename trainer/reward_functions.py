@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -47,15 +49,18 @@ class Reward:
         columns, as long as there are answers. Errors: `ConfigError` naming the function."""
         wanted = lists if self.takes_all else {k: v for k, v in lists.items() if k in self.takes}
         try:
-            found = self.function(**wanted)
-        except Exception as error:
+            # Copies: the answers are still to be learned from, the columns are the data's, and the
+            # next function is to see neither changed.
+            found = self.function(**copy.deepcopy(wanted))
+        except (Exception, SystemExit) as error:  # no function ends the run
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise ConfigError(
-                f"grpo.rewards: {self.name} failed: {type(error).__name__}: {error}"
+                f"grpo.rewards: {self.name} failed: {_in_a_line(error)}"
                 f" ({place.filename}:{place.lineno})"
             ) from error
         count = len(lists["completions"])
-        if not hasattr(found, "__len__") or isinstance(found, (str, dict)):
+        no_list = not hasattr(found, "__len__") or getattr(found, "ndim", 1) == 0  # of a tensor
+        if no_list or isinstance(found, (str, dict, set)):
             raise ConfigError(
                 f"grpo.rewards: {self.name} gave {type(found).__name__}; it must give a list of"
                 " numbers, one for each answer"
@@ -71,7 +76,7 @@ class Reward:
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if isinstance(value, str) or not math.isfinite(number):
             raise ConfigError(
@@ -107,14 +112,21 @@ def _load(name: str) -> Reward:
             module = _file(where) if where.endswith(".py") else importlib.import_module(where)
     except (Exception, SystemExit) as error:  # a script that ends itself is no module
         raise ConfigError(
-            f"grpo.rewards: cannot import {name}: {type(error).__name__}: {error}{_where(error)}"
+            f"grpo.rewards: cannot import {name}: {_in_a_line(error)}{_where(error)}"
         ) from error
     function = getattr(module, wanted, None)
     if function is None:
         raise ConfigError(f"grpo.rewards: {where} has no `{wanted}`")
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise ConfigError(f"grpo.rewards: {name} is no plain function")
-    return Reward(name, function)
+    try:
+        return Reward(name, function)
+    except (TypeError, ValueError) as error:  # of some that are written in C
+        raise ConfigError(f"grpo.rewards: {name} does not say what it takes: {error}") from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _where(error: BaseException) -> str:
@@ -132,11 +144,21 @@ def _file(path: str) -> ModuleType:
     place = next((place for place in places if place.is_file()), None)
     if place is None:
         raise ModuleNotFoundError(f"no such file in {Path.cwd()} or on PYTHONPATH")
-    found = importlib.util.spec_from_file_location(place.stem, place)
+    # A name that hides no module, and the same for all functions of a file: it runs once.
+    digest = hashlib.sha256(str(place.resolve()).encode()).hexdigest()
+    name = f"{place.stem}_{digest[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, place)
     if found is None or found.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

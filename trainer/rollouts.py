@@ -51,12 +51,15 @@ class Generate:
     ) -> list[list[Answer]]:
         asked = [prompt for prompt in prompts for _ in range(count)]
         found: list[Answer] = []
-        with reading(self.wrapped), _seeded(seed, self.runtime.device), self._plainly():
+        with reading(self.wrapped), self._plainly():
             while len(found) < len(asked):
                 size = min(self.most or len(asked), len(asked))
-                made = unless_out_of_memory(
-                    self._generate, asked[len(found) : len(found) + size], seed is None
-                )
+                # Of each try: one that failed has drawn, too.
+                own = f"{seed}/{len(found)}" if seed is not None and found else seed
+                with _seeded(own, self.runtime.device):
+                    made = unless_out_of_memory(
+                        self._generate, asked[len(found) : len(found) + size], seed is None
+                    )
                 if made is not None:
                     found += made
                     continue

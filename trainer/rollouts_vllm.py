@@ -70,11 +70,11 @@ class Server:
             if not self.joined:
                 self.client.init_communicator(device=self.runtime.device)
                 self.joined = True
-            with plain_weights(self.model) as weights:
-                facts = [
-                    (n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights
-                ]
-                self.client.update_named_params(facts, iter(weights))
+            facts = [
+                (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
+                for name, weight in plain_weights(self.model, merged=False)
+            ]
+            self.client.update_named_params(facts, plain_weights(self.model))
             self.client.reset_prefix_cache()
         self.sent = version
 
@@ -97,24 +97,25 @@ def connect(url: str) -> Any:
         ) from error
 
 
-@contextmanager
-def plain_weights(model: Any) -> Iterator[list[tuple[str, Tensor]]]:
-    """(name, tensor) of the weights as the base model names them; an adapter is merged into them
-    meanwhile."""
-    adapted = hasattr(model, "merge_adapter")
-    with torch.no_grad():
-        if adapted:
-            model.merge_adapter()
-        try:
-            base = model.get_base_model() if adapted else model
-            yield [
-                (name.replace(".base_layer", ""), parameter.data)
-                for name, parameter in base.named_parameters()
-                if ".lora_" not in name
-            ]
-        finally:
-            if adapted:
-                model.unmerge_adapter()
+def plain_weights(model: Any, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the weights as the base model names them; what an adapter learned is added
+    to those that it adapts, in a tensor that lives until the next one, unless not `merged`. The
+    base stays as it is: to add and to take away again would round one of 16 bits anew each time."""
+    base = model.get_base_model() if hasattr(model, "merge_adapter") else model
+    layers: dict[int, list[Any]] = {}
+    for layer in base.modules() if merged else ():
+        if hasattr(layer, "get_delta_weight"):
+            weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+            layers.setdefault(id(weight), []).append(layer)
+    for name, weight in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        tensor = weight.detach()
+        with torch.no_grad():
+            for layer in layers.get(id(weight), ()):
+                for adapter in layer.active_adapters:
+                    tensor = (tensor + layer.get_delta_weight(adapter)).to(weight.dtype)
+        yield name.replace(".base_layer", ""), tensor
 
 
 @contextmanager

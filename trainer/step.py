@@ -60,7 +60,7 @@ def backward(
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    for batch in batches:
+    for batch in (part for whole in batches for part in whole.parts or (whole,)):
         with runtime.autocast():
             loss = objective.loss(model, batch, scaled, log)
         loss.total.backward()

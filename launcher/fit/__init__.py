@@ -9,6 +9,7 @@ from launcher.fit.changes import changes as changes
 from launcher.fit.changes import same_rows as same_rows
 from launcher.fit.memory import checkpoint_bytes as checkpoint_bytes
 from launcher.fit.memory import memory as memory
+from launcher.fit.memory import staying as staying
 from launcher.fit.memory import unknown as unknown
 from launcher.fit.parts import Memory as Memory
 from launcher.fit.parts import Part as Part

@@ -45,6 +45,13 @@ def memory(stage: Stage, accelerator: Accelerator, nodes: int, shapes: Shapes) -
     return Memory(tuple(parts), usable(accelerator.kind), moment, notes)
 
 
+def staying(found: Memory) -> float:
+    """Bytes of what is there all the time, also while nothing is learned."""
+    parts = [part for part in found.parts if part.name != "allocator"]
+    goes = steps.passing(part for part in parts if not part.outside)
+    return sum(part.bytes for part in parts) - goes
+
+
 def unknown(stage: Stage, accelerator: Accelerator, shapes: Shapes) -> Optional[str]:
     """Why `memory` has no answer, in a phrase; None when it has."""
     if stage.stage in ("merge", "export", "tokenizer"):

@@ -104,6 +104,34 @@ def test_a_path_in_launchignore_counts_from_its_folder(mine: Path) -> None:
     (mine / ".launchignore").write_text("!rewards\n")
     with pytest.raises(code.Wrong, match="nothing is taken back in"):
         code.files(Code(str(mine)))
+    # A name at any depth, and that name in the folder itself alone.
+    (mine / "deep").mkdir()
+    (mine / "deep" / "top.py").touch()
+    (mine / ".launchignore").write_text("deep\nold\n")
+    found = code.files(Code(str(mine)))
+    assert not {"deep/top.py", "rewards/deep/words.py"} & found.keys()
+    (mine / ".launchignore").write_text("/deep\nold\n")
+    found = code.files(Code(str(mine)))
+    assert "deep/top.py" not in found and "rewards/deep/words.py" in found
+
+
+def test_folders_that_no_pattern_reaches_are_not_looked_into(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may hold millions of files beside the code."""
+    seen: list[str] = []
+    left_out = code._left_out
+
+    def noted(name: str, ignored: Any) -> bool:
+        seen.append(name)
+        return left_out(name, ignored)
+
+    monkeypatch.setattr(code, "_left_out", noted)
+    wanted = {"rewards/deep/words.py", "rewards/short.py"}
+    for include in (("rewards",), ("./rewards/**",), ("rewards/*.py", "rewards/deep/wor?s.py")):
+        seen.clear()
+        assert set(code.files(Code(str(mine), include))) == wanted
+        assert "rewards" in seen and not any(name.startswith("data") for name in seen)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +154,27 @@ def test_what_cannot_travel_is_refused_where_the_recipe_says_it(
     do(mine)
     with pytest.raises(RecipeErrors, match=rf"thing.yaml:6:\d+: code.{key}: .*{said}"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("random.py",), "random.py would be imported in place of the module `random`"),
+        (("torch/__init__.py", "torch/x.py"), "torch/.*in place of the module `torch`"),
+        (("numpy/x.py", "rewards/random.py", "test.py"), None),  # hides nothing
+    ],
+)
+def test_a_module_that_would_hide_one_the_trainer_imports_is_refused(
+    mine: Path, names: tuple[str, ...], said: str | None
+) -> None:
+    for name in names:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).touch()
+    if said is None:
+        assert set(names) <= code.files(Code(str(mine))).keys()
+        return
+    with pytest.raises(code.Wrong, match=said):
+        code.files(Code(str(mine)))
 
 
 def test_a_module_called_trainer_is_refused(mine: Path) -> None:

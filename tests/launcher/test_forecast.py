@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher import amount, api, cli, console, forecast, hardware, measured, shapes, speed
+from launcher import amount, answers, api, cli, console, forecast, hardware, measured, shapes, speed
 from launcher.backends.base import Offer
 from launcher.commands import drive
 from launcher.errors import Exit, RecipeErrors
@@ -22,6 +22,7 @@ from trainer.config import (
     Adapter,
     Data,
     Distill,
+    Grpo,
     Model,
     Phase,
     Sdce,
@@ -375,6 +376,79 @@ def test_a_speed_that_cannot_be_had_is_unknown_with_the_reason(
     one = replace(one, hardware=replace(one.hardware, backend="vertex", accelerator=accelerator))
     found = of(one, offer(1.0))
     assert found.hours is None and found.usd is None and any(why in w for w in found.unknown)
+
+
+def reinforced(accelerator: str = "H100:1", **changes: Any) -> Stage:
+    """Of 4 x 4 prompts of up to 512 tokens with 8 answers of 512 in a step."""
+    settings = {"rewards": ("r:f",), "group": 8, "max_new_tokens": 512, **changes.pop("grpo", {})}
+    plain: dict[str, Any] = {
+        "model": Model(name="meta-llama/Llama-3.2-1B"), "data": Data(sequence_length=1024),
+        "train": Train(steps=100, micro_batch=4, accumulate=4),
+    }  # fmt: skip
+    one = stage(stage="grpo", grpo=Grpo(**settings), **{**plain, **changes})
+    backend = "local" if accelerator.startswith("cpu") else "vertex"
+    return replace(one, hardware=replace(one.hardware, backend=backend, accelerator=accelerator))
+
+
+def test_grpo_takes_the_time_of_its_draws_and_of_what_is_learned() -> None:
+    assert LLAMA_1B is not None
+    found = of(reinforced(), offer(10.0))
+    assert found.tokens == 100 * 16 * 8 * 1024 and found.steps == 100
+    assert found.basis == "assumed" and found.hours is not None
+    # 512 tokens of 16 blocks that Python asks for one after another, in 4 draws.
+    drawing = 4 * 512 * 16 / (25.5 * 32)
+    learning = 16 * 8 * 1024 * flops(Model(name="a/b"), LLAMA_1B, data=Data(sequence_length=1024))
+    learning /= 989e12 * 0.29
+    assert found.hours[0] * 3600 == pytest.approx(100 * (drawing + learning), rel=0.02)
+    text = "\n".join(found.explain)
+    assert "GB/s x 70%, assumed" in text and "what grpo.rewards take comes on top" in text
+    # The same answers for two steps are drawn half as often, and read once more.
+    twice = of(reinforced(grpo={"iterations": 2}), offer(10.0))
+    assert twice.hours is not None and twice.hours[0] < 0.6 * found.hours[0]
+    # A reference reads every answer.
+    with_reference = of(reinforced(grpo={"beta": 0.1}), offer(10.0))
+    assert with_reference.hours is not None and with_reference.hours[0] > found.hours[0]
+
+
+def test_a_large_models_weights_are_read_for_every_token_of_a_slow_memory() -> None:
+    """8 B weights of 2 bytes at 70% of 300 GB/s, whatever the number of answers, beside what their
+    keys and values take; as many are drawn at once as there is memory for."""
+    assert LLAMA_8B is not None
+    adapter = Model(name="meta-llama/Llama-3.1-8B", adapter=Adapter(rank=16))
+    few, many = (
+        answers.drawing(
+            reinforced("L4:1", model=adapter), hardware.parse("L4:1"), {"model": LLAMA_8B}, once,
+            "lora",
+        )[0]
+        for once in (1, 32)
+    )  # fmt: skip
+    read = 2 * (LLAMA_8B.parameters - 128256 * 4096) / (300e9 * 0.7)
+    assert few > 512 * read and many < 3 * few
+    found = of(reinforced("L4:1", model=adapter, grpo={"group": 64}), offer(1.0))
+    (line,) = (line for line in found.explain if "answers at once" in line)
+    assert "32 draw(s) of 32 answers at once" in line
+
+
+def test_what_cannot_be_said_of_grpos_time_is_unknown_with_the_reason(tmp_path: Path) -> None:
+    server = {"rollouts": "vllm", "vllm_server": "http://h:1"}
+    for one, why in (
+        (reinforced(grpo=server), "how fast the vLLM server answers is not known"),
+        (reinforced("T4:1"), "the peak of T4 in fp16 is not known"),
+        (reinforced(train=Train(epochs=1, micro_batch=4)), "give forecast.examples"),
+    ):
+        found = of(one, offer(1.0))
+        assert found.hours is None and any(why in reason for reason in found.unknown)
+    given = reinforced(grpo=server, forecast=Expected(examples_per_hour=(1600, 3200)))
+    assert of(given, offer(1.0)).hours == (0.5, 1.0)  # of prompts
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "1234567890"}\n' * 32)  # 24 bytes: 6 tokens
+    local = reinforced(
+        data=Data(train=(Source(path=str(path)),), sequence_length=1024),
+        train=Train(epochs=2, micro_batch=4), grpo={"iterations": 3},
+    )  # fmt: skip
+    read = of(local, offer(1.0))
+    assert read.steps == 2 * 32 // 4 * 3
+    assert read.tokens == pytest.approx(read.steps * 4 * 8 * (512 + 25 / 4))
 
 
 def test_a_stage_that_trains_as_long_as_another_takes_its_hours() -> None:

@@ -32,6 +32,8 @@ PREFERENCES, QUESTIONS = "python-preferences", "python-questions"
     [
         (("grpo", "", "digits", "", "cpu:2"), VLLM,
          "r.yaml:8:73: grpo.rollouts: vllm serves one worker, here there are 2"),
+        (("grpo", NF4, "digits", "", "cpu:1"), VLLM,
+         "r.yaml:8:73: grpo.rollouts: vllm cannot be sent a base of 4 bits"),
         (("sft", NF4, QUESTIONS, ", parallel: fsdp", "cpu:2"), "",
          "r.yaml:6:29: train.parallel: fsdp cannot share quantised weights"),
         (("dpo", "", QUESTIONS, "", "cpu:1"), "",

@@ -83,6 +83,8 @@ def test_what_is_there_or_may_be_is_accepted(folder: Path, reward: str, code: st
         ("words:f", SENT, r"words\.py has no `f`; it defines no function"),
         ("rewards.bad:f", SENT, r"rewards/bad\.py:2: is no Python: "),
         ("/no/such.py:f", SENT, r"no such file: /no/such\.py"),
+        ("trainer.rewards:exakt", "", r"rewards\.py has no `exakt`; did you mean 'exact'\?"),
+        ("trainer.reward:exact", SENT, r"the trainer has no module `trainer\.reward`"),
     ],
 )
 def test_what_cannot_be_there_is_refused_at_its_place(

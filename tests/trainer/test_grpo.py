@@ -13,6 +13,7 @@ from tests.trainer import gradients, grpo_cases
 from tests.trainer.grpo_cases import Fixed
 from trainer.batch import Batch
 from trainer.data.stream import Stream
+from trainer.evaluate import held_out
 from trainer.groups import advantages
 from trainer.objectives.grpo import Reinforce
 from trainer.step import backward, normalisers, prepare
@@ -182,3 +183,95 @@ def test_an_answer_that_no_function_judges_counts_for_nothing(tokenizer: str, te
     assert group.facts["judged"] == 2 and group.facts["reward"] == 1.0 + 3.0
     assert group.advantages[1] == group.advantages[3] == 0.0
     assert group.advantages[0] == -group.advantages[2] != 0.0
+
+
+@pytest.mark.parametrize("normalise", ["tokens", "answers", "constant"])
+def test_the_answers_to_a_prompt_may_be_learned_from_in_parts(
+    normalise: str, tokenizer: str, texts: str
+) -> None:
+    """Of one prompt, three answers and one: the loss, its gradient and all metrics are those of
+    the group."""
+    rows = grpo_cases.prompts(tokenizer, texts)
+    model, old, start = (gradients.model(tokenizer, torch.float64, seed=i) for i in (1, 2, 3))
+
+    def learned(objective: Reinforce) -> tuple[torch.Tensor, dict[str, float], int]:
+        model.zero_grad(set_to_none=True)
+        batches = prepare(objective, stream(rows, 1).next_group(), CPU, 0)
+        done = backward(model, objective, batches, normalisers(batches, CPU), CPU)
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return (
+            found,
+            {name: float(value) for name, value in done.sums.items()},
+            len(batches[0].parts),
+        )
+
+    whole, in_parts = (
+        Reinforce(grpo_cases.groups(old, CPU, start, beta=0.1, normalise=normalise))
+        for _ in range(2)
+    )
+    gradient, metrics, parts = learned(whole)
+    assert parts == 0 and metrics["clipped"] > 0 and metrics["kl"] > 0
+    for count in (2, 4):
+        assert in_parts.divide() == f"its 4 answers in {count} parts from now on"
+        found, sums, parts = learned(in_parts)
+        assert parts == count and sums == pytest.approx(metrics)
+        assert torch.allclose(found, gradient, rtol=1e-9, atol=1e-12)
+    assert in_parts.divide() is None  # each is one answer
+    fresh = Reinforce(grpo_cases.groups(old, CPU, start, beta=0.1, normalise=normalise))
+    fresh.load_state_dict(in_parts.state_dict())
+    assert learned(fresh)[2] == 4
+
+
+def test_out_of_memory_in_the_reference_keeps_answers_and_rewards(
+    tokenizer: str, texts: str
+) -> None:
+    judged: list[int] = []
+
+    def counting(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        judged.append(len(completion_ids))
+        return [float(len(ids)) for ids in completion_ids]
+
+    rows, drawn = grpo_cases.prompts(tokenizer, texts), Fixed()
+    model, start = (gradients.model(tokenizer, torch.float32, seed=i) for i in (1, 2))
+    held = grpo_cases.groups(
+        model, CPU, start, rollouts=drawn, rewards=(counting,), beta=0.1, iterations=1
+    )
+    (batch,) = stream(rows).next_group()
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    handle = start.get_input_embeddings().register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        held.of(batch, 0)
+    handle.remove()
+    groups = [group for half in batch.split() for group in held.of(half, 0)]
+    assert len(drawn.calls) == 1 and judged == [16]
+    assert all(len(group.reference) == 4 for group in groups)
+
+
+def test_held_out_means_are_over_the_answers_that_were_judged(tokenizer: str, texts: str) -> None:
+    def some(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+        return [None if i % 2 else 3.0 for i in range(len(completion_ids))]
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU, rewards=(some,)))
+    batch = grpo_cases.prompts(tokenizer, texts).batch([0, 1, 2, 3])
+    count, sums = objective.judge(model, batch.to(CPU.device))
+    lengths = [len(group.answers[0]) for group in objective.groups.greedy(batch.records)]
+    assert count == 2 and len(set(lengths)) > 1
+    assert sums.tolist()[:3] == [-6.0, 6.0, lengths[0] + lengths[2]]
+
+
+def test_held_out_answers_that_nobody_judged_have_no_reward(tokenizer: str, texts: str) -> None:
+    """Not one of 0, which a gate might let pass and which would be the best so far."""
+
+    def silent(completions: Sequence[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU, rewards=(silent,)))
+    rows = grpo_cases.prompts(tokenizer, texts)
+    found = held_out(model, rows, CPU, objective, micro_batch=4, limit=4)
+    assert found["val_count"] == 0
+    assert math.isnan(found["val_reward"]) and math.isnan(found["val_loss"])

@@ -143,6 +143,39 @@ def test_out_of_memory_keeps_the_answers_and_the_training(
         assert at_the_split == pytest.approx([step[name] for step in calm[:2]], rel=1e-4, abs=1e-7)
 
 
+def test_a_prompt_whose_answers_do_not_fit_together_is_learned_from_in_parts(
+    config: StageConfig, run_stage: Run, tmp_path: Path
+) -> None:
+    """Memory for three rows of 32 tokens: found before the first step, said, and remembered."""
+    config = with_grpo(config, group=16)
+    config = in_folder(config, tmp_path / "calm", steps=2, micro_batch=1, accumulate=2)
+    run_stage(config)
+
+    def full(module: Any, inputs: Any) -> None:
+        learning = isinstance(module, nn.Embedding) and torch.is_grad_enabled()
+        if learning and inputs[0].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    handle, most = nn.modules.module.register_module_forward_pre_hook(full), 96
+    try:
+        run_stage(in_folder(config, tmp_path / "parts", until=1))
+        run_stage(in_folder(config, tmp_path / "parts"), attempt=2)
+        auto: dict[str, Any] = {"micro_batch": "auto", "accumulate": 1, "global_batch": 2}
+        run_stage(in_folder(config, tmp_path / "auto", **auto))
+        most = 8
+        with pytest.raises(ConfigError, match="one row does not fit"):
+            run_stage(in_folder(config, tmp_path / "none"))
+    finally:
+        handle.remove()
+    calm, parts, whole = (lines(tmp_path / n, "step") for n in ("calm", "parts", "auto"))
+    assert [step["global_step"] for step in whole] == [1, 2]
+    events = [e for e in lines(tmp_path / "parts", "event") if e["event"] == "oom_split"]
+    assert events and {(event["tried"], event["micro_batch"]) for event in events} == {(1, 1)}
+    for name in ("reward", "reward_std", "tokens", "train_loss", "grad_norm"):
+        found = [step[name] for step in parts]
+        assert found == pytest.approx([step[name] for step in calm], rel=1e-4, abs=1e-7)
+
+
 def test_what_cannot_be_trained_is_one_line_before_the_model_is_loaded(
     config: StageConfig, run_stage: Run
 ) -> None:

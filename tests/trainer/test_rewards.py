@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.trainer.chats import marked
 from trainer import rewards
@@ -43,6 +44,24 @@ def test_functions_are_found_in_modules_of_the_working_folder_and_in_files(
     assert [r(completions=["a", "b"], answer=["a", "c"]) for r in found] == [[1, 1], [1, 1], [1, 0]]
     labels = [reward.label for reward in found]
     assert labels == ["my_own_rewards.right", "..my_own_rewards.py.right", "exact"]
+
+
+def test_a_file_is_a_module_that_runs_once_for_all_its_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dataclasses look for the module of their annotations; `json` stays what it is."""
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Case:\n    seen: list[str]\n\nCASE = Case([])\n"
+        "def keep(completions):\n    CASE.seen.extend(completions)\n    return [0, 0]\n"
+        "def kept(completions):\n    return [len(CASE.seen)] * 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    first, second = load(["json.py:keep", "json.py:kept"])
+    assert first(completions=["a", "b"]) == [0, 0]
+    assert second(completions=["a", "b"]) == [2, 2]
+    assert load(["json.py:kept"])[0](completions=["a", "b"]) == [2, 2]
+    assert sys.modules["json"] is json
 
 
 def test_a_file_is_found_on_the_path_where_code_of_the_run_is(
@@ -115,7 +134,10 @@ def test_a_function_that_is_not_there_is_one_line(name: str, what: str) -> None:
         ([1.0, float("nan")], "gave nan; a reward is a finite number"),
         ([1.0, float("inf")], "gave inf; a reward is a finite number"),
         ([1.0, "0"], "gave '0'; a reward is a finite number"),
+        ([1.0, 10**400], "gave 1000"),
         (1.0, "gave float; it must give a list"),
+        (torch.tensor(1.0), "gave Tensor; it must give a list"),
+        ({1.0, 0.0}, "gave set; it must give a list"),  # whose order is not that of the answers
     ],
 )
 def test_what_is_no_list_of_numbers_names_the_function(gives: Any, what: str) -> None:
@@ -134,6 +156,40 @@ def test_a_function_that_fails_is_named_with_the_line_where_it_did() -> None:
 
     with pytest.raises(ConfigError, match=r"mine:f failed: ZeroDivisionError.*test_rewards.py:\d+"):
         Reward("mine:f", broken)(completions=[""])
+
+
+def test_a_function_that_ends_the_process_or_says_much_is_one_line() -> None:
+    def leaves(completions: list[str]) -> list[float]:
+        sys.exit(0)
+
+    def talks(completions: list[str]) -> list[float]:
+        raise ValueError("first\n  second\n")
+
+    with pytest.raises(ConfigError, match=r"mine:leaves failed: SystemExit: 0 \(.*\.py:\d+\)$"):
+        Reward("mine:leaves", leaves)(completions=["a"])
+    with pytest.raises(ConfigError, match=r"mine:talks failed: ValueError: first second \("):
+        Reward("mine:talks", talks)(completions=["a"])
+    with pytest.raises(ConfigError, match="builtins:max does not say what it takes"):
+        load(["builtins:max"])
+
+
+def test_what_a_function_changes_is_its_own() -> None:
+    """Neither the answers that are learned from, nor the data, nor what the next function sees."""
+
+    def spoils(prompts: Any, completions: Any, completion_ids: Any, tests: Any) -> list[float]:
+        prompts[0].append("more")
+        tests[1].clear()
+        for ids in completion_ids:
+            ids.pop()
+        return [1.0 for _ in range(len(completions)) if completions.pop()]
+
+    lists: dict[str, Any] = {
+        "prompts": [["p"], ["q"]], "completions": ["a", "b"], "completion_ids": [[1, 2], [3, 4]],
+        "tests": [["t"], ["u"]],
+    }  # fmt: skip
+    assert Reward("mine:spoils", spoils)(**lists) == [1.0, 1.0]
+    assert lists["prompts"] == [["p"], ["q"]] and lists["tests"] == [["t"], ["u"]]
+    assert lists["completions"] == ["a", "b"] and lists["completion_ids"] == [[1, 2], [3, 4]]
 
 
 def test_a_function_gets_what_it_asks_for_and_columns_that_are_missing_are_said_before() -> None:
@@ -167,7 +223,8 @@ def test_prompts_are_strings_or_messages_and_keep_their_columns(
     tokens = marked(tokenizer, CHATML)
     asked = [{"role": "user", "content": "2+2"}]
     rows = read(
-        written(tmp_path / "a.jsonl", {"prompt": "1+1=", "answer": "2", "completion": "no column"},
+        written(tmp_path / "a.jsonl",
+                {"prompt": "1+1=", "answer": "2", "completion": "no column", "prompts": ["nor"]},
                 {"prompt": asked, "tests": ["t"]}),
         tokens,
     )  # fmt: skip
@@ -178,6 +235,26 @@ def test_prompts_are_strings_or_messages_and_keep_their_columns(
     assert second.given == asked and second.columns == {"tests": ["t"]}
     batch = rows.batch([1, 0])
     assert batch.records == [second, first] and (batch.targets < 0).all()
+
+
+def test_an_exchange_is_asked_up_to_its_last_answer(tokenizer: str, tmp_path: Path) -> None:
+    def turn(role: str, words: str) -> dict[str, str]:
+        return {"role": role, "content": words}
+
+    asked, answered = turn("user", "2+2"), turn("assistant", "4")
+    rows = read(
+        written(
+            tmp_path / "a.jsonl",
+            {"messages": [asked, answered]},
+            {"messages": [asked, answered], "answer": "four"},  # the record's own
+            {"messages": [turn("system", "s"), asked], "answer": "4"},  # a question alone
+        ),
+        marked(tokenizer, CHATML),
+    )
+    assert [prompt.given for prompt in rows.prompts] == [[asked]] * 2 + [
+        [turn("system", "s"), asked]
+    ]
+    assert [prompt.columns["answer"] for prompt in rows.prompts] == ["4", "four", "4"]
 
 
 @pytest.mark.parametrize(

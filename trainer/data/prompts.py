@@ -22,8 +22,9 @@ from trainer.data.read import Object, objects, source_name
 from trainer.data.shapes import Skipped, checked_text
 from trainer.data.stream import Rows
 
-#: Keys of a record that are no column: the prompt itself, and what others use for answers.
-_NO_COLUMNS = ("prompt", "completion", "completions", "completion_ids")
+#: Keys of a record that are no column: the prompt itself, what others use for answers, and what
+#: rewards are given under these names.
+_NO_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,10 @@ def _made(item: Object, encoder: Encoder, most: int) -> Prompt:
     if "messages" in record and "prompt" not in record:
         # An exchange: what was asked before its last answer, which becomes a column.
         messages = checked_messages(record["messages"], "messages", at)
-        others = {name: value for name, value in record.items() if name != "messages"}
-        record = {**others, "prompt": messages[:-1], "answer": messages[-1]["content"]}
+        record = {name: value for name, value in record.items() if name != "messages"}
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            record.setdefault("answer", messages.pop()["content"])
+        record["prompt"] = messages
     if "prompt" not in record:
         keys = ", ".join(f"'{name}'" for name in sorted(record)[:8]) or "none"
         raise DataError(f"{at}: no key 'prompt'; keys here: {keys}")

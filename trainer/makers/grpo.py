@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from trainer import models, reward_functions
 from trainer.config import ConfigError, Source
+from trainer.config_objectives import packed_for_server
 from trainer.context import Context
 from trainer.data import chat
 from trainer.data.prompts import Prompts, read_prompts
@@ -59,6 +60,8 @@ def lay_out(
             f"grpo.max_new_tokens: {plan.max_new_tokens} leave no room for a prompt in"
             f" data.sequence_length {data.sequence_length}"
         )
+    if (what := packed_for_server(plan, context.config.model)) is not None:
+        raise ConfigError(f"grpo.rollouts: {what}")
     rewards = reward_functions.load(plan.rewards)
     chat.view_of(data, context.config.stage, tokens)  # gives the tokenizer `data.chat_template`
     rows = read_prompts(

@@ -3,7 +3,8 @@ arXiv 2402.03300): what is drawn and judged comes from `trainer.groups`, the los
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,15 @@ class Reinforce:
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         assert batch.host is not None, "call `to` first"
-        groups, device = self.groups.of(batch.host, step), batch.input_ids.device
-        laid = self.groups.laid_out(groups)
-        made = laid.batch.to(device)
-        each = {"tokens": 1.0, "constant": 1 / self.plan.max_new_tokens}.get(self.plan.normalise)
-        made.extra["weight"] = laid.column([each or 1 / n for n in laid.lengths]).to(device)
-        made.extra["advantage"] = laid.column([groups[g].advantages[a] for g, a in laid.order])
-        for name in ("old", "reference"):
-            held = [part for g, a in laid.order for part in getattr(groups[g], name)[a : a + 1]]
-            made.extra[name] = torch.cat(held).to(device) if held else None
+        groups = self.groups.of(batch.host, step)
+        parts = self.groups.batches(groups, batch.input_ids.device)
+        made = replace(parts[0], parts=parts if len(parts) > 1 else ())
         reported = self.groups.reported
         names = {*reported, *reported.values()}
         facts = {name: sum(group.facts.get(name, 0.0) for group in groups) for name in names}
-        made.extra["facts"] = facts.copy()
-        facts.update(tokens=sum(laid.lengths), answers=len(laid.order), groups=len(groups))
+        made.extra["facts"] = facts.copy()  # once: the other parts have none
+        answers = [answer for group in groups for answer in group.answers]
+        facts.update(tokens=sum(map(len, answers)), answers=len(answers), groups=len(groups))
         terms = dict.fromkeys(("tokens", "answers", *reported.values()))
         made.weights = {k: torch.tensor(facts[k], dtype=torch.float64) for k in terms}
         return made
@@ -59,8 +55,9 @@ class Reinforce:
             kl = apart.exp() - apart - 1
             each = each + plan.beta * ratio * kl
             sums["kl"] = (kl.detach().sum(), "tokens")
+        facts = extra.get("facts", {})
         for name, term in self.groups.reported.items():
-            sums[name] = (torch.tensor(extra["facts"][name], device=own.device), term)
+            sums[name] = (torch.tensor(facts.get(name, 0.0), device=own.device), term)
         term = "tokens" if plan.normalise == "tokens" else "answers"
         weight = extra["weight"] * share(1.0, norm[term]).to(own.device)
         return Loss((each * weight.to(own)).sum(), sums)
@@ -68,10 +65,13 @@ class Reinforce:
     def judge(self, model: nn.Module, batch: Batch) -> tuple[int, Tensor]:
         assert batch.host is not None, "call `to` first"
         facts = [group.facts for group in self.groups.greedy(batch.host.records)]
-        names = ("judged", "reward", "length", "truncated")
-        judged, reward, *others = (sum(fact[name] for fact in facts) for name in names)
+        facts = [fact for fact in facts if fact["judged"]]  # each is of one answer
+        reward, *others = (sum(fact[name] for fact in facts) for name in self.measures[1:])
         sums = torch.tensor([-reward, reward, *others], dtype=torch.float64)
-        return int(judged), sums.to(batch.targets.device)
+        return len(facts), sums.to(batch.targets.device)
+
+    def divide(self) -> Optional[str]:
+        return self.groups.divide()
 
     def state_dict(self) -> dict[str, Any]:
         return self.groups.state_dict()
