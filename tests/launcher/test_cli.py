@@ -304,6 +304,31 @@ def test_init_never_overwrites(launch: Invoke, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "precious"
 
 
+def test_init_puts_recipes_that_share_a_base_into_one_folder(
+    launch: Invoke, tmp_path: Path
+) -> None:
+    assert launch("init", "kd-a100").out == "wrote kd_a100.yaml\nwrote kd_l4.yaml\n"
+    assert launch("init", "kd-h100").out == "wrote kd_h100.yaml\n"
+
+    (tmp_path / "kd_l4.yaml").write_text("changed")
+    outcome = launch("init", "kd-l4-precompute")
+
+    assert outcome.code == 2
+    assert "kd_l4.yaml exists already, and is not the one" in outcome.err
+    assert "launch init kd-l4-precompute FOLDER/" in outcome.err
+    assert not (tmp_path / "kd_l4_precompute.yaml").exists()
+    assert (tmp_path / "kd_l4.yaml").read_text() == "changed"
+
+
+def test_init_does_not_name_a_recipe_like_the_file_it_builds_on(
+    launch: Invoke, tmp_path: Path
+) -> None:
+    outcome = launch("init", "kd-a100", "new/kd_l4.yaml")
+
+    assert outcome.code == 2 and "builds on a file named kd_l4.yaml" in outcome.err
+    assert not (tmp_path / "new").exists()
+
+
 def test_recipes_are_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "launcher"
     (package / "recipes").mkdir(parents=True)
