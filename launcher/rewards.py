@@ -9,9 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Optional
 
+import trainer
 from launcher import code
 from launcher.spec import Code, Stage
 from trainer.config import Problem, nearest
+
+#: The module of rewards that comes with every run.
+_BUNDLED = "trainer.rewards"
 
 
 def problems(stage: Stage, sent: Optional[Code]) -> Iterator[Problem]:
@@ -53,6 +57,8 @@ def _in_file(
 def _in_module(
     where: str, function: str, sent: Optional[Code], files: Mapping[str, Path]
 ) -> Optional[str]:
+    if where == _BUNDLED:
+        return _lacks(Path(trainer.__file__).with_name("rewards.py"), function)
     stem = where.replace(".", "/")
     found = files.get(f"{stem}.py") or files.get(f"{stem}/__init__.py")
     if found is not None:
@@ -91,6 +97,7 @@ def _lacks(path: Path, function: str) -> Optional[str]:
             there |= {alias.asname or alias.name for alias in node.names}
     if function in there or there & {"*", "__getattr__", "globals", "exec", "setattr"}:
         return None
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names = (node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+    functions = [name for name in names if not name.startswith("_")]
     rest = nearest(function, functions) if functions else "it defines no function"
     return f"{path.name} has no `{function}`; {rest}"
