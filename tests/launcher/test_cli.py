@@ -304,6 +304,10 @@ def test_init_never_overwrites(launch: Invoke, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "precious"
 
 
+def test_init_says_a_next_command_that_can_be_pasted(launch: Invoke) -> None:
+    assert launch("init", "quickstart", "my own.yaml").err == "next: launch plan 'my own.yaml'\n"
+
+
 def test_init_puts_recipes_that_share_a_base_into_one_folder(
     launch: Invoke, tmp_path: Path
 ) -> None:
