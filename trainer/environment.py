@@ -170,6 +170,17 @@ def required(stage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield float8.replace("_", "-"), f"model.float8: {float8}"
     if (stage.get("export") or {}).get("format") == "gguf":
         yield "gguf", "export.format: gguf"
+    data = stage.get("data") or {}
+    for key in ("train", "validation"):
+        if any(source.get("hf") for source in data.get(key) or ()):
+            yield "datasets", f"data.{key}: hf"
+
+
+def source_of(package: str) -> str:
+    """What pip is to install for a package that `required` names."""
+    if package == "datasets":
+        return "launch-llm[hub]"
+    return "launch-llm[quantize]" if package in ASKED else f"{package}[pytorch]"
 
 
 def check(job: Mapping[str, Any]) -> None:
@@ -180,8 +191,8 @@ def check(job: Mapping[str, Any]) -> None:
             if job.get("dry_run") and "float8" in key:
                 continue
             if importlib.util.find_spec(package.replace("-", "_")) is None:
-                fix = "launch-llm[quantize]" if package in ASKED else f"{package}[pytorch]"
-                raise Unfit(f'stage {stage["id"]}: {key} needs {package}: pip install "{fix}"')
+                fix = f'pip install "{source_of(package)}"'
+                raise Unfit(f"stage {stage['id']}: {key} needs {package}: {fix}")
 
 
 def lacking(gpu: bool) -> list[str]:

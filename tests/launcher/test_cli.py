@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -389,6 +390,23 @@ def test_doctor_fails_with_3_when_something_is_missing(
     assert "fail" in rows["launch home"] and "is not a folder" in rows["launch home"]
     assert "fail" in rows["recipe"]
     assert "fix: set LAUNCH_HOME" in sick.out
+
+
+def test_the_doctor_names_a_package_that_one_stage_needs(
+    launch: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+
+    sick = launch("doctor", "qlora-local")
+
+    assert sick.code == 3
+    wanted = "adapter: model.adapter.quantization: nf4 needs bitsandbytes: not installed"
+    assert re.search(rf"^package +fail +{wanted}\n  fix: pip install 'launch-llm\[quantize\]'",
+                     sick.out, re.MULTILINE)  # fmt: skip
+    assert not re.search("^package ", launch("doctor", "lora-local").out, re.MULTILINE)
 
 
 def test_a_shell_completes_commands_runs_and_recipes(home: Path) -> None:
