@@ -407,6 +407,22 @@ def test_a_wrong_set_is_told_by_its_own_name(at: Path, override: str, what: str 
     assert len(found) == 1 and what in found[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("train.learning_rate=1", "train.learning_rate: unknown key; here it is 'lr'"),
+        ("model.lora={r: 4}", "model.lora: unknown key; here it is 'adapter'"),
+        ("data.max_length=4", "data.max_length: unknown key; here it is 'sequence_length'"),
+        ("hardware.gpu=H100", "hardware.gpu: unknown key; here it is 'accelerator'"),
+        ("budget.r=1", "budget.r: unknown key; allowed: hours, usd, usd_per_hour, wait"),
+    ],
+)
+def test_a_key_as_other_trainers_name_it_is_told_its_name_here(
+    at: Path, override: str, what: str
+) -> None:
+    assert problems(SINGLE, override)[0].endswith(what)
+
+
 def test_a_later_set_of_one_stage_wins_over_one_of_all(at: Path) -> None:
     """As the forecast advises what one stage needs in order to fit."""
     text = PIPELINE.replace("layers: 2}}", "layers: 2}}\n    train: {micro_batch: 2}")
