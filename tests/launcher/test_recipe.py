@@ -457,6 +457,16 @@ def test_a_data_path_that_the_trainer_does_not_read_is_noticed_early(at: Path) -
     load(SINGLE, "data.train=[{path: x.txt}, {path: folder}]")
 
 
+def test_a_pattern_that_no_file_matches_is_noticed_early(at: Path) -> None:
+    (at / "a" / "b").mkdir(parents=True)
+    (at / "a" / "b" / "x[1].jsonl").write_text("{}\n")
+    (what,) = problems(SINGLE, "data.train=[{path: a/*.jsonl}]")
+    assert what == f"--set data.train: data.train[0].path: no file matches {at}/a/*.jsonl"
+    load(SINGLE, "data.train=[{path: a/**/*.jsonl}, {path: 'a/b/x[1].jsonl'}, {path: a/*/x*}]")
+    (what,) = problems(SINGLE, "data.train=[{path: z**.jsonl}]")
+    assert "data.train[0].path: " in what and f"{at}/z**.jsonl" in what
+
+
 # Backends.
 
 
