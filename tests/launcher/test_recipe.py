@@ -271,7 +271,10 @@ def test_relative_paths_start_at_the_file_they_are_written_in(at: Path) -> None:
     assert made.stages[0].model and made.stages[0].model.name == str(at / "sub/m")
     assert made.artifacts == str(at / "out")
     found = problems(text, "data.train=[{path: 'gs://b/*'}, {path: '*.gz'}, {path: no}]")
-    assert found == [f"--set data.train: data.train[2].path: no such file or folder: {at}/no"]
+    assert found == [
+        f"--set data.train: data.train[1].path: no file matches {at}/*.gz",
+        f"--set data.train: data.train[2].path: no such file or folder: {at}/no",
+    ]
 
 
 def test_manifests_templates_and_folders_of_datasets_are_found_beside_the_recipe(at: Path) -> None:

@@ -136,7 +136,8 @@ def test_an_adapter_is_merged_before_it_is_exported(at: Path) -> None:
     assert len(load(text).stages) == 3
     (found,) = problems(text.replace("${stage:whole}", "${stage:tuned}@best"))
     assert "export.model: stage 'tuned' trains an adapter" in found and "`merge` first" in found
-    assert load(text.replace("adapter: {rank: 4}", "adapter: null").replace("whole}", "tuned}"))
+    plain = text.replace("adapter: {rank: 4}", "adapter: null").replace("whole}", "tuned}")
+    assert load(plain.replace("stage: merge, merge: {adapter:", "stage: export, export: {model:"))
 
 
 def test_rules_types_missing_files_and_models_are_told_together(at: Path) -> None:
