@@ -155,7 +155,8 @@ def test_an_interrupt_is_130_and_a_refusal_of_the_disk_is_3(
     made = quickstart(home)
     refused = launch("report", made.name, "-o", "/proc/nowhere/report.html")
     assert (refused.code, refused.err.count("\n")) == (3, 2)
-    assert "cannot write" in refused.err
+    assert refused.err.startswith("error: cannot write /proc/nowhere/report.html: ")
+    assert refused.err.endswith("  name another file: -o FILE\n")
 
     def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
