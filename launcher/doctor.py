@@ -199,17 +199,16 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
 def _packages(recipe: Recipe) -> Iterator[Check]:
     """What single stages cannot do without, of those that run in this Python. In a cloud the image
     counts, beside which a job installs most of it; another interpreter is not looked into."""
-    from trainer import environment
-    from trainer.config import to_dict
+    from trainer.config import required, source_of, to_dict
 
     for stage in recipe.stages:
         hardware = stage.hardware
         if hardware.backend != "local" or (hardware.local and hardware.local.python):
             continue
-        for package, key in environment.required(to_dict(stage)):
+        for package, key in required(to_dict(stage)):
             found = _present(package.replace("-", "_"))
             detail = f"{stage.id}: {key} needs {package}" + ("" if found else ": not installed")
-            fix = "" if found else f"pip install '{environment.source_of(package)}'"
+            fix = "" if found else f"pip install '{source_of(package)}'"
             yield Check("package", "pass" if found else "fail", detail, fix)
 
 

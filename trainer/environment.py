@@ -19,11 +19,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from trainer.config import required, source_of
 
 Say = Callable[[str], None]
 
@@ -158,29 +160,6 @@ def asked(job: Mapping[str, Any]) -> set[str]:
         if (stage.get("export") or {}).get("format") == "gguf":  # some tokenizers need it
             found.add("sentencepiece")
     return found
-
-
-def required(stage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The packages that a stage (as JSON has it) cannot do without beside `DIRECT`, each with what
-    asks for it."""
-    model = stage.get("model") or {}
-    if (model.get("adapter") or {}).get("quantization") == "nf4":
-        yield "bitsandbytes", "model.adapter.quantization: nf4"
-    if (float8 := model.get("float8")) in ("torchao", "transformer_engine"):
-        yield float8.replace("_", "-"), f"model.float8: {float8}"
-    if (stage.get("export") or {}).get("format") == "gguf":
-        yield "gguf", "export.format: gguf"
-    data = stage.get("data") or {}
-    for key in ("train", "validation"):
-        if any(source.get("hf") for source in data.get(key) or ()):
-            yield "datasets", f"data.{key}: hf"
-
-
-def source_of(package: str) -> str:
-    """What pip is to install for a package that `required` names."""
-    if package == "datasets":
-        return "launch-llm[hub]"
-    return "launch-llm[quantize]" if package in ASKED else f"{package}[pytorch]"
 
 
 def check(job: Mapping[str, Any]) -> None:
