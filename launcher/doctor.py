@@ -22,10 +22,12 @@ from launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from launcher.recipe import Loaded
+    from launcher.spec import Recipe
 
 _NEEDED = (3, 10)
 _GIB = 1024**3
-#: Extra of the distribution -> (module, distribution) that it brings.
+#: Extra of the distribution -> (module, distribution) that it brings. Not nvidia-ml-py, of `train`:
+#: without it some figures of a GPU are left out, and all else works.
 _EXTRAS = {
     "train": (
         ("torch", "torch"),
@@ -34,8 +36,15 @@ _EXTRAS = {
         ("safetensors", "safetensors"),
         ("numpy", "numpy"),
         ("tensorboard", "tensorboard"),
+        ("peft", "peft"),
+        ("huggingface_hub", "huggingface-hub"),
     ),
-    "quantize": (("torchao", "torchao"), ("bitsandbytes", "bitsandbytes"), ("gguf", "gguf")),
+    "quantize": (
+        ("torchao", "torchao"),
+        ("bitsandbytes", "bitsandbytes"),
+        ("gguf", "gguf"),
+        ("sentencepiece", "sentencepiece"),
+    ),
     "hub": (("datasets", "datasets"),),
     "tracking": (("mlflow", "mlflow-skinny"), ("wandb", "wandb")),
     "google": (
@@ -43,6 +52,7 @@ _EXTRAS = {
         ("requests", "requests"),
         ("google.cloud.storage", "google-cloud-storage"),
         ("google.cloud.aiplatform", "google-cloud-aiplatform"),
+        ("google.cloud.secretmanager", "google-cloud-secret-manager"),
     ),
     "s3": (("boto3", "boto3"),),
     "kubernetes": (("kubernetes", "kubernetes"),),
@@ -154,7 +164,8 @@ def _recipe(
     except LaunchError as problem:
         lines = str(problem).splitlines()
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        again = " ".join([str(path), *(f"--set {shlex.quote(text)}" for text in overrides),
+        given = shlex.quote(str(path))
+        again = " ".join([given, *(f"--set {shlex.quote(text)}" for text in overrides),
                           *([f"--on {on}"] if on is not None else [])])  # fmt: skip
         fix = f"`launch validate {again}` lists all of them" if more else problem.hint
         return None, [Check("recipe", "fail", lines[0] + more, fix)]
@@ -172,6 +183,7 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
 
     yield from doctor_memory.rows(loaded.recipe, env.home)
     yield from doctor_disk.rows(loaded.recipe, loaded.path.absolute().parent, env)
+    yield from _packages(loaded.recipe)
     for name, source in loaded.recipe.secrets.items():
         variable = source.removeprefix("env://")
         if variable != source and not env.environ.get(variable):
@@ -182,6 +194,22 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
         yield Check("notify", "warn", note.removeprefix("notify: "), fix)
     if any(s.hardware.environment and s.hardware.environment.wheels for s in loaded.recipe.stages):
         yield _wheels(loaded)
+
+
+def _packages(recipe: Recipe) -> Iterator[Check]:
+    """What single stages cannot do without, of those that run in this Python. In a cloud the image
+    counts, beside which a job installs most of it; another interpreter is not looked into."""
+    from trainer.config import required, source_of, to_dict
+
+    for stage in recipe.stages:
+        hardware = stage.hardware
+        if hardware.backend != "local" or (hardware.local and hardware.local.python):
+            continue
+        for package, key in required(to_dict(stage)):
+            found = _present(package.replace("-", "_"))
+            detail = f"{stage.id}: {key} needs {package}" + ("" if found else ": not installed")
+            fix = "" if found else f"pip install '{source_of(package)}'"
+            yield Check("package", "pass" if found else "fail", detail, fix)
 
 
 def _wheels(loaded: Loaded) -> Check:

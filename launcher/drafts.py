@@ -92,14 +92,17 @@ def backends_of(stages: list[Draft]) -> set[str]:
 
 
 def written(stages: list[Draft]) -> Written:
-    """What the stages write that others may name: folders of exports, adapters, GGUF files."""
+    """What the stages write that others may name: folders of exports, adapters, GGUF files,
+    and what each is."""
     exports = ((stage.id, stage.node.get("export", "to")) for stage in stages)
     folders = {i: str(to.value) for i, to in exports if to is not None and to.value is not None}
     adapters = (stage for stage in stages if stage.kind in TRAINING)
     trained = ((stage.id, stage.node.get("model", "adapter")) for stage in adapters)
     formats = ((stage.id, stage.node.get("export", "format")) for stage in stages)
     files = {i for i, node in formats if node is not None and node.value == "gguf"}
-    return Written(folders, {i for i, node in trained if node is not None and node.value}, files)
+    with_adapter = {i for i, node in trained if node is not None and node.value}
+    kinds = {stage.id: stage.kind for stage in stages if stage.kind is not None}
+    return Written(folders, with_adapter, files, kinds)
 
 
 def absolute(text: str, at: Position) -> str:

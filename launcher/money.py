@@ -121,7 +121,8 @@ def stopped(
     worked = sum(duration(attempt, now) for attempt in _attempts(run))
     at = "" if step is None else f" at step {step}"
     lowered = first.used > 1.5 * first.of  # twice that would be spent, too
-    enough = round(2 * (first.used if lowered else first.of), 2)
+    least = 0.1 if first.key == "budget.hours" else 0.01  # of a budget of seconds: twice is 0.00
+    enough = max(round(2 * (first.used if lowered else first.of), 2), least)
     return (
         f"stopped at {first} after {clock.duration(worked)}{at}; "
         f"raise it: launch resume {run.name} --set {first.key}={enough:g}"

@@ -13,35 +13,48 @@ from pathlib import Path
 from typing import Optional
 
 from launcher.spec import Stage
-from trainer.config import KeyPath, Problem
+from trainer.config import TRAINING, KeyPath, Problem
 
 _STAGE = re.compile(r"\$\{stage:([^}]*)\}(@best|@last)?")
+#: Stages that leave a whole model, or an adapter beside one.
+_MODELS = (*TRAINING, "merge", "export")
+#: Key -> the stages whose folder it can name, and what it needs of them.
+_LEFT_BY = {
+    ("model", "name"): (_MODELS, "model"),
+    ("model", "tokenizer"): ((*_MODELS, "tokenizer"), "tokenizer"),
+    ("kd", "teacher"): (_MODELS, "model"),
+    ("kd", "targets"): (("targets",), "stored answers"),
+    ("sdce", "surrogate"): (_MODELS, "model"),
+    ("targets", "teacher"): (_MODELS, "model"),
+    ("merge", "adapter"): (TRAINING, "adapter"),
+    ("merge", "base"): (_MODELS, "model"),
+    ("export", "model"): (_MODELS, "model"),
+    ("evaluate", "models"): (_MODELS, "model"),
+    ("train", "resume"): (TRAINING, "checkpoints"),
+}
 
 
 @dataclass(frozen=True)
 class Written:
     """What the other stages of the recipe will write: `folders` (stage id -> the `export.to` of a
-    stage, absolute), `adapters`, the ids of stages that train one, and `files`, the ids of those
-    that write a GGUF file."""
+    stage, absolute), `adapters`, the ids of stages that train one, `files`, the ids of those that
+    write a GGUF file, and `kinds` (stage id -> `stage`)."""
 
     folders: Mapping[str, str] = field(default_factory=dict)
     adapters: Collection[str] = ()
     files: Collection[str] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 def reference_problems(
     stage: Stage, earlier: Collection[str], written: Written
 ) -> Iterator[Problem]:
-    """Local folders that are not there, and an adapter where a whole model is needed. `earlier`:
+    """Local folders that are not there, stages that leave something else than is needed. `earlier`:
     the stages that this one waits for."""
     for path, given in references(stage):
         match = _STAGE.fullmatch(given)
-        if match and match[1] in written.files:
-            yield (
-                path,
-                f"stage '{match[1]}' writes a GGUF file, which is not read here; "
-                "name the model that it exports",
-            )
+        if match and (unfit := _unfit(stage, path, match[1], earlier, written)) is not None:
+            yield path, unfit
         stores = path[-1] in ("targets", "logits_dir", "resume")
         place = _local(given, named=not stores)
         if place is None:
@@ -55,14 +68,6 @@ def reference_problems(
             what = _absent(place, earlier, written)
             if what is not None:
                 yield path, what
-    if stage.export is not None:
-        match = _STAGE.fullmatch(stage.export.model)
-        if match and match[1] in written.adapters:
-            yield (
-                ("export", "model"),
-                f"stage '{match[1]}' trains an adapter, which is not exported as it is; "
-                "merge it with a stage `merge` first, and name that stage",
-            )
 
 
 def references(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
@@ -87,6 +92,41 @@ def references(stage: Stage) -> Iterator[tuple[KeyPath, str]]:
         for index, source in enumerate(getattr(stage.data, key)):
             if source.hf is not None:
                 yield ("data", key, index, "hf", "name"), source.hf.name
+
+
+def _unfit(
+    stage: Stage, path: KeyPath, named: str, earlier: Collection[str], written: Written
+) -> Optional[str]:
+    """Why the folder of the stage `named` is not what the key `path` needs; None: it is, or the
+    stage cannot be reached, which `rules` says."""
+    key, kind = path[:2], written.kinds.get(named)
+    if named not in earlier or kind is None or key not in _LEFT_BY:
+        return None
+    if named in written.files:
+        return (
+            f"stage '{named}' writes a GGUF file, which is not read here; "
+            "name the model that it exports"
+        )
+    refused = ""
+    if key == ("export", "model"):
+        refused = "is not exported as it is"
+    elif key == ("model", "name") and stage.model is not None and stage.model.init == "pretrained":
+        refused = "is not trained further"
+    if refused and named in written.adapters:
+        return (
+            f"stage '{named}' trains an adapter, which {refused}; "
+            "merge it with a stage `merge` first, and name that stage"
+        )
+    kinds, what = _LEFT_BY[key]
+    fit = {other for other in earlier if written.kinds.get(other) in kinds} - set(written.files)
+    if what == "adapter":
+        fit &= set(written.adapters)
+    if named in fit:
+        return None
+    if refused:
+        fit -= set(written.adapters)
+    allowed = f"; allowed: {', '.join(sorted(fit))}" if fit else ""
+    return f"stage '{named}' ({kind}) leaves no {what}{allowed}"
 
 
 def _local(given: str, named: bool) -> Optional[Path]:

@@ -98,6 +98,7 @@ def _lacks(path: Path, function: str) -> Optional[str]:
             there |= {alias.asname or alias.name for alias in node.names}
     if function in there or there & {"*", "__getattr__", "globals", "exec", "setattr"}:
         return None
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names = (node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+    functions = [name for name in names if not name.startswith("_")]
     rest = nearest(function, functions) if functions else "it defines no function"
     return f"{path.name} has no `{function}`; {rest}"

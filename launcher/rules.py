@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -384,9 +385,13 @@ def _gate(
 def _local_data(stage: Stage) -> Iterator[Problem]:
     for path, given in _data_files(stage):
         text = given.removeprefix("file://")
-        if not text or "://" in text or "${" in text or any(c in text for c in "*?["):
+        if not text or "://" in text or "${" in text:
             continue
         place = Path(text)
+        if glob.has_magic(text):
+            if (what := _unmatched(place)) is not None:
+                yield path, what
+            continue
         try:
             there, folder = place.exists(), place.is_dir()
         except (OSError, ValueError):
@@ -395,6 +400,17 @@ def _local_data(stage: Stage) -> Iterator[Problem]:
             yield path, f"no such file or folder: {text}"
         elif path[-1] == "path" and not folder and place.suffix not in _DATA:
             yield path, f"{text} is no data file: name a folder, a .jsonl or a .txt file"
+
+
+def _unmatched(pattern: Path) -> Optional[str]:
+    try:
+        if pattern.exists() or any(
+            Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+        ):
+            return None
+    except (OSError, ValueError) as error:  # `**` beside other letters, before Python 3.13
+        return f"{pattern} cannot be matched: {error}"
+    return f"no file matches {pattern}"
 
 
 def _schemes(stage: Stage) -> Iterator[Problem]:

@@ -59,25 +59,39 @@ def find(text: str) -> Path:
 
 def init(name: str, to: Optional[Path] = None, into: bool = False) -> list[Path]:
     """Copy the shipped recipe `name`, and the files it builds on, to the file `to` (default: here;
-    a folder, or `into`: into it). Returns the paths written, the recipe first. Never overwrites:
-    `UsageError`."""
+    a folder, or `into`: into it). What it builds on and is there already, unchanged, stays: recipes
+    that share a base can be copied into one folder. Returns the paths written, the recipe first.
+    Never overwrites: `UsageError`."""
     source = _shipped(name)
     target = to or Path(source.name)
     if target.is_dir() or into:
         target = target / source.name
+    if target.exists():
+        raise UsageError(f"{target} exists already", f"give another path: launch init {name} PATH")
     copies = {target: source}
     for other in _builds_on(source):
-        copies[target.parent / other] = source.parent / other
-    for path in copies:
-        if path.exists():
+        base = target.parent / other
+        if base == target:
             raise UsageError(
-                f"{path} exists already", f"give another path: launch init {name} PATH"
+                f"{name} builds on a file named {other}, so its copy cannot have that name",
+                f"give another path: launch init {name} PATH",
+            )
+        if not base.exists():
+            copies[base] = source.parent / other
+        elif not _same_text(base, source.parent / other):
+            raise UsageError(
+                f"{base} exists already, and is not the one that {name} builds on",
+                f"give another folder: launch init {name} FOLDER/",
             )
     for path, original in copies.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x") as handle:
             handle.write(original.read_text())
     return list(copies)
+
+
+def _same_text(path: Path, other: Path) -> bool:
+    return path.is_file() and path.read_bytes() == other.read_bytes()
 
 
 def _shipped(name: str) -> Path:

@@ -19,11 +19,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from trainer.config import required, source_of
 
 Say = Callable[[str], None]
 
@@ -160,18 +162,6 @@ def asked(job: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def required(stage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The packages that a stage (as JSON has it) cannot do without beside `DIRECT`, each with what
-    asks for it."""
-    model = stage.get("model") or {}
-    if (model.get("adapter") or {}).get("quantization") == "nf4":
-        yield "bitsandbytes", "model.adapter.quantization: nf4"
-    if (float8 := model.get("float8")) in ("torchao", "transformer_engine"):
-        yield float8.replace("_", "-"), f"model.float8: {float8}"
-    if (stage.get("export") or {}).get("format") == "gguf":
-        yield "gguf", "export.format: gguf"
-
-
 def check(job: Mapping[str, Any]) -> None:
     """Errors: `Unfit` when a package that one of the job's stages requires cannot be imported: told
     before the stages ahead of it have cost anything. A dry run multiplies nothing in float8."""
@@ -180,8 +170,8 @@ def check(job: Mapping[str, Any]) -> None:
             if job.get("dry_run") and "float8" in key:
                 continue
             if importlib.util.find_spec(package.replace("-", "_")) is None:
-                fix = "launch-llm[quantize]" if package in ASKED else f"{package}[pytorch]"
-                raise Unfit(f'stage {stage["id"]}: {key} needs {package}: pip install "{fix}"')
+                fix = f'pip install "{source_of(package)}"'
+                raise Unfit(f"stage {stage['id']}: {key} needs {package}: {fix}")
 
 
 def lacking(gpu: bool) -> list[str]:

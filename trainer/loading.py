@@ -47,6 +47,38 @@ def require(owner: object, **rules: tuple[bool, str]) -> None:
         raise FieldErrors(problems)
 
 
+#: What other trainers call a key -> what it is called here.
+_ELSEWHERE = {
+    "attn_implementation": "attention",
+    "batch_size": "micro_batch",
+    "dtype": "precision",
+    "eval_steps": "evaluate_every",
+    "gpu": "accelerator",
+    "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "lr",
+    "logging_steps": "log_every",
+    "lora": "adapter",
+    "lora_alpha": "alpha",
+    "lr_scheduler_type": "schedule",
+    "max_completion_length": "max_new_tokens",
+    "max_grad_norm": "clip",
+    "max_length": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_steps": "steps",
+    "num_generations": "group",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch",
+    "r": "rank",
+    "reward_funcs": "rewards",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "target_modules": "targets",
+    "torch_dtype": "precision",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+}
+
+
 def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest allowed name, else the list of what is allowed."""
     options = sorted(allowed)
@@ -56,6 +88,8 @@ def nearest(name: str, allowed: typing.Iterable[str]) -> str:
 
 def unknown_key(name: str, allowed: typing.Collection[str]) -> str:
     """What is said of a key that a block does not have; a small block's keys are all listed."""
+    if _ELSEWHERE.get(name) in allowed:
+        return f"unknown key; here it is '{_ELSEWHERE[name]}'"
     near = nearest(name, allowed)
     small = len(allowed) <= _FEW and near.startswith("did you mean")
     return f"unknown key; {near}" + (f" allowed: {', '.join(sorted(allowed))}" if small else "")

@@ -58,7 +58,8 @@ def shrink(config: StageConfig, made: set[str]) -> tuple[StageConfig, list[str]]
     changes: dict[str, Any] = {"data": data}
     if config.tokenizer is not None:
         size = min(config.tokenizer.vocab_size, _VOCABULARY)
-        notes.append(f"tokenizer: {size} tokens instead of {config.tokenizer.vocab_size}")
+        if size != config.tokenizer.vocab_size:
+            notes.append(f"tokenizer: {size} tokens instead of {config.tokenizer.vocab_size}")
         changes["tokenizer"] = replace(config.tokenizer, vocab_size=size)
     if config.train is not None:
         changes["train"] = _train(config.train, notes)
@@ -109,7 +110,7 @@ def _data(data: Data, stage: str, notes: list[str]) -> Data:
         length = _PAIR_LENGTH
     elif stage == "grpo":
         length = max(data.sequence_length, _PROMPT)
-    if length != data.sequence_length:
+    if length != data.sequence_length and (data.train or data.validation):
         notes.append(f"data.sequence_length: {length} instead of {data.sequence_length}")
     return replace(
         data,

@@ -17,6 +17,8 @@ from launcher.run import Run, StageState
 
 #: What Ctrl-C does to most commands that follow.
 DETACHES = "Ctrl-C detaches; the run goes on"
+#: Numbers of the stage that trains, the most telling first.
+_FACTS = 3
 
 
 class View:
@@ -47,9 +49,9 @@ class View:
 
 
 def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: float = 0.0) -> Group:
-    """One run: its phase, its stages, the newest numbers of the one that trains, and its warnings;
-    a bar where `width` columns leave room for one. `late`: seconds for which the last lines of a
-    run that is over are awaited; they are what the clock shows meanwhile."""
+    """One run: its phase, its stages, the newest numbers of the one that trains, as far as `width`
+    columns have room, a bar in what they leave, its warnings. `late`: seconds for which the last
+    lines of a run that is over are awaited; they are what the clock shows meanwhile."""
     lasted = console.duration(run.lasted(now))
     head = Text.assemble(
         (console.plain(run.name), "bold"),
@@ -58,8 +60,11 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: floa
         ("" if late else f"  {lasted}", "dim"),
         (f"  spent {console.spent(run)}", "dim"),
     )
-    rows = [_cells(run, stage) for stage in run.stages]
-    used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))
+    for facts in range(_FACTS, -1, -1):
+        rows = [_cells(run, stage, facts) for stage in run.stages]
+        used = sum(max(len(cell) for cell in column) + 2 for column in zip(*rows))
+        if used <= width:
+            break
     table = Table.grid(padding=(0, 2))
     for _ in range(5):
         table.add_column(no_wrap=True)
@@ -75,7 +80,7 @@ def draw(run: Run, now: float, width: int = 80, hint: str = DETACHES, late: floa
     return Group(head, table, *notes)
 
 
-def _cells(run: Run, stage: StageState) -> list[Text]:
+def _cells(run: Run, stage: StageState, count: int) -> list[Text]:
     word = console.stage_phase(run, stage)
     phase = Text(word, style=console.style(word))
     if not _training(run, stage):
@@ -86,7 +91,8 @@ def _cells(run: Run, stage: StageState) -> list[Text]:
     eta = records.number(last.get("eta_seconds"))
     if eta is not None:
         facts.append(f"ETA {console.duration(eta)}")
-    return [Text(stage.id, style="bold"), phase, Text(console.steps(last)), Text("  ".join(facts))]
+    shown = Text("  ".join(facts[:count]))
+    return [Text(stage.id, style="bold"), phase, Text(console.steps(last)), shown]
 
 
 def _bar(run: Run, stage: StageState, width: int) -> Text | ProgressBar:

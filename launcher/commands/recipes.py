@@ -67,7 +67,7 @@ def init(name: str, path: Optional[str], *, as_json: bool) -> int:
         return Exit.OK
     for file in written:
         console.say(f"wrote {file}")
-    console.notice(f"next: launch plan {written[0]}")
+    console.notice(f"next: launch plan {shlex.quote(str(written[0]))}")
     return Exit.OK
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Optional
 from launcher import api, console
 from launcher.artifacts import is_remote
 from launcher.errors import Exit, UsageError
+from launcher.home import Unwritable
 
 if TYPE_CHECKING:
     from launcher.backends.base import Line
@@ -99,7 +100,13 @@ def report(run: str, *, output: Optional[str], as_json: bool) -> int:
     from launcher import report as writing
 
     found = api.status(run)
-    path = writing.write(found, Path(output) if output is not None else None)
+    try:
+        path = writing.write(found, Path(output) if output is not None else None)
+    except Unwritable as error:
+        if output is None:
+            raise
+        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        raise Unwritable(f"cannot write {output}: {why}", "name another file: -o FILE") from error
     if as_json:
         console.document({"run": found.id, "path": str(path)})
     else:

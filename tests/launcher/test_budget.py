@@ -160,6 +160,18 @@ def test_of_a_budget_lowered_below_what_was_spent_the_advice_is_enough(tmp_path:
 
 @pytest.mark.parametrize(
     ("budget", "said"),
+    [({"hours": 0.0001}, "--set budget.hours=0.1"), ({"usd": 0.001}, "--set budget.usd=0.01")],
+)
+def test_the_advice_after_a_budget_of_seconds_is_one_that_a_recipe_takes(
+    tmp_path: Path, budget: dict[str, float], said: str
+) -> None:
+    _, run = drive(tmp_path, 1.0, {"looks": None}, **budget)
+    advised = money.stopped(run, Budget(**budget), NOW, 1.0, None)
+    assert advised.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
     [
         ({"usd": 2.0, "hours": 3.0}, ("budget.usd: 2.0", "of 2.00 USD", "budget.usd=4")),
         ({"usd": 9.0, "hours": 0.5}, ("budget.hours: 0.5", "of 0.50 h", "budget.hours=1")),

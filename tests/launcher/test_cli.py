@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -154,7 +155,8 @@ def test_an_interrupt_is_130_and_a_refusal_of_the_disk_is_3(
     made = quickstart(home)
     refused = launch("report", made.name, "-o", "/proc/nowhere/report.html")
     assert (refused.code, refused.err.count("\n")) == (3, 2)
-    assert "cannot write" in refused.err
+    assert refused.err.startswith("error: cannot write /proc/nowhere/report.html: ")
+    assert refused.err.endswith("  name another file: -o FILE\n")
 
     def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
@@ -304,6 +306,35 @@ def test_init_never_overwrites(launch: Invoke, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "precious"
 
 
+def test_init_says_a_next_command_that_can_be_pasted(launch: Invoke) -> None:
+    assert launch("init", "quickstart", "my own.yaml").err == "next: launch plan 'my own.yaml'\n"
+
+
+def test_init_puts_recipes_that_share_a_base_into_one_folder(
+    launch: Invoke, tmp_path: Path
+) -> None:
+    assert launch("init", "kd-a100").out == "wrote kd_a100.yaml\nwrote kd_l4.yaml\n"
+    assert launch("init", "kd-h100").out == "wrote kd_h100.yaml\n"
+
+    (tmp_path / "kd_l4.yaml").write_text("changed")
+    outcome = launch("init", "kd-l4-precompute")
+
+    assert outcome.code == 2
+    assert "kd_l4.yaml exists already, and is not the one" in outcome.err
+    assert "launch init kd-l4-precompute FOLDER/" in outcome.err
+    assert not (tmp_path / "kd_l4_precompute.yaml").exists()
+    assert (tmp_path / "kd_l4.yaml").read_text() == "changed"
+
+
+def test_init_does_not_name_a_recipe_like_the_file_it_builds_on(
+    launch: Invoke, tmp_path: Path
+) -> None:
+    outcome = launch("init", "kd-a100", "new/kd_l4.yaml")
+
+    assert outcome.code == 2 and "builds on a file named kd_l4.yaml" in outcome.err
+    assert not (tmp_path / "new").exists()
+
+
 def test_recipes_are_found_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "launcher"
     (package / "recipes").mkdir(parents=True)
@@ -360,6 +391,23 @@ def test_doctor_fails_with_3_when_something_is_missing(
     assert "fail" in rows["launch home"] and "is not a folder" in rows["launch home"]
     assert "fail" in rows["recipe"]
     assert "fix: set LAUNCH_HOME" in sick.out
+
+
+def test_the_doctor_names_a_package_that_one_stage_needs(
+    launch: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+
+    sick = launch("doctor", "qlora-local")
+
+    assert sick.code == 3
+    wanted = "adapter: model.adapter.quantization: nf4 needs bitsandbytes: not installed"
+    assert re.search(rf"^package +fail +{wanted}\n  fix: pip install 'launch-llm\[quantize\]'",
+                     sick.out, re.MULTILINE)  # fmt: skip
+    assert not re.search("^package ", launch("doctor", "lora-local").out, re.MULTILINE)
 
 
 def test_a_shell_completes_commands_runs_and_recipes(home: Path) -> None:

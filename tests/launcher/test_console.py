@@ -210,3 +210,25 @@ def test_the_live_view_shows_the_stage_that_trains(tmp_path: Path, width: int) -
         assert fact in text, fact
     assert "…" not in text
     assert text.count("\n") == 4  # the run, two stages, how to leave: no line is wrapped
+
+
+def test_the_live_view_leaves_numbers_out_before_it_cuts_names(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from launcher.commands.live import draw
+
+    made = Recorder(tmp_path)
+    made.begin()
+    made.stage("kd", "running")
+    made.train("kd", steps=100)
+    run = made.run()
+    shown = {}
+    for width in (60, 40, 32):
+        out = io.StringIO()
+        Console(file=out, width=width).print(draw(run, made.clock.now(), width))
+        shown[width] = next(line for line in out.getvalue().splitlines() if line.startswith("kd "))
+
+    assert "ETA" in shown[60]
+    assert shown[40].split() == ["kd", "running", "100/100", "loss", "5.1245"]
+    assert shown[32].split()[:3] == ["kd", "running", "100/100"]
+    assert not any("…" in line for line in shown.values())

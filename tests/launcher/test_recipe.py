@@ -271,7 +271,10 @@ def test_relative_paths_start_at_the_file_they_are_written_in(at: Path) -> None:
     assert made.stages[0].model and made.stages[0].model.name == str(at / "sub/m")
     assert made.artifacts == str(at / "out")
     found = problems(text, "data.train=[{path: 'gs://b/*'}, {path: '*.gz'}, {path: no}]")
-    assert found == [f"--set data.train: data.train[2].path: no such file or folder: {at}/no"]
+    assert found == [
+        f"--set data.train: data.train[1].path: no file matches {at}/*.gz",
+        f"--set data.train: data.train[2].path: no such file or folder: {at}/no",
+    ]
 
 
 def test_manifests_templates_and_folders_of_datasets_are_found_beside_the_recipe(at: Path) -> None:
@@ -407,6 +410,22 @@ def test_a_wrong_set_is_told_by_its_own_name(at: Path, override: str, what: str 
     assert len(found) == 1 and what in found[0]
 
 
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("train.learning_rate=1", "train.learning_rate: unknown key; here it is 'lr'"),
+        ("model.lora={r: 4}", "model.lora: unknown key; here it is 'adapter'"),
+        ("data.max_length=4", "data.max_length: unknown key; here it is 'sequence_length'"),
+        ("hardware.gpu=H100", "hardware.gpu: unknown key; here it is 'accelerator'"),
+        ("budget.r=1", "budget.r: unknown key; allowed: hours, usd, usd_per_hour, wait"),
+    ],
+)
+def test_a_key_as_other_trainers_name_it_is_told_its_name_here(
+    at: Path, override: str, what: str
+) -> None:
+    assert problems(SINGLE, override)[0].endswith(what)
+
+
 def test_a_later_set_of_one_stage_wins_over_one_of_all(at: Path) -> None:
     """As the forecast advises what one stage needs in order to fit."""
     text = PIPELINE.replace("layers: 2}}", "layers: 2}}\n    train: {micro_batch: 2}")
@@ -439,6 +458,16 @@ def test_a_data_path_that_the_trainer_does_not_read_is_noticed_early(at: Path) -
     (what,) = problems(SINGLE, "data.train=[{path: x.csv}]")
     assert f"{at}/x.csv is no data file: name a folder, a .jsonl or a .txt file" in what
     load(SINGLE, "data.train=[{path: x.txt}, {path: folder}]")
+
+
+def test_a_pattern_that_no_file_matches_is_noticed_early(at: Path) -> None:
+    (at / "a" / "b").mkdir(parents=True)
+    (at / "a" / "b" / "x[1].jsonl").write_text("{}\n")
+    (what,) = problems(SINGLE, "data.train=[{path: a/*.jsonl}]")
+    assert what == f"--set data.train: data.train[0].path: no file matches {at}/a/*.jsonl"
+    load(SINGLE, "data.train=[{path: a/**/*.jsonl}, {path: 'a/b/x[1].jsonl'}, {path: a/*/x*}]")
+    (what,) = problems(SINGLE, "data.train=[{path: z**.jsonl}]")
+    assert "data.train[0].path: " in what and f"{at}/z**.jsonl" in what
 
 
 # Backends.

@@ -66,6 +66,64 @@ def test_a_cloud_job_is_not_sent_to_a_folder_of_this_machine(at: Path) -> None:
     assert found.startswith("r.yaml:4:15: model.name: a Vertex AI job cannot read this machine's")
 
 
+@pytest.mark.parametrize(
+    ("stage", "blocks", "line"),
+    [
+        ("sft", 'model: {name: "${stage:words}"}',
+         "model.name: stage 'words' (tokenizer) leaves no model; allowed: whole"),
+        ("sft", 'model: {name: "${stage:part}@best"}',
+         "model.name: stage 'part' trains an adapter, which is not trained further; merge it"),
+        ("sft", 'model: {name: a/b, tokenizer: "${stage:compare}"}',
+         "model.tokenizer: stage 'compare' (evaluate) leaves no tokenizer; allowed: part, whole,"),
+        ("kd", 'model: {name: a/b}, kd: {teacher: "${stage:compare}"}',
+         "kd.teacher: stage 'compare' (evaluate) leaves no model; allowed: part, whole"),
+        ("kd", 'model: {name: a/b}, kd: {mode: precompute, targets: "${stage:whole}"}',
+         "kd.targets: stage 'whole' (sft) leaves no stored answers"),
+        ("merge", 'merge: {adapter: "${stage:whole}"}',
+         "merge.adapter: stage 'whole' (sft) leaves no adapter; allowed: part"),
+        ("export", 'export: {model: "${stage:file}"}',
+         "export.model: stage 'file' writes a GGUF file, which is not read here; name the model"),
+        ("evaluate", 'evaluate: {models: {w: "${stage:words}"}}',
+         "evaluate.models.w: stage 'words' (tokenizer) leaves no model; allowed: part, whole"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_leaves_something_else_is_refused_with_the_recipe(
+    at: Path, stage: str, blocks: str, line: str
+) -> None:
+    text = f"""\
+launch: 1
+name: kinds
+data: {{train: [{{builtin: python-questions}}], validation: [{{builtin: python-questions}}]}}
+train: {{steps: 3}}
+pipeline:
+  - {{id: words, stage: tokenizer, tokenizer: {{vocab_size: 300}}}}
+  - {{id: whole, stage: sft, model: {{name: a/b}}}}
+  - {{id: part, stage: sft, model: {{name: a/b, adapter: {{rank: 4}}}}}}
+  - {{id: file, stage: export, export: {{model: "${{stage:whole}}", format: gguf}}}}
+  - {{id: compare, stage: evaluate, evaluate: {{models: {{a: "${{stage:part}}"}}}}}}
+  - {{id: last, stage: {stage}, {blocks}}}
+"""
+    (found,) = problems(text)
+    assert re.match(r"r.yaml:11:\d+: ", found) and line in found
+
+
+def test_what_a_stage_leaves_is_taken_where_it_fits(at: Path) -> None:
+    text = """\
+launch: 1
+name: kinds
+data: {train: [{builtin: python-questions}], validation: [{builtin: python-questions}]}
+train: {steps: 3}
+pipeline:
+  - {id: words, stage: tokenizer, tokenizer: {vocab_size: 300}}
+  - {id: part, stage: sft, model: {name: a/b, tokenizer: "${stage:words}", adapter: {rank: 4}}}
+  - {id: answers, stage: targets, targets: {teacher: "${stage:part}"}}
+  - {id: kd, stage: kd, model: {name: "${stage:part}", init: random},
+     kd: {mode: precompute, targets: "${stage:answers}"}}
+  - {id: more, stage: kd, model: {name: "${stage:kd}@best"}, kd: {teacher: "${stage:part}"}}
+"""
+    assert len(load(text).stages) == 5
+
+
 def test_an_adapter_is_merged_before_it_is_exported(at: Path) -> None:
     text = (
         PIPELINE[: PIPELINE.index("  - id: tokenizer")]
@@ -78,7 +136,8 @@ def test_an_adapter_is_merged_before_it_is_exported(at: Path) -> None:
     assert len(load(text).stages) == 3
     (found,) = problems(text.replace("${stage:whole}", "${stage:tuned}@best"))
     assert "export.model: stage 'tuned' trains an adapter" in found and "`merge` first" in found
-    assert load(text.replace("adapter: {rank: 4}", "adapter: null").replace("whole}", "tuned}"))
+    plain = text.replace("adapter: {rank: 4}", "adapter: null").replace("whole}", "tuned}")
+    assert load(plain.replace("stage: merge, merge: {adapter:", "stage: export, export: {model:"))
 
 
 def test_rules_types_missing_files_and_models_are_told_together(at: Path) -> None:

@@ -76,6 +76,8 @@ def test_what_is_there_or_may_be_is_accepted(folder: Path, reward: str, code: st
             "",
             r"'my\.py' does not travel with the run; name its folder: code: \{path: \.\}",
         ),
+        ("trainer.rewards:exct", "", r"rewards\.py has no `exct`; did you mean 'exact'\?"),
+        ("trainer.rewards:none", SENT, r"rewards\.py has no `none`; allowed: exact, short"),
         ("rewards/god.py:right", SENT, r"sends from .*mine; did you mean 'rewards/good\.py'\?"),
         ("rewards.god:right", SENT, r"sends from .*mine; did you mean 'rewards/good\.py'\?"),
         ("left_out:right", SENT, r"'left_out\.py' is not among the files that `code` sends"),

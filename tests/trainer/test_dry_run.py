@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.__main__ import main
-from trainer.config import Job, Source, StageConfig, to_dict
+from trainer.config import Data, Export, Job, Source, StageConfig, Tokenizer, to_dict
 from trainer.shrink import shrink
 
 
@@ -49,6 +49,24 @@ def test_a_dry_run_trains_one_step_and_says_what_was_shrunk(
     assert pointer["step"] == 1
     lines = [json.loads(x) for x in (out / "metrics" / "0001.jsonl").read_text().splitlines()]
     assert {"step", "eval"} <= {line["kind"] for line in lines}
+
+
+def test_what_is_small_already_or_not_read_is_not_said_to_have_shrunk(
+    stage: StageConfig, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    sources = (Source(builtin="python-reference"),)
+
+    def notes(size: int) -> list[str]:
+        words = StageConfig(id="words", stage="tokenizer", output=out, data=Data(train=sources),
+                            tokenizer=Tokenizer(vocab_size=size))  # fmt: skip
+        return shrink(words, set())[1]
+
+    assert not any(note.startswith("tokenizer:") for note in notes(400))
+    assert "tokenizer: 512 tokens instead of 2048" in notes(2048)
+    file = Export(model=stage.output, format="gguf")
+    written = StageConfig(id="file", stage="export", output=out, export=file)
+    assert shrink(written, {stage.output, out})[1] == []
 
 
 def test_a_hub_name_that_is_not_on_disk_keeps_its_architecture(

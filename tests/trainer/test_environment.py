@@ -109,6 +109,8 @@ def test_what_is_missing_is_installed_beside_the_environment_by_its_hash(
         ({"export": {"format": "gguf"}}, {"gguf", "sentencepiece"},
          "export.format: gguf needs gguf: "),
         ({"export": {"format": "huggingface"}}, set(), ""),
+        ({"data": {"train": [{"hf": None}], "validation": [{"hf": {"name": "a/b"}}]}}, set(),
+         r"data.validation: hf needs datasets: pip install \"launch-llm.hub"),
     ],
 )  # fmt: skip
 def test_a_job_s_own_packages_are_installed_on_a_machine_and_missed_at_once_elsewhere(

@@ -307,7 +307,10 @@ def _found(given: str, path: Path) -> list[tuple[str, Path]]:
     if not glob.has_magic(str(path)):
         raise DataError(f"{given}: no such file or folder (looked in {Path.cwd()})")
     base = _fixed_part(path)
-    found = [p for p in base.glob(str(path.relative_to(base))) if p.is_file()]
+    try:
+        found = [p for p in base.glob(str(path.relative_to(base))) if p.is_file()]
+    except ValueError as error:  # `**` beside other letters, before Python 3.13
+        raise DataError(f"{given}: cannot be matched: {error}") from error
     found = [p for p in found if not _hidden(p.relative_to(base))]
     if not found:
         raise DataError(f"{given}: no file matches this pattern (looked in {Path.cwd()})")
