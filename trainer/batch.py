@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Optional
 
 import torch
@@ -25,7 +26,9 @@ class Batch:
     objective's.
 
     Of the host's batch, one for each row: `places`, where the stream has it (none: it is not of the
-    stream), and `records`, what rows that are more than tokens were made of."""
+    stream), and `records`, what rows that are more than tokens were made of. `apart`: documents of
+    a row belong together, but a model that lets them see each other reads it: `to` gives each a row
+    of its own, and `split` goes on keeping them together."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -37,6 +40,7 @@ class Batch:
     extra: dict[str, Any] = field(default_factory=dict)
     places: Sequence[int] = ()
     records: Sequence[Any] = ()
+    apart: bool = False
 
     @property
     def rows(self) -> int:
@@ -50,6 +54,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`, unprepared; pinned memory is copied without waiting."""
+        if self.apart:
+            return self.documents().to(device)
         supervised = (self.targets.flatten() != IGNORE).nonzero().squeeze(1)
         tensors = (self.input_ids, self.position_ids, self.targets, supervised)
         ids, positions, targets, found = (t.to(device, non_blocking=True) for t in tensors)
@@ -59,7 +65,34 @@ class Batch:
         """The same rows, unprepared, in memory that a GPU can read by itself."""
         tensors = (self.input_ids, self.position_ids, self.targets)
         made = Batch(*(t.pin_memory() for t in tensors))
-        made.places, made.records = self.places, self.records
+        made.places, made.records, made.apart = self.places, self.records, self.apart
+        return made
+
+    def documents(self) -> Batch:
+        """Rows [documents, longest] of one document each, in order, of a batch on the CPU. What has
+        no targets, such as padding, is left out; what a row does not use is a segment of its own,
+        as in `Rows.batch`."""
+        ids, positions, targets = (
+            t.flatten() for t in (self.input_ids, self.position_ids, self.targets)
+        )
+        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        spans = [
+            (begin, end)
+            for begin, end in pairwise(borders)
+            if bool((targets[begin:end] != IGNORE).any())
+        ]
+        width = max(end - begin for begin, end in spans)
+        made = Batch(
+            ids.new_full((len(spans), width), int(ids[0])),
+            torch.zeros(len(spans), width, dtype=positions.dtype),
+            targets.new_full((len(spans), width), IGNORE),
+        )
+        for row, (begin, end) in enumerate(spans):
+            size = end - begin
+            made.input_ids[row, :size] = ids[begin:end]
+            made.targets[row, :size] = targets[begin:end]
+            made.position_ids[row, :size] = positions[begin:end]
+            made.position_ids[row, size:] = torch.arange(width - size)
         return made
 
     def split(self) -> tuple[Batch, Batch]:
@@ -69,4 +102,5 @@ class Batch:
         first, second = Batch(*(t[:half] for t in tensors)), Batch(*(t[half:] for t in tensors))
         first.places, second.places = self.places[:half], self.places[half:]
         first.records, second.records = self.records[:half], self.records[half:]
+        first.apart = second.apart = self.apart
         return first, second

@@ -174,7 +174,7 @@ def train(
             before_placing=lambda model: _quicken(context, model),
         )  # fmt: skip
         name = (config.model.name if config.model.architecture is None else None) or "the model"
-        trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
+        trial.check(model, runtime, name, packing=config.data.packing)
         found = replace(context, rows=rows, held_out=held_out, model=model, fresh=newest is None)
         try:
             with alarm.listening(model, runtime, context.folder):  # it may read with the model

@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional
 
 from torch import nn
 
-from trainer import copies, models, parallel, probe
+from trainer import copies, models, parallel, probe, trial
 from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Preference, Source, preference_problems, to_dict
 from trainer.context import Context
@@ -32,6 +32,7 @@ def make(context: Context, tokens: Any) -> Objective:
     plan = config.preference or Preference()
     for key, what in preference_problems(config.stage, plan, config.model):
         raise ConfigError(f"stage {config.id}: preference.{key}: {what}")
+    _part(context)
     kind: Literal["dpo", "ipo"] = "ipo" if config.stage == "ipo" else "dpo"
     known = None
     if plan.reference == "adapter":
@@ -46,6 +47,20 @@ def lay_out(
 ) -> Rows:
     """The rows of the pairs of `sources`, at most `limit`. Errors: those of `build_pairs`."""
     return next_token.lay_out(context, tokens, sources, limit, build_pairs)
+
+
+def _part(context: Context) -> None:
+    """Have the two answers of a row read in a row each, where they would see each other. Rows stay
+    pairs: neither workers nor micro-batches part them."""
+    model, rows = context.model, context.rows
+    assert model is not None and rows is not None
+    # Packed rows have passed the trial of the stage.
+    if context.config.data.packing or trial.may_share_rows(model, context.runtime):
+        return
+    rows.apart = True
+    if context.held_out is not None:
+        context.held_out.apart = True
+    context.say("pairs: each answer is read in a row of its own; in one they would see each other")
 
 
 def _known(context: Context, tokens: Any) -> Known:
