@@ -13,6 +13,7 @@ import io
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,11 @@ NAME = "reference.npz"
 #: Micro-batches of a rank between two looks at the others, and seconds between two saves.
 _BLOCK, _SAVE_EVERY = 16, 60.0
 _WHERE = "preference.reference"
+#: What reading a damaged file ends with: an empty one (EOFError) and wrong flags among it.
+_DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,14 +235,13 @@ def _load(
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
-            if meta["about"] != about:
-                changed = ", ".join(k for k in about if meta["about"].get(k) != about[k])
-                say(f"reference: {NAME} is of another {changed or 'form'}: computed again")
+            if changed := [key for key in about if meta["about"].get(key) != about[key]]:
+                say(f"reference: {NAME} is of another {', '.join(changed)}: computed again")
                 return {}, None
             return dict(zip(file["keys"].tolist(), file["logprobs"].tolist())), meta["rows"]
     except FileNotFoundError:
         return {}, None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         say(f"WARNING: {NAME} cannot be read ({error}): computed again")
         return {}, None
 

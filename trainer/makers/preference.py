@@ -15,6 +15,7 @@ from trainer.context import Context
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows
 from trainer.evaluate import held_out_rows
+from trainer.fingerprint import fingerprint
 from trainer.makers import next_token
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
@@ -83,13 +84,17 @@ def _known(context: Context, tokens: Any) -> Known:
         context.say(f"reference: {models.parameter_count(found):,} parameters, read in again")
         return found
 
-    about = {
+    about: dict[str, Any] = {
         "version": 1,
         "model": _called(plan.name) if plan.name is not None else None,
         "architecture": to_dict(plan.architecture) if plan.architecture is not None else None,
         "seed": settings.seed if plan.init == "random" else None,
         "precision": runtime.precision,
+        "quantization": plan.adapter.quantization if plan.adapter is not None else "none",
     }
+    readable = runtime.main and plan.name is not None and plan.init == "pretrained"
+    if readable and (digest := fingerprint(str(plan.name))) is not None:
+        about["checkpoint"] = digest  # where the files are gone, what they have said still counts
     read = [rows]
     if context.held_out is not None:
         read.append(context.held_out.first(held_out_rows(settings)))
