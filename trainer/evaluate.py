@@ -240,6 +240,8 @@ def _sums(
         )
     if smallest < micro_batch:
         smaller(smallest)
-    parts = {"count": torch.tensor(float(count)), **{str(i): x for i, x in enumerate(totals)}}
+    # fp32 would round what is above 2^24.
+    counted = torch.tensor(count, dtype=torch.float64)
+    parts = {"count": counted, **{str(i): x for i, x in enumerate(totals)}}
     sums = {name: float(value) for name, value in runtime.all_sum(parts).items()}
     return int(sums.pop("count")), list(sums.values())

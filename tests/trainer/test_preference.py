@@ -37,7 +37,7 @@ from trainer.data import DataError
 from trainer.data.chat import view_of
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows
-from trainer.evaluate import Left
+from trainer.evaluate import Left, held_out
 from trainer.models import load_tokenizer
 from trainer.objectives.preference import Prefer
 from trainer.reference import Known, answer_logprobs, number_answers, precompute
@@ -551,6 +551,18 @@ def test_a_dry_run_replaces_what_is_not_here_by_pairs(
     assert config.data.train == (Source(builtin="python-preferences", split="train"),)
     assert any(note.endswith("not on this machine, Python's own preferences instead")
                for note in notes)  # fmt: skip
+
+
+def test_many_things_that_are_judged_are_counted_exactly(packed: Rows, tokenizer: str) -> None:
+    class Many:
+        measures = ("loss",)
+
+        def judge(self, model: Any, batch: Batch) -> tuple[int, torch.Tensor]:
+            return 2**24 + 1, torch.ones(1, dtype=torch.float64)
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    found = held_out(model, packed.first(1), gradients.CPU, Many(), micro_batch=1)
+    assert found["val_count"] == 2**24 + 1
 
 
 def test_bad_pairs_end_the_stage_with_one_line_or_are_counted_at_its_start(
