@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 
@@ -26,9 +27,8 @@ class Batch:
     objective's.
 
     Of the host's batch, one for each row: `places`, where the stream has it (none: it is not of the
-    stream), and `records`, what rows that are more than tokens were made of. `apart`: documents of
-    a row belong together, but a model that lets them see each other reads it: `to` gives each a row
-    of its own, and `split` goes on keeping them together."""
+    stream), and `records`, what rows that are more than tokens were made of. `apart`: `to` gives
+    each document a row of its own."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -69,31 +69,17 @@ class Batch:
         return made
 
     def documents(self) -> Batch:
-        """Rows [documents, longest] of one document each, in order, of a batch on the CPU. What has
-        no targets, such as padding, is left out; what a row does not use is a segment of its own,
-        as in `Rows.batch`."""
-        ids, positions, targets = (
-            t.flatten() for t in (self.input_ids, self.position_ids, self.targets)
-        )
+        """Rows [documents, longest] of one document each, in order, of a batch on the CPU; padding
+        has position 0. What has no targets is left out."""
+        parts = [t.flatten() for t in (self.input_ids, self.position_ids, self.targets)]
+        ids, positions, targets = parts
         borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        spans = [
-            (begin, end)
-            for begin, end in pairwise(borders)
-            if bool((targets[begin:end] != IGNORE).any())
-        ]
-        width = max(end - begin for begin, end in spans)
-        made = Batch(
-            ids.new_full((len(spans), width), int(ids[0])),
-            torch.zeros(len(spans), width, dtype=positions.dtype),
-            targets.new_full((len(spans), width), IGNORE),
-        )
-        for row, (begin, end) in enumerate(spans):
-            size = end - begin
-            made.input_ids[row, :size] = ids[begin:end]
-            made.targets[row, :size] = targets[begin:end]
-            made.position_ids[row, :size] = positions[begin:end]
-            made.position_ids[row, size:] = torch.arange(width - size)
-        return made
+        spans = [slice(*span) for span in pairwise(borders)]
+        spans = [span for span in spans if bool((targets[span] != IGNORE).any())]
+        fills = (int(ids[0]), 0, IGNORE)
+        columns = (pad_sequence([part[span] for span in spans], True, fill)
+                   for part, fill in zip(parts, fills))  # fmt: skip
+        return Batch(*columns)
 
     def split(self) -> tuple[Batch, Batch]:
         """The first and the second half of the rows, unprepared. Needs at least two rows."""

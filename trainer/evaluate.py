@@ -240,8 +240,7 @@ def _sums(
         )
     if smallest < micro_batch:
         smaller(smallest)
-    # fp32 would round what is above 2^24.
-    counted = torch.tensor(count, dtype=torch.float64)
-    parts = {"count": counted, **{str(i): x for i, x in enumerate(totals)}}
+    parts = {str(i): x for i, x in enumerate(totals)}
+    parts["count"] = torch.tensor(count, dtype=torch.float64)  # fp32 ends at 2^24
     sums = {name: float(value) for name, value in runtime.all_sum(parts).items()}
     return int(sums.pop("count")), list(sums.values())

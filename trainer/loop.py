@@ -253,10 +253,9 @@ class Loop:
     def _backward(
         self, batches: list[Batch], log: bool, rows: int
     ) -> Optional[tuple[Accumulated, Tensor]]:
-        """What `_gradients` returns, from a prepared group, at most `rows` of the stream at a time
-        (prepared, they may be more); None after an out-of-memory on any rank. Gradients that
-        overflow in fp16 are dropped, and the same group goes through again with the same random
-        numbers and a smaller loss scale."""
+        """What `_gradients` returns, from a prepared group, of micro-batches of `rows` before; None
+        after an out-of-memory on any rank. Gradients that overflow in fp16 are dropped, and the
+        same group goes through again with the same random numbers and a smaller loss scale."""
         weights = normalisers(batches, self.runtime)
         random = rng_state() if self.scaler is not None else {}
         while True:

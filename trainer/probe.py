@@ -109,8 +109,8 @@ def ballast(
 
 
 def longest(rows: Rows, count: int) -> list[int]:
-    """The indices of the `count` longest rows, or where documents get a row each (`Rows.apart`),
-    of those with the longest documents; of fewer rows, some come again."""
+    """The indices of the `count` longest rows (`apart`: of those with the longest documents); of
+    fewer rows, some come again."""
     lengths = rows.chunks.lengths[rows.packing.items]
     of_row = np.maximum if rows.apart else np.add
     per_row = of_row.reduceat(lengths, rows.packing.starts[:-1])

@@ -12,8 +12,6 @@ import hashlib
 import io
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +37,6 @@ NAME = "reference.npz"
 #: Micro-batches of a rank between two looks at the others, and seconds between two saves.
 _BLOCK, _SAVE_EVERY = 16, 60.0
 _WHERE = "preference.reference"
-#: What reading a damaged file ends with: an empty one (EOFError) and wrong flags among it.
-_DAMAGED = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,7 +234,7 @@ def _load(
             return dict(zip(file["keys"].tolist(), file["logprobs"].tolist())), meta["rows"]
     except FileNotFoundError:
         return {}, None
-    except _DAMAGED as error:
+    except Exception as error:  # numpy and zipfile raise many kinds
         say(f"WARNING: {NAME} cannot be read ({error}): computed again")
         return {}, None
 

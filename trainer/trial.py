@@ -76,8 +76,7 @@ def check(model: nn.Module, runtime: Runtime, name: str, *, packing: bool) -> No
 
 
 def may_share_rows(model: nn.Module, runtime: Runtime) -> bool:
-    """Whether the documents of a row do not see each other in `model`, which is as before
-    afterwards. All ranks must call it, and get one answer."""
+    """Whether the documents of a row do not see each other in `model`. All ranks must call it."""
     with _undisturbed(model, runtime.device):
         dtype = torch.float32 if _exact(model, runtime) else runtime.dtype
         seen = leak(model, runtime, packing=True)

@@ -51,11 +51,9 @@ def lay_out(
 
 
 def _part(context: Context) -> None:
-    """Have the two answers of a row read in a row each, where they would see each other. Rows stay
-    pairs: neither workers nor micro-batches part them."""
+    """Have the two answers of a row read in a row each, where they would see each other."""
     model, rows = context.model, context.rows
     assert model is not None and rows is not None
-    # Packed rows have passed the trial of the stage.
     if context.config.data.packing or trial.may_share_rows(model, context.runtime):
         return
     rows.apart = True
@@ -92,9 +90,8 @@ def _known(context: Context, tokens: Any) -> Known:
         "precision": runtime.precision,
         "quantization": plan.adapter.quantization if plan.adapter is not None else "none",
     }
-    readable = runtime.main and plan.name is not None and plan.init == "pretrained"
-    if readable and (digest := fingerprint(str(plan.name))) is not None:
-        about["checkpoint"] = digest  # where the files are gone, what they have said still counts
+    if runtime.main and plan.init == "pretrained" and (digest := fingerprint(str(plan.name))):
+        about["checkpoint"] = digest
     read = [rows]
     if context.held_out is not None:
         read.append(context.held_out.first(held_out_rows(settings)))
