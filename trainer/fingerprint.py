@@ -10,13 +10,13 @@ from typing import Optional
 
 from trainer.checkpoint import CheckpointError, resolve
 
-#: Bytes from the middle of each tensor: training changes nearly all numbers of what it changes.
+#: Bytes from the middle of each tensor: training changes nearly all.
 _SAMPLE = 512
 
 
 def fingerprint(reference: str) -> Optional[str]:
     """sha256 of the configuration at a model reference, and of a few bytes of each tensor, the same
-    for a copy; None where its safetensors are not on this machine, or cannot be read."""
+    for a copy; None where there are no safetensors that can be read."""
     try:
         folder = Path(resolve(reference))
         if not folder.is_dir():

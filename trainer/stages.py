@@ -297,6 +297,7 @@ def evaluate(context: Context) -> Outcome:
             return Outcome(stopped, 0, time.perf_counter() - started)
         size = models.parameter_count(model)
         row = {"model": label, "parameters": size, "val_loss": found.loss, "ece": found.ece}
+        del model  # before the next one is loaded
         table.append({**row, "val_tokens": found.tokens, **_history(reference)})
         results.update({f"{label}.val_loss": found.loss, f"{label}.ece": found.ece})
         context.say(

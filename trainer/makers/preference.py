@@ -88,7 +88,7 @@ def _known(context: Context, tokens: Any) -> Known:
         "architecture": to_dict(plan.architecture) if plan.architecture is not None else None,
         "seed": settings.seed if plan.init == "random" else None,
         "precision": runtime.precision,
-        "quantization": plan.adapter.quantization if plan.adapter is not None else "none",
+        "quantization": plan.adapter and plan.adapter.quantization,
     }
     if runtime.main and plan.init == "pretrained" and (digest := fingerprint(str(plan.name))):
         about["checkpoint"] = digest
