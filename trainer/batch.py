@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 
@@ -28,7 +30,8 @@ class Batch:
     after another, since its rows are too much for once.
 
     Of the host's batch, one for each row: `places`, where the stream has it (none: it is not of the
-    stream), and `records`, what rows that are more than tokens were made of."""
+    stream), and `records`, what rows that are more than tokens were made of. `apart`: `to` gives
+    each document a row of its own."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -41,6 +44,7 @@ class Batch:
     parts: Sequence[Batch] = ()
     places: Sequence[int] = ()
     records: Sequence[Any] = ()
+    apart: bool = False
 
     @property
     def rows(self) -> int:
@@ -54,6 +58,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`, unprepared; pinned memory is copied without waiting."""
+        if self.apart:
+            return self.documents().to(device)
         supervised = (self.targets.flatten() != IGNORE).nonzero().squeeze(1)
         tensors = (self.input_ids, self.position_ids, self.targets, supervised)
         ids, positions, targets, found = (t.to(device, non_blocking=True) for t in tensors)
@@ -63,8 +69,21 @@ class Batch:
         """The same rows, unprepared, in memory that a GPU can read by itself."""
         tensors = (self.input_ids, self.position_ids, self.targets)
         made = Batch(*(t.pin_memory() for t in tensors))
-        made.places, made.records = self.places, self.records
+        made.places, made.records, made.apart = self.places, self.records, self.apart
         return made
+
+    def documents(self) -> Batch:
+        """Rows [documents, longest] of one document each, in order, of a batch on the CPU; padding
+        has position 0. What has no targets is left out."""
+        parts = [t.flatten() for t in (self.input_ids, self.position_ids, self.targets)]
+        ids, positions, targets = parts
+        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        spans = [slice(*span) for span in pairwise(borders)]
+        spans = [span for span in spans if bool((targets[span] != IGNORE).any())]
+        fills = (int(ids[0]), 0, IGNORE)
+        columns = (pad_sequence([part[span] for span in spans], True, fill)
+                   for part, fill in zip(parts, fills))  # fmt: skip
+        return Batch(*columns)
 
     def split(self) -> tuple[Batch, Batch]:
         """The first and the second half of the rows, unprepared. Needs at least two rows."""
@@ -73,4 +92,5 @@ class Batch:
         first, second = Batch(*(t[:half] for t in tensors)), Batch(*(t[half:] for t in tensors))
         first.places, second.places = self.places[:half], self.places[half:]
         first.records, second.records = self.records[:half], self.records[half:]
+        first.apart = second.apart = self.apart
         return first, second

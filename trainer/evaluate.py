@@ -241,6 +241,7 @@ def _sums(
         )
     if smallest < micro_batch:
         smaller(smallest)
-    parts = {"count": torch.tensor(float(count)), **{str(i): x for i, x in enumerate(totals)}}
+    parts = {str(i): x for i, x in enumerate(totals)}
+    parts["count"] = torch.tensor(count, dtype=torch.float64)  # fp32 ends at 2^24
     sums = {name: float(value) for name, value in runtime.all_sum(parts).items()}
     return int(sums.pop("count")), list(sums.values())

@@ -250,7 +250,7 @@ class Loop:
                 self.model, rows, prepare, self.objective, group, self.runtime, self.step, progress
             )
             if not self.runtime.any(batches is None)[0] and batches is not None:
-                found = self._backward(batches, log)
+                found = self._backward(batches, log, rows)
                 if found is not None:
                     return found
             batches = None
@@ -258,17 +258,19 @@ class Loop:
             self.runtime.release_memory()
             group = cut(group, self._smaller(rows))
 
-    def _backward(self, batches: list[Batch], log: bool) -> Optional[tuple[Accumulated, Tensor]]:
-        """What `_gradients` returns, from a prepared group; None after an out-of-memory on any
-        rank. Gradients that overflow in fp16 are dropped, and the same group goes through again
-        with the same random numbers and a smaller loss scale."""
+    def _backward(
+        self, batches: list[Batch], log: bool, rows: int
+    ) -> Optional[tuple[Accumulated, Tensor]]:
+        """What `_gradients` returns, from a prepared group, of micro-batches of `rows` before; None
+        after an out-of-memory on any rank. Gradients that overflow in fp16 are dropped, and the
+        same group goes through again with the same random numbers and a smaller loss scale."""
         weights = normalisers(batches, self.runtime)
         random = rng_state() if self.scaler is not None else {}
         while True:
             scale = self.scaler.scale if self.scaler is not None else 1.0
             done = parallel.attempt(
-                self.model, max(batch.rows for batch in batches),
-                backward, self.model, self.objective, batches, weights, self.runtime, log, scale,
+                self.model, rows, backward, self.model, self.objective, batches, weights,
+                self.runtime, log, scale,
             )  # fmt: skip
             ready = parallel.reduce_gradients(self.model, self.runtime, done is not None)
             if not ready or done is None:

@@ -109,9 +109,11 @@ def ballast(
 
 
 def longest(rows: Rows, count: int) -> list[int]:
-    """The indices of the `count` longest rows; of fewer rows, some come again."""
+    """The indices of the `count` longest rows (`apart`: of those with the longest documents); of
+    fewer rows, some come again."""
     lengths = rows.chunks.lengths[rows.packing.items]
-    per_row = np.add.reduceat(lengths, rows.packing.starts[:-1])
+    of_row = np.maximum if rows.apart else np.add
+    per_row = of_row.reduceat(lengths, rows.packing.starts[:-1])
     order = np.argsort(-per_row, kind="stable")
     return [int(index) for index in np.resize(order, count)]
 

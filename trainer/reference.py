@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,14 +228,13 @@ def _load(
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
-            if meta["about"] != about:
-                changed = ", ".join(k for k in about if meta["about"].get(k) != about[k])
-                say(f"reference: {NAME} is of another {changed or 'form'}: computed again")
+            if changed := [key for key in about if meta["about"].get(key) != about[key]]:
+                say(f"reference: {NAME} is of another {', '.join(changed)}: computed again")
                 return {}, None
             return dict(zip(file["keys"].tolist(), file["logprobs"].tolist())), meta["rows"]
     except FileNotFoundError:
         return {}, None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise many kinds
         say(f"WARNING: {NAME} cannot be read ({error}): computed again")
         return {}, None
 

@@ -174,7 +174,7 @@ def train(
             before_placing=lambda model: _quicken(context, model),
         )  # fmt: skip
         name = (config.model.name if config.model.architecture is None else None) or "the model"
-        trial.check(model, runtime, name, packing=config.data.packing, pairs=rows.pairs)
+        trial.check(model, runtime, name, packing=config.data.packing)
         found = replace(context, rows=rows, held_out=held_out, model=model, fresh=newest is None)
         try:
             with alarm.listening(model, runtime, context.folder):  # it may read with the model
@@ -297,6 +297,7 @@ def evaluate(context: Context) -> Outcome:
             return Outcome(stopped, 0, time.perf_counter() - started)
         size = models.parameter_count(model)
         row = {"model": label, "parameters": size, "val_loss": found.loss, "ece": found.ece}
+        del model  # before the next one is loaded
         table.append({**row, "val_tokens": found.tokens, **_history(reference)})
         results.update({f"{label}.val_loss": found.loss, f"{label}.ece": found.ece})
         context.say(

@@ -41,13 +41,11 @@ RESCALED = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 _LARGE = 1000.0
 
 
-def check(
-    model: nn.Module, runtime: Runtime, name: str, *, packing: bool, pairs: bool = False
-) -> None:
+def check(model: nn.Module, runtime: Runtime, name: str, *, packing: bool) -> None:
     """Errors: `ConfigError` when `model` (called `name` there) rescales its logits, gets another
     result from its attention than from eager attention, or lets the documents of a row see each
-    other, or without `packing` those of other rows. `pairs`: rows hold two answers each, packed or
-    not. The model, its mode and the random states are as before."""
+    other, or without `packing` those of other rows. The model, its mode and the random states are
+    as before."""
     with _undisturbed(model, runtime.device):
         dtype = torch.float32 if _exact(model, runtime) else runtime.dtype
         off = logits_off(model, runtime)
@@ -63,15 +61,9 @@ def check(
                 f" state differs by {apart:.1g} from that of eager attention); set model.attention:"
                 " eager"
             )
-        shared = packing or pairs
-        seen = leak(model, runtime, packing=shared)
-        if seen <= (APART[dtype] if shared else APART_UNPACKED):
+        seen = leak(model, runtime, packing=packing)
+        if seen <= (APART[dtype] if packing else APART_UNPACKED):
             return
-    if pairs:
-        raise ConfigError(
-            f"'{name}': the two answers of a pair share a row, and would see each other (a hidden"
-            f" state differs by {seen:.1g} from that of an answer alone); choose another model"
-        )
     if packing:
         raise ConfigError(
             f"'{name}': in packed rows its documents would see each other (a hidden state differs"
@@ -81,6 +73,14 @@ def check(
         f"'{name}': its rows would see each other, or their padding (a hidden state differs by"
         f" {seen:.1g} from that of the document alone); set model.attention: sdpa, or eager"
     )
+
+
+def may_share_rows(model: nn.Module, runtime: Runtime) -> bool:
+    """Whether the documents of a row do not see each other in `model`. All ranks must call it."""
+    with _undisturbed(model, runtime.device):
+        dtype = torch.float32 if _exact(model, runtime) else runtime.dtype
+        seen = leak(model, runtime, packing=True)
+    return not runtime.any(seen > APART[dtype])[0]
 
 
 def leak(model: nn.Module, runtime: Runtime, *, packing: bool) -> float:

@@ -50,6 +50,21 @@ def model(tokenizer: str, dtype: torch.dtype, seed: int, hidden: int = 32) -> An
     return load_model(plan, load_tokenizer(tokenizer), CPU, seed).to(dtype)
 
 
+def gpt_oss(dtype: torch.dtype, seed: int) -> Any:
+    """A small model in which the documents of a row see each other."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "gpt_oss", vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    # Grouped products have no float64.
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype)
+
+
 def pairs(tokenizer: str, texts: str, packing: bool) -> Rows:
     """Pairs of answers cut out of the texts: of each its second and its last part."""
     lines = []
@@ -66,10 +81,9 @@ def pairs(tokenizer: str, texts: str, packing: bool) -> Rows:
     return build_pairs(sources, tokens, sequence_length=192, packing=packing, view=view)
 
 
-def prefer(kind: Any, tokenizer: str, data: Rows, dtype: torch.dtype, runtime: Runtime) -> Prefer:
-    """The objective, with another model as its reference."""
+def prefer(kind: Any, reference: Any, data: Rows, runtime: Runtime) -> Prefer:
+    """The objective, with the answers of `reference`."""
     folder = Path(tempfile.mkdtemp())
-    reference = model(tokenizer, dtype, seed=2)
     known = precompute(
         folder, [data], lambda: reference, runtime, about={}, micro_batch=3, say=lambda line: None
     )
@@ -97,11 +111,12 @@ def of(
 ) -> torch.Tensor:
     """The flat gradient, with `scale` taken out again. `micro_batch` None: all rows at once.
     `wrong`: mean of means."""
-    preferred, grows = name in ("dpo", "ipo"), name in grpo_cases.NORMALISE
+    preferred, grows = name in ("dpo", "ipo", *APART), name in grpo_cases.NORMALISE
     if grows:
         data = grpo_cases.prompts(tokenizer, texts)
     else:
-        data = (pairs if preferred else rows)(tokenizer, texts, packing)
+        data = (pairs if preferred else rows)(tokenizer, texts, packing and name not in APART)
+    data.apart = name in APART
     stream = Stream(
         data,
         micro_batch=micro_batch or len(data),
@@ -112,7 +127,10 @@ def of(
     )
     if resized:
         stream.resize(resized)
-    student = model(tokenizer, dtype, seed=1)
+    student, other = (
+        gpt_oss(dtype, seed) if "gpt_oss" in name else model(tokenizer, dtype, seed)
+        for seed in (1, 2)
+    )
     objective: Any = NextToken()
     if name == "distill":
         teacher = model(tokenizer, dtype, seed=2, hidden=64)
@@ -124,7 +142,7 @@ def of(
     if name in ("top_k", "sample"):
         objective = stored(tokenizer, data, dtype, runtime, sampler=name, top_k=8)
     if preferred:
-        objective = prefer(name, tokenizer, data, dtype, runtime)
+        objective = prefer(name[:3], other, data, runtime)
     if name in GUIDED:
         objective = guided(GUIDED[name], tokenizer, texts, dtype, runtime)
     if grows:
@@ -144,6 +162,8 @@ def of(
     return torch.cat([p.grad.flatten().double() / scale for p in student.parameters()])
 
 
+#: Both answers of a pair in one row of the stream, each in a row of its own for the model.
+APART = ("ipo apart", "ipo gpt_oss")
 #: Of a surrogate that has learned nothing, and so holds all of its 300 tokens about alike.
 GUIDED = {
     "soft": Sdce("s", form="soft", k=8, threshold=0.0035, weight=0.7),
@@ -183,10 +203,14 @@ def stored(
     return DistillStored(kd, StoredAnswers(folder, tokens, 2.0), runtime)
 
 
+#: What two ranks are asked for.
+TWO_RANKS = ("next_token", "distill", "top_k", "dpo", "ipo gpt_oss", "soft", "parity", "grpo")
+
+
 def main(tokenizer: str, texts: str, out: str) -> None:
     with runtimes.start() as runtime:
         for dtype in (torch.float64, torch.float32):
-            for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity", "grpo"):
+            for name in TWO_RANKS:
                 gradient = of(
                     name, tokenizer, texts, dtype, micro_batch=1, accumulate=4, runtime=runtime
                 )

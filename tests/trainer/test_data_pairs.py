@@ -55,6 +55,11 @@ def texts_of(rows: Rows, tokenizer: str) -> list[tuple[str, str]]:
     ("record", "prompt", "chosen", "rejected"),
     [
         ({"prompt": "a ", "chosen": "b", "rejected": "c"}, "a ", "b", "c"),
+        ({"messages": None, "prompt": "a ", "chosen": "xb", "rejected": "xc"}, "a ", "xb", "xc"),
+        (
+            {"messages": None, "prompt": [ASK], "chosen": "yes", "rejected": "no", "tools": None},
+            [ASK], [YES], [NO],
+        ),
         ({"prompt": [ASK], "chosen": [YES], "rejected": [NO]}, [ASK], [YES], [NO]),
         ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, [ASK], [YES], [NO]),
         (

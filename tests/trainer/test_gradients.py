@@ -29,8 +29,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        "next_token", "distill", "kept", "top_k", "sample", "dpo", "ipo", "soft", "parity", "kl",
-        *NORMALISE,
+        "next_token", "distill", "kept", "top_k", "sample", "dpo", "ipo", "ipo gpt_oss", "soft",
+        "parity", "kl", *NORMALISE,
     ],
 )  # fmt: skip
 def test_gradients_do_not_depend_on_micro_batch(
@@ -58,6 +58,15 @@ def test_packed_and_padded_rows_give_the_same_gradient(
     assert distance(packed, padded) < LIMIT[dtype]
 
 
+def test_answers_in_rows_of_their_own_give_the_gradient_of_packed_pairs(
+    tokenizer: str, texts: str
+) -> None:
+    for dtype in DTYPES:
+        packed = gradients.of("ipo", tokenizer, texts, dtype, micro_batch=None)
+        apart = gradients.of("ipo apart", tokenizer, texts, dtype, micro_batch=None)
+        assert distance(apart, packed) < LIMIT[dtype]
+
+
 def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["-m", "tests.trainer.gradients", tokenizer, texts, str(tmp_path)]
@@ -66,7 +75,7 @@ def test_two_ranks_give_the_gradient_of_one(tokenizer: str, texts: str, tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for dtype in DTYPES:
-        for name in ("next_token", "distill", "top_k", "dpo", "soft", "parity", "grpo"):
+        for name in gradients.TWO_RANKS:
             one = gradients.of(name, tokenizer, texts, dtype, micro_batch=8, accumulate=1)
             two = [torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in (0, 1)]
             assert torch.equal(two[0], two[1])

@@ -37,7 +37,7 @@ from trainer.data import DataError
 from trainer.data.chat import view_of
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows
-from trainer.evaluate import Left
+from trainer.evaluate import Left, held_out
 from trainer.models import load_tokenizer
 from trainer.objectives.preference import Prefer
 from trainer.reference import Known, answer_logprobs, number_answers, precompute
@@ -414,6 +414,68 @@ def test_the_file_of_other_settings_or_a_damaged_one_is_not_used(
     assert again == first and start.asked == 3
 
 
+def test_a_file_that_is_cut_off_or_changed_anywhere_ends_no_stage(
+    packed: Rows, tokenizer: str, tmp_path: Path
+) -> None:
+    start = Counting(gradients.model(tokenizer, torch.float32, seed=2))
+    few, path = packed.first(1), tmp_path / reference.NAME
+    first, _ = ask(tmp_path, [few], start)
+    whole = path.read_bytes()
+    places = (*range(12), *(len(whole) - back for back in range(1, 190, 9)))
+    for content in (
+        *(whole[:size] for size in (0, 1, 30, len(whole) // 2, len(whole) - 1)),
+        *(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in places),
+    ):
+        path.write_bytes(content)
+        again, said = ask(tmp_path, [few], start)
+        assert again == first
+        assert said[0].startswith(("WARNING: reference.npz cannot be read (", "reference: "))
+        if not content:
+            assert said[0].startswith("WARNING: ")
+
+
+@pytest.fixture
+def named(prefers: StageConfig, tokenizer: str, tmp_path: Path) -> StageConfig:
+    """The stage on a model in a folder."""
+    save(1, tokenizer, tmp_path / "base")
+    return replace(prefers, model=Model(name=str(tmp_path / "base")))
+
+
+def save(seed: int, tokenizer: str, folder: Path) -> None:
+    gradients.model(tokenizer, torch.float32, seed=seed, hidden=64).save_pretrained(folder)
+    load_tokenizer(tokenizer).save_pretrained(folder)
+
+
+def test_another_model_of_the_same_name_is_asked_again(
+    named: StageConfig, tokenizer: str, tmp_path: Path, run_stage: Callable[..., Any]
+) -> None:
+    folder = Path(named.output)
+    run_stage(in_folder(named, folder, steps=6, until=2))
+    (tmp_path / "moved").mkdir()
+    base = (tmp_path / "base").rename(tmp_path / "moved" / "base")  # of the same name
+    assert named.model is not None
+    moved = replace(named, model=replace(named.model, name=str(base)))
+    said = run_stage(in_folder(moved, folder, steps=6, until=3)).lines
+    assert "reference: 440 answers, from reference.npz" in said
+    save(2, tokenizer, base)
+    said = run_stage(in_folder(moved, folder, steps=6, until=4)).lines
+    assert "reference: reference.npz is of another checkpoint: computed again" in said
+    (base / "model.safetensors").unlink()  # what training goes on from has its own weights
+    said = run_stage(in_folder(moved, folder, steps=6)).lines
+    assert "reference: 440 answers, from reference.npz" in said
+
+
+def test_a_reference_in_4_bits_is_another_one(
+    named: StageConfig, tmp_path: Path, run_stage: Callable[..., Any]
+) -> None:
+    folder = Path(named.output)
+    assert named.model is not None
+    for until, packed in ((1, "none"), (2, "nf4")):
+        model = replace(named.model, adapter=Adapter(rank=2, quantization=packed))  # type: ignore[arg-type]
+        said = run_stage(in_folder(replace(named, model=model), folder, steps=3, until=until)).lines
+    assert "reference: reference.npz is of another quantization: computed again" in said
+
+
 def test_out_of_memory_in_the_pass_of_the_reference_halves_its_rows(
     packed: Rows, tokenizer: str, tmp_path: Path
 ) -> None:
@@ -489,6 +551,18 @@ def test_a_dry_run_replaces_what_is_not_here_by_pairs(
     assert config.data.train == (Source(builtin="python-preferences", split="train"),)
     assert any(note.endswith("not on this machine, Python's own preferences instead")
                for note in notes)  # fmt: skip
+
+
+def test_many_things_that_are_judged_are_counted_exactly(packed: Rows, tokenizer: str) -> None:
+    class Many:
+        measures = ("loss",)
+
+        def judge(self, model: Any, batch: Batch) -> tuple[int, torch.Tensor]:
+            return 2**24 + 1, torch.ones(1, dtype=torch.float64)
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    found = held_out(model, packed.first(1), gradients.CPU, Many(), micro_batch=1)
+    assert found["val_count"] == 2**24 + 1
 
 
 def test_bad_pairs_end_the_stage_with_one_line_or_are_counted_at_its_start(

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+import torch
 
+from tests.trainer import gradients
 from tests.trainer.faults import Faults
 from tests.trainer.test_loop import lines
 from trainer.config import (
@@ -23,6 +25,7 @@ from trainer.config import (
     Train,
     to_dict,
 )
+from trainer.models import load_tokenizer
 
 Begin = Callable[..., tuple[list[int], Path, str]]
 
@@ -49,13 +52,17 @@ def begin(faults: Faults, tmp_path_factory: pytest.TempPathFactory, tokenizer: s
     shape = Architecture(hidden_size=32, layers=1, heads=2, intermediate_size=64, kv_heads=2)
 
     def run(
-        name: str, ranks: int, fault: Optional[dict[str, Any]] = None, **settings: Any
+        name: str,
+        ranks: int,
+        fault: Optional[dict[str, Any]] = None,
+        model: Optional[Model] = None,
+        **settings: Any,
     ) -> tuple[list[int], Path, str]:
         config = StageConfig(
             id="prefer",
             stage="dpo",
             output=str(out / name),
-            model=Model(init="random", tokenizer=tokenizer, architecture=shape),
+            model=model or Model(init="random", tokenizer=tokenizer, architecture=shape),
             data=Data(train=(train,), validation=(held_out,), sequence_length=64, packing=False),
             train=Train(
                 steps=3, micro_batch=4 // ranks, lr=3e-3, log_every=1, report_to=(), **settings
@@ -101,3 +108,18 @@ def test_out_of_memory_there_ends_all_workers_and_the_next_start_reads_fewer_row
     codes, folder, said = begin("again", 2, {**fault, "calls": []}, parallel="fsdp")
     assert codes == [0, 0], said
     assert trained(folder) == pytest.approx(one, rel=1e-5)
+
+
+def test_out_of_memory_with_a_row_for_each_answer_is_said_in_pairs(
+    begin: Begin, tokenizer: str, tmp_path: Path
+) -> None:
+    """A micro-batch of 2 pairs is 4 rows of answers there: half of it is 1 pair."""
+    gradients.gpt_oss(torch.float32, seed=1).save_pretrained(tmp_path)
+    load_tokenizer(tokenizer).save_pretrained(tmp_path)
+    model = Model(name=str(tmp_path))
+    fault = {"kind": "oom", "hidden": 32, "learning": True, "calls": [1], "rows": 3}
+    codes, _, said = begin("apart", 2, fault, model, parallel="fsdp")
+    assert codes == [75, 75], said
+    assert "pairs: each answer is read in a row of its own" in said
+    assert "out of memory with 2 rows" in said
+    assert "goes on from the last checkpoint with 1" in said

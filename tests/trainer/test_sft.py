@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,7 @@ import torch
 from tests.trainer import gradients
 from tests.trainer.chats import talk
 from tests.trainer.test_dry_run import trainer
+from trainer import models
 from trainer.config import Data, Evaluate, Hub, Job, Source, StageConfig, Tokenizer
 from trainer.data.chat import CHATML, view_of
 from trainer.data.stream import Rows, Stream, build_rows
@@ -128,6 +130,28 @@ def test_evaluation_reads_the_same_conversations_with_the_template_of_each_model
     )
     found = run_stage(compare).evaluation["sft.val_loss"]
     assert found == pytest.approx(trained.evaluation["val_loss"], rel=1e-5)
+
+
+def test_of_the_models_that_an_evaluation_compares_one_at_a_time_is_in_memory(
+    stage: StageConfig, tokenizer: str, run_stage: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gradients.model(tokenizer, torch.float32, seed=1).save_pretrained(tmp_path / "model")
+    load_tokenizer(tokenizer).save_pretrained(tmp_path / "model")
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = models.load_frozen
+
+    def watched(*arguments: Any) -> Any:
+        alive.append(sum(model() is not None for model in loaded))
+        model = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "load_frozen", watched)
+    names = dict.fromkeys("abc", str(tmp_path / "model"))
+    run_stage(replace(stage, stage="evaluate", evaluate=Evaluate(models=names)))
+    assert alive == [0, 0, 0]
 
 
 def test_bad_lines_are_counted_at_the_start_of_the_stage(

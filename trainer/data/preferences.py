@@ -54,7 +54,9 @@ def sides(record: dict[str, Any], at: str) -> Sides:
     """The prompt and the two answers. Answers are strings, a message, or lists of messages; those
     that begin with the user are whole conversations, and what both begin with is the prompt. Of
     two strings without a prompt, that is their common beginning. Errors: `DataError`."""
-    before = record.get("messages", record.get("prompt"))
+    # Tables give every record all columns: null is what a record does not have.
+    beside = "prompt" if record.get("messages") is None else "messages"
+    before = record.get(beside)
     given = [record[name] for name in SIDES]
     if all(isinstance(part, str) for part in given) and isinstance(before, (str, type(None))):
         return _texts(before, at, *given)
@@ -74,8 +76,7 @@ def sides(record: dict[str, Any], at: str) -> Sides:
     elif isinstance(before, str):
         prompt = [{"role": "user", "content": checked_text(before, "prompt", at)}]
     else:
-        name = "messages" if "messages" in record else "prompt"
-        prompt = checked_messages(before, name, at)
+        prompt = checked_messages(before, beside, at)
     if not prompt:
         raise DataError(f"{at}: 'chosen' and 'rejected' do not begin with the same message")
     for name, answer in zip(SIDES, (chosen, rejected)):

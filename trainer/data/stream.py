@@ -32,9 +32,10 @@ class Rows:
     """Rows of at most `sequence_length` tokens, made of `chunks` as `packing` says. `fixed`: every
     row is `sequence_length` long (packed rows); else a batch is cut to its longest row. `pairs`:
     chunks 2p and 2p + 1 are two answers to one prompt, side by side in their row. `repeats`: the
-    steps in a row that a stream gives them to."""
+    steps in a row that a stream gives them to. `apart`: that of their batches."""
 
     repeats = 1
+    apart = False
 
     def __init__(
         self,
@@ -56,10 +57,12 @@ class Rows:
         """The first `rows` of them; 0: all."""
         if not 0 < rows < len(self):
             return self
-        return Rows(
+        found = Rows(
             self.chunks, self.packing.first(rows), self.sequence_length, fixed=self.fixed,
             pairs=self.pairs,
         )  # fmt: skip
+        found.apart = self.apart
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -99,7 +102,9 @@ class Rows:
                 targets[i, at : at + supervised] = wanted
                 at += length
             positions[i, at:] = np.arange(width - at)
-        return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets)))
+        made = Batch(*(torch.from_numpy(array) for array in (ids, positions, targets)))
+        made.apart = self.apart
+        return made
 
     def _summary(self) -> dict[str, Any]:
         """`sources`: {name, shards, documents, tokens, sample_ids, ...} as read; the rest is about

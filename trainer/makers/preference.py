@@ -8,13 +8,14 @@ from typing import Any, Literal, Optional
 
 from torch import nn
 
-from trainer import copies, models, parallel, probe
+from trainer import copies, models, parallel, probe, trial
 from trainer.checkpoint import rng_state, set_rng_state
 from trainer.config import ConfigError, Preference, Source, preference_problems, to_dict
 from trainer.context import Context
 from trainer.data.pairs import build_pairs
 from trainer.data.stream import Rows
 from trainer.evaluate import held_out_rows
+from trainer.fingerprint import fingerprint
 from trainer.makers import next_token
 from trainer.objective import Objective
 from trainer.objectives.preference import Prefer
@@ -32,6 +33,7 @@ def make(context: Context, tokens: Any) -> Objective:
     plan = config.preference or Preference()
     for key, what in preference_problems(config.stage, plan, config.model):
         raise ConfigError(f"stage {config.id}: preference.{key}: {what}")
+    _part(context)
     kind: Literal["dpo", "ipo"] = "ipo" if config.stage == "ipo" else "dpo"
     known = None
     if plan.reference == "adapter":
@@ -46,6 +48,18 @@ def lay_out(
 ) -> Rows:
     """The rows of the pairs of `sources`, at most `limit`. Errors: those of `build_pairs`."""
     return next_token.lay_out(context, tokens, sources, limit, build_pairs)
+
+
+def _part(context: Context) -> None:
+    """Have the two answers of a row read in a row each, where they would see each other."""
+    model, rows = context.model, context.rows
+    assert model is not None and rows is not None
+    if context.config.data.packing or trial.may_share_rows(model, context.runtime):
+        return
+    rows.apart = True
+    if context.held_out is not None:
+        context.held_out.apart = True
+    context.say("pairs: each answer is read in a row of its own; in one they would see each other")
 
 
 def _known(context: Context, tokens: Any) -> Known:
@@ -68,13 +82,16 @@ def _known(context: Context, tokens: Any) -> Known:
         context.say(f"reference: {models.parameter_count(found):,} parameters, read in again")
         return found
 
-    about = {
+    about: dict[str, Any] = {
         "version": 1,
         "model": _called(plan.name) if plan.name is not None else None,
         "architecture": to_dict(plan.architecture) if plan.architecture is not None else None,
         "seed": settings.seed if plan.init == "random" else None,
         "precision": runtime.precision,
+        "quantization": plan.adapter and plan.adapter.quantization,
     }
+    if runtime.main and plan.init == "pretrained" and (digest := fingerprint(str(plan.name))):
+        about["checkpoint"] = digest
     read = [rows]
     if context.held_out is not None:
         read.append(context.held_out.first(held_out_rows(settings)))
