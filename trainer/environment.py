@@ -49,12 +49,14 @@ DIRECT: Mapping[str, tuple[int, ...]] = {
     "google-cloud-storage": (3, 17),
     "google-cloud-secret-manager": (2, 32),
 }
-#: What only some jobs need (`asked`): the extra `quantize`.
+#: What only some jobs need (`asked`): the extras `quantize` and `hub`. What datasets needs in turn
+#: has a lock of its own.
 ASKED: Mapping[str, tuple[int, ...]] = {
     "torchao": (0, 15),
     "bitsandbytes": (0, 48),
     "gguf": (0, 17),
     "sentencepiece": (0, 2),
+    "datasets": (5,),
 }
 _GPU_ONLY = ("nvidia-ml-py",)
 _LOCKS = Path(__file__).parent / "locks"
@@ -121,6 +123,8 @@ def ensure(
     if packages and (short := _short(chosen)):
         say(f"environment: {'; '.join(short)}: the job asks for it, installing")
         wanted = [pin for pin in lock("asked") if pin.name in chosen]
+        if "datasets" in chosen:
+            wanted += [pin for pin in lock("hub") if _installed(pin.name) is None]
         paths.insert(0, str(_packages(wanted, folder, "asked")))
         _first(paths[:1])
     for wheel in wheels:

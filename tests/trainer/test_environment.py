@@ -109,7 +109,10 @@ def test_what_is_missing_is_installed_beside_the_environment_by_its_hash(
         ({"export": {"format": "gguf"}}, {"gguf", "sentencepiece"},
          "export.format: gguf needs gguf: "),
         ({"export": {"format": "huggingface"}}, set(), ""),
-        ({"data": {"train": [{"hf": None}], "validation": [{"hf": {"name": "a/b"}}]}}, set(),
+        ({"data": {"train": [{"hf": {"name": "a/b"}}]}}, {"datasets"},
+         r"data.train: hf needs datasets: pip install \"launch-llm.hub"),
+        ({"data": {"train": [{"path": "a.jsonl"}], "validation": []}}, set(), ""),
+        ({"data": {"train": [{"hf": None}], "validation": [{"hf": {"name": "a/b"}}]}}, {"datasets"},
          r"data.validation: hf needs datasets: pip install \"launch-llm.hub"),
     ],
 )  # fmt: skip
@@ -141,6 +144,19 @@ def test_what_only_this_job_needs_is_installed_beside(
     assert [one.name for one in Path(path).glob("*.py")] == ["rare_one.py"]
     assert "rare-one is missing: the job asks for it" in said[-1]
     assert ensure(tmp_path / "made", [], said.append, beside={"rare-one"}) == []  # it is there
+
+
+def test_what_datasets_needs_comes_with_it_where_it_is_not_there(
+    tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned(tmp_path, monkeypatch, build(offline, "datasets", "99.1"))
+    own = build(offline, "rare-hub", "3.0")
+    line = f"rare-hub==3.0 --hash=sha256:{sha256(own)}\npackaging==0.1 --hash=sha256:{'0' * 64}\n"
+    (environment._LOCKS / "hub.txt").write_text(line)  # packaging is here in another version
+    monkeypatch.setattr(environment, "ASKED", {"datasets": (99,)})
+    ensure(tmp_path / "made", [], lambda _: None, beside={"datasets"})
+    assert metadata.version("rare-hub") == "3.0" and metadata.version("packaging") != "0.1"
+    assert metadata.version("datasets") == "99.1"
 
 
 def test_an_older_version_than_the_trainer_needs_is_replaced(
@@ -342,14 +358,16 @@ def test_what_the_trainer_needs_is_what_the_package_declares() -> None:
     expected = set(declared) - only_of_the_launcher - checked_apart
     assert {name: declared[name] for name in expected} == dict(DIRECT)
     assert declared["torch"] == environment.TORCH[0]
-    texts = extras["optional-dependencies"]["quantize"]
+    texts = [
+        text for extra in ("quantize", "hub") for text in extras["optional-dependencies"][extra]
+    ]
     asked = {(one := Requirement(text)).name: one for text in texts}
     for name, least in environment.ASKED.items():
         assert str(asked.pop(name).specifier) == ">=" + ".".join(map(str, least))
     assert not asked
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "asked"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "asked", "hub"])
 def test_the_locks_hold_what_is_tested_with_hashes_for_every_python(name: str) -> None:
     text = (ROOT / "trainer" / "locks" / f"{name}.txt").read_text()
     tested = {}
@@ -359,9 +377,9 @@ def test_the_locks_hold_what_is_tested_with_hashes_for_every_python(name: str) -
             tested.setdefault(canonicalize_name(requirement.name), []).append(requirement)
     pins = lock(name)
     found = {pin.name: pin.version for pin in pins}
-    assert len(found) == len(pins) > (2 if name == "asked" else 50)
+    assert len(found) == len(pins) > {"asked": 4, "hub": 4}.get(name, 50)
     for version in environment.PYTHONS:
-        assert f'python_version == "{version}"' in text or name in ("cuda", "asked")
+        assert f'python_version == "{version}"' in text or name in ("cuda", "asked", "hub")
     for pin in pins:
         assert " --hash=sha256:" in pin.text
         marked = [
@@ -370,6 +388,12 @@ def test_the_locks_hold_what_is_tested_with_hashes_for_every_python(name: str) -
         ]  # fmt: skip
         assert [str(one.specifier) for one in marked] == [f"=={pin.version}"]
     wanted = set(environment.ASKED if name == "asked" else DIRECT)
+    if name == "hub":  # with what every job has: all that datasets needs
+        needed = [Requirement(text) for text in metadata.requires("datasets") or ()]
+        wanted = {canonicalize_name(one.name) for one in needed
+                  if one.marker is None or one.marker.evaluate({"extra": ""})}  # fmt: skip
+        assert wanted > set(found) & wanted
+        wanted -= {pin.name for pin in lock("cpu")} | {"setuptools"}
     missing = wanted - set(found) - (set(environment._GPU_ONLY) if name == "cpu" else set())
     assert not missing
     theirs = {"torch", "triton", "nvidia-cublas", "sympy", "networkx", "jinja2"}
