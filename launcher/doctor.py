@@ -199,7 +199,8 @@ def _of_recipe(loaded: Loaded, env: Env) -> Iterator[Check]:
 def _packages(recipe: Recipe) -> Iterator[Check]:
     """What single stages cannot do without, of those that run in this Python. In a cloud the image
     counts, beside which a job installs most of it; another interpreter is not looked into."""
-    from trainer.config import required, source_of, to_dict
+    from trainer.config import to_dict
+    from trainer.packages import required, source_of
 
     for stage in recipe.stages:
         hardware = stage.hardware

@@ -50,8 +50,8 @@ def write(stage, **meta):
 #: What boot itself needs of the bundle.
 BOOTS = (
     "attempts", "boot", "cluster", "environment", "manifest", "mirror", "mirror_parts",
-    "remote_root", "restore", "secret_manager", "secret_words", "smaller", "store", "store_gcs",
-    "store_remote", "store_s3", "supervise", "workers",
+    "packages", "remote_root", "restore", "secret_manager", "secret_words", "smaller", "store",
+    "store_gcs", "store_remote", "store_s3", "supervise", "workers",
 )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ PACKAGES = ("infra", "launcher", "trainer")
 #: The only modules of the trainer that the launcher may import; they know the standard library.
 LEAVES = (
     "trainer.config", "trainer.config_data", "trainer.config_model", "trainer.config_objectives",
-    "trainer.config_train", "trainer.phases", "trainer.loading", "trainer.store", "trainer.boot",
+    "trainer.config_train", "trainer.phases", "trainer.loading", "trainer.packages",
+    "trainer.store", "trainer.boot",
 )  # fmt: skip
 MOST_LINES = 500
 

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trainer.config import required, source_of
+from trainer.packages import required, source_of
 
 Say = Callable[[str], None]
 
