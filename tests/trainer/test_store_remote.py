@@ -359,6 +359,9 @@ def test_a_cut_download_goes_on_and_is_verified(server: GcsServer, tmp_path: Pat
     store.get_file("k", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
     assert [status for _, target, status in server.log if "alt=media" in target] == [200, 206, 200]
+    server.faults = Script([("GET .*alt=media", Fault("cut_download", at_bytes=1_000_000))])
+    with pytest.raises(Transient, match=r"^cannot read k in gs://runs/resumed: .*try again later$"):
+        GcsStore("gs://runs/resumed", ONE_TRY).get_bytes("k")
 
 
 def test_an_object_that_is_stored_packed_is_read_unpacked(
