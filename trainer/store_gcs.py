@@ -234,7 +234,7 @@ class GcsStore(RemoteStore):
         if 0 < code < 400 or isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
             what = "not the service has answered: no JSON (a proxy, or a login page?)"
             return Transient(f"{failed}: {what}; try again later")
-        raw = import_module("urllib3.exceptions").HTTPError  # of a body that is read as it is stored
+        raw = import_module("urllib3.exceptions").HTTPError  # of a body read as it is stored
         away = (requests.RequestException, raw, ConnectionError, TimeoutError)
         if code in (408, 429) or code >= 500 or isinstance(error, away):
             silent = no_answer(error) if isinstance(error, away) and not code else ""
