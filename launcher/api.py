@@ -51,7 +51,9 @@ class Prepared:
     """A recipe as it was read once, wheels and code settled, and the trainer that would go with it:
     what is shown of it is what is started, whatever becomes of its file meanwhile."""
 
-    def __init__(self, path: str | Path, overrides: Iterable[str], on: Optional[str]) -> None:
+    def __init__(
+        self, path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None
+    ) -> None:
         """Errors: those of `validate`, of wheels and of code."""
         from launcher import bundle, code, wheels
 
@@ -434,7 +436,12 @@ def event_files(run: Which) -> tuple[str, Path]:
 def _prepared(
     recipe: str | Path | Prepared, overrides: Iterable[str], on: Optional[str]
 ) -> Prepared:
-    return recipe if isinstance(recipe, Prepared) else Prepared(recipe, overrides, on)
+    if not isinstance(recipe, Prepared):
+        return Prepared(recipe, overrides, on)
+    if on is not None or [*overrides]:
+        text = "a recipe that was read already takes no `overrides` and no `on`"
+        raise UsageError(text, "give them to Prepared")
+    return recipe
 
 
 def _find(run: Which) -> dict[str, Any]:
