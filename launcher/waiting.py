@@ -68,7 +68,10 @@ class Wait:
         """Sleep before a further look, of which `why` tells the reason; False: all waits are over
         before that."""
         if seconds > _QUIET:
-            self._rules.say(f"{why}; looking again in {seconds:.0f} s")
+            left, next_look = self._rules.at_most(seconds), f"looking again in {seconds:.0f} s"
+            if left < seconds:
+                next_look = f"waiting {left:.0f} s for it, of {seconds:.0f} s"
+            self._rules.say(f"{why}; {next_look}")
         return self._rest(seconds)
 
     def _rest(self, seconds: float) -> bool:

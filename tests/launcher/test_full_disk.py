@@ -81,7 +81,9 @@ def test_it_waits_for_a_job_that_may_not_show_yet(it: Scene) -> None:
     assert it.server.vertex.states() == {}
 
 
-def test_it_waits_no_longer_than_is_asked_and_then_is_not_sure(it: Scene) -> None:
+def test_it_waits_no_longer_than_is_asked_and_then_is_not_sure(
+    it: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_id = begin(it)
     with pytest.raises(Killed):
         engine.drive(run_id, it.env, dying)
@@ -90,6 +92,7 @@ def test_it_waits_no_longer_than_is_asked_and_then_is_not_sure(it: Scene) -> Non
     with pytest.raises(Leaked, match="may still bill"):
         api.teardown(run_id, timeout=20)
     assert it.clock.now() - before == 20
+    assert "it might show late; waiting 20 s for it, of 60 s" in capsys.readouterr().err
     with pytest.raises(home.Unwritable, match="holds nothing any more"):
         api.teardown(run_id)
     assert it.server.vertex.states() == {}
