@@ -51,7 +51,9 @@ class Prepared:
     """A recipe as it was read once, wheels and code settled, and the trainer that would go with it:
     what is shown of it is what is started, whatever becomes of its file meanwhile."""
 
-    def __init__(self, path: str | Path, overrides: Iterable[str], on: Optional[str]) -> None:
+    def __init__(
+        self, path: str | Path, overrides: Iterable[str] = (), on: Optional[str] = None
+    ) -> None:
         """Errors: those of `validate`, of wheels and of code."""
         from launcher import bundle, code, wheels
 
@@ -318,15 +320,17 @@ def teardown(run: Which, timeout: Optional[float] = None) -> Run:
         return _teardown(facts, here, waiting)
     except JournalDamaged as damage:
         waiting.say(f"{facts['name']}: {damage}; looking for what carries its label")
-        lock = driver.relieve(facts["id"], here)
-        try:
-            return unread.teardown(facts, damage, here, waiting)
-        finally:
-            lock.close()
+        with driver.relieved(facts["id"], here) as refused:
+            known = unread.teardown(facts, damage, here, waiting)
+        if refused is None:
+            return known
+        text = f"{known.name} holds nothing any more, but it may have a driver: {refused}"
+        refused.args = (text,)
+        raise refused from damage
 
 
 def _teardown(facts: dict[str, Any], here: Env, waiting: Waiting) -> Run:
-    from launcher import driver, engine
+    from launcher import driver, engine, unread
     from launcher.artifacts import is_remote
     from launcher.claim import refuse_processes, write_marker
 
@@ -334,7 +338,9 @@ def _teardown(facts: dict[str, Any], here: Env, waiting: Waiting) -> Run:
     refuse_processes(seen, facts)
     try:
         if seen.ended is None:  # should we die here, the job still ends
-            write_marker(_artifacts(seen), here.clock.now(), here.owner, "teardown")
+            artifacts = _artifacts(seen)
+            artifacts.patience = waiting.at_most(artifacts.patience)
+            write_marker(artifacts, here.clock.now(), here.owner, "teardown")
         lock = driver.relieve(seen.id, here)
         engine.teardown(seen.id, here, lock=lock, until=waiting.until)
     except Leaked:
@@ -342,7 +348,8 @@ def _teardown(facts: dict[str, Any], here: Env, waiting: Waiting) -> Run:
     except (Signal, UsageError, home.Unwritable) as error:
         if not (is_remote(seen.root) or isinstance(error, home.Unwritable)):
             raise
-        _clear_without_journal(seen, here, waiting)
+        with driver.relieved(seen.id, here):  # one that goes on would start it again
+            unread.clear_unrecorded(seen, here, waiting)
         error.args = (f"{seen.name} holds nothing any more, but its journal does not say so: "
                       f"{error}",)  # fmt: skip
         raise
@@ -361,6 +368,7 @@ def teardown_all(timeout: Optional[float] = None) -> list[Run]:
     waiting = _waiting(here, timeout)
     done: list[Run] = []
     leaks: list[Leaked] = []
+    refused: list[Exception] = []
     names = {"local"}
     for run in list_runs(0):
         adopted = "adopted" in (home.identity(here.home, run.id) or {})
@@ -387,9 +395,13 @@ def teardown_all(timeout: Optional[float] = None) -> list[Run]:
             leaks += clear_backend(here, name, waiting)
         except Leaked as leak:  # it cannot be asked
             leaks.append(leak)
+        except (Signal, OSError) as error:  # nor is anything known to be there
+            refused.append(error)
     if leaks:
         commands = [command for leak in leaks for command in leak.commands]
         raise Leaked([ref for leak in leaks for ref in leak.refs], [*dict.fromkeys(commands)])
+    if refused:
+        raise refused[0]
     return done
 
 
@@ -424,7 +436,12 @@ def event_files(run: Which) -> tuple[str, Path]:
 def _prepared(
     recipe: str | Path | Prepared, overrides: Iterable[str], on: Optional[str]
 ) -> Prepared:
-    return recipe if isinstance(recipe, Prepared) else Prepared(recipe, overrides, on)
+    if not isinstance(recipe, Prepared):
+        return Prepared(recipe, overrides, on)
+    if on is not None or [*overrides]:
+        text = "a recipe that was read already takes no `overrides` and no `on`"
+        raise UsageError(text, "give them to Prepared")
+    return recipe
 
 
 def _find(run: Which) -> dict[str, Any]:
@@ -455,32 +472,6 @@ def _waiting(here: Env, timeout: Optional[float]) -> Waiting:
 
     until = None if timeout is None else here.clock.now() + timeout
     return Waiting(here.clock, partial(say, here.clock), until)
-
-
-def _clear_without_journal(run: Run, here: Env, waiting: Waiting) -> None:
-    """Delete what the run's backends find under its label, where this machine has created jobs and
-    where the run is known to have some. Errors: `Leaked`, also where a backend cannot be asked
-    although the journal, as far as it is known, says that the run holds something."""
-    from launcher import backends
-    from launcher.backends.base import CanFind
-    from launcher.clear import remove, unanswered
-
-    theirs = replace(here, owner=run.owner)
-    for name in dict.fromkeys(job.backend for job in run.jobs):
-        backend = backends.load(name)
-        attempts = [a for job in run.jobs if job.backend == name for a in job.attempts]
-        known = [ref for attempt in attempts for ref in attempt.refs]
-        if any(attempt.held is Held.CREATING for attempt in attempts):
-            here.clock.sleep(backend.can.settle)  # what was asked for last may not show yet
-        try:
-            found = list(backend.sweep(theirs))
-            if known and isinstance(backend, CanFind):
-                found += [r for r in backend.of_run(run.id, known, theirs) if r not in found]
-        except (Signal, OSError) as error:
-            raise unanswered([run], error) or error from error
-        for ref in found:
-            if ref.run == run.id:
-                remove(backend, ref, theirs, waiting, f"launch teardown {run.name}")
 
 
 __all__ = [

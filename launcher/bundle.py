@@ -7,9 +7,11 @@ it is three quarters of gzip's size, whose window is 32 KiB, as fast, and in the
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +96,9 @@ def store(path: Path, content: bytes) -> None:
 def whole(path: Path, digest: str) -> bool:
     """Whether the archive is there, and the tar in it has this sha256."""
     try:
-        return hashlib.sha256(_bz2().decompress(path.read_bytes())).hexdigest() == digest
-    except (OSError, EOFError, ValueError):
+        unpack = gzip.decompress if kind(path.name) == ".tar.gz" else _bz2().decompress
+        return hashlib.sha256(unpack(path.read_bytes())).hexdigest() == digest
+    except (OSError, EOFError, ValueError, zlib.error):
         return False
 
 

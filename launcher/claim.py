@@ -128,6 +128,8 @@ class Claim:
         self.jobs: list[list[Stage]] = [list(stages) for stages in jobs(self.recipe)]
         #: How long it is waited for what does not go, or does not answer.
         self.waits = Waiting(env.clock, self.say)
+        #: Attempts whose requests were looked for, as long as what they made may show late.
+        self.sought: set[tuple[int, int]] = set()
         self._load = load
         self._backends: dict[str, Backend] = {}
         self._asked: Optional[float] = None  # when the marker was last looked for

@@ -107,9 +107,12 @@ def first(claim: Claim, job: JobState, attempt: Attempt) -> bool:
 
 
 def write_down(claim: Claim, job: JobState, attempt: Attempt) -> None:
-    """Record what the attempt's requests without an answer have made, perhaps long ago: it has had
-    a price, and an end of its own. Errors: `Leaked`."""
-    _record(claim, job, attempt, _strays(claim, job, attempt))
+    """Record what the requests without an answer have made, perhaps long ago, of an attempt that
+    sends no more: it has had a price, and an end of its own. That is waited for once. Errors:
+    `Leaked`."""
+    if (job.index, attempt.number) not in claim.sought:
+        _record(claim, job, attempt, _strays(claim, job, attempt))
+        claim.sought.add((job.index, attempt.number))
 
 
 def keep(claim: Claim, job: JobState, attempt: Attempt, ref: Ref) -> None:

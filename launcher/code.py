@@ -101,11 +101,12 @@ def archive(code: Code) -> bytes:
         raise UsageError(f"code: cannot read {error.filename}: {error.strerror}") from error
 
 
-def shipped(code: Code, home: Path) -> dict[str, Any]:
-    """The key `code` of a boot specification. Errors: `ValueError` for one not resolved."""
+def shipped(code: Code, home: Path, like: str = "") -> dict[str, Any]:
+    """The key `code` of a boot specification; `like`: as `place`. Errors: `ValueError` for one not
+    resolved."""
     if code.sha256 is None or code.bytes is None:
         raise ValueError("the recipe's code is not resolved yet")
-    return {"url": str(place(code, home)), "sha256": code.sha256, "bytes": code.bytes}
+    return {"url": str(place(code, home, like)), "sha256": code.sha256, "bytes": code.bytes}
 
 
 def line(code: Code) -> str:
@@ -113,9 +114,11 @@ def line(code: Code) -> str:
     return f"code of {code.path} travels with the run (sha256 {str(code.sha256)[:12]}...)"
 
 
-def place(code: Code, home: Path) -> Path:
-    """Where the archive of resolved code is."""
-    return archive_place(home, str(code.sha256))
+def place(code: Code, home: Path, like: str = "") -> Path:
+    """Where the archive of resolved code is; if it is not there, of the kind of the name `like`.
+    Older runs have packed theirs as `.tar.gz`, and their files may have changed since."""
+    found = [archive_place(home, str(code.sha256), name) for name in (like, "", ".tar.gz")]
+    return next((path for path in found if path.exists()), found[0])
 
 
 def _built(code: Code, home: Path) -> Code:

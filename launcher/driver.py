@@ -90,6 +90,22 @@ def relieve(run_id: str, env: Env, patience: float = 15.0) -> home.DriverLock:
     raise LaunchError(f"{place / 'driver.lock'} is held and cannot be taken over")
 
 
+@contextmanager
+def relieved(run_id: str, env: Env) -> Iterator[Optional[LaunchError]]:
+    """The run without a driver of this host, for as long as the context lasts; yields why it may
+    have one all the same: its lock cannot be had."""
+    lock, refused = None, None
+    try:
+        lock = relieve(run_id, env)
+    except LaunchError as error:
+        refused = error
+    try:
+        yield refused
+    finally:
+        if lock is not None:
+            lock.close()
+
+
 def main() -> int:
     """`python -m launcher.driver RUN`: what `spawn` starts."""
     try:

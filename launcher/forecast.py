@@ -298,7 +298,7 @@ def _with_speed(
         each = answers.tokens_per_prompt(stage)
     if known is not None and each is not None:
         rate = known.rows_per_second * each
-        line = f"speed: {known.rows_per_second:.4g} rows a second, the median of {known.run}"
+        line = f"speed: {known.rows_per_second:.4g} rows a second, the {known.how} of {known.run}"
         return replace(made, tokens_per_second=rate, basis="measured", source=f"in {known.run}",
                        explain=(*made.explain, line))  # fmt: skip
     try:

@@ -23,16 +23,18 @@ _RUNS, _STEPS = 50, 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows a second of all workers, and the run that had them."""
+    """Rows a second of all workers, the run that had them, and what of its steps they are."""
 
     rows_per_second: float
     run: str
+    how: str = "median"
 
 
 def like(stage: Stage, models: Shapes, launch_home: Path) -> Optional[Measured]:
     """The median speed of the newest finished run under `launch_home` whose stage did the same work
     on the same hardware; None: there is none. Its first logged step, which warms up, is left out.
-    """
+    Where the answers of `grpo` serve several steps, only some of these draw any: then it is the
+    speed of all of them together."""
     if stage.data.curriculum:  # its rows a second are of rows of several lengths
         return None
     for run_id in home.ids(launch_home)[:_RUNS]:
@@ -43,8 +45,12 @@ def like(stage: Stage, models: Shapes, launch_home: Path) -> Optional[Measured]:
             for other in recipe.stages:
                 if _same(stage, models, other, recipe) and not _changed(journal):
                     rows = _speeds(place, str(facts["root"]), other.id if recipe.pipeline else "")
-                    if len(rows) >= _STEPS:
-                        return Measured(statistics.median(rows[1:]), str(facts["name"]))
+                    if len(rows) < _STEPS:
+                        continue
+                    name = str(facts["name"])
+                    if stage.grpo is not None and stage.grpo.iterations > 1:
+                        return Measured(statistics.harmonic_mean(rows[1:]), name, "mean")
+                    return Measured(statistics.median(rows[1:]), name)
     return None
 
 

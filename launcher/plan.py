@@ -180,7 +180,7 @@ def job_spec(
     if shipped := wheels.shipped(asked.environment):
         boot["wheels"] = shipped
     if recipe.code is not None:
-        boot["code"] = code.shipped(recipe.code, home)
+        boot["code"] = code.shipped(recipe.code, home, bundle.path.name)
     if recipe.tensorboard is not None:
         boot["tensorboard"] = of_run(recipe.tensorboard, run_name)
     labels = {"launch-run": run_id, "launch-owner": owner}

@@ -1,4 +1,5 @@
-"""The teardown of a run whose journal cannot be read: what carries its label is found and deleted.
+"""The teardown of a run whose journal cannot be read, or takes no records: what carries its label
+is found and deleted.
 
 A journal says in which places its run has been. Without it, that nothing is left is certain only of
 a run that this home alone has driven: a home remembers where it has created anything.
@@ -14,9 +15,9 @@ from typing import Any, Optional
 
 from launcher import backends, home, retry
 from launcher.artifacts import Artifacts, open_artifacts
-from launcher.backends.base import Backend, Env, Held, Ref
+from launcher.backends.base import Backend, CanFind, Env, Held, Ref
 from launcher.claim import refuse_processes, write_marker
-from launcher.clear import patiently, remove
+from launcher.clear import patiently, remove, unanswered
 from launcher.errors import JournalDamaged, LaunchError, Leaked, Signal, Transient
 from launcher.journal import Journal
 from launcher.run import Run
@@ -33,6 +34,7 @@ def teardown(facts: dict[str, Any], damage: JournalDamaged, env: Env, waiting: W
     `NotFromHere`."""
     place = home.folder(env.home, facts["id"])
     artifacts = open_artifacts(facts["root"], place, env.environ, env.clock)
+    artifacts.patience = waiting.at_most(artifacts.patience)
     begun = _beginning(facts, env, artifacts)
     if begun is not None:
         refuse_processes(begun, facts)
@@ -47,6 +49,7 @@ def teardown(facts: dict[str, Any], damage: JournalDamaged, env: Env, waiting: W
             _clear(backends.load(name), facts["id"], theirs, waiting, again, leaks)
         except (Signal, OSError) as error:
             doubts.append(f"{name}: {error}")
+    artifacts.patience = waiting.at_most(artifacts.patience)
     doubts += _others(facts, env, artifacts)
     if doubts or leaks:
         refs = [ref for leak in leaks.values() for ref in leak.refs] or [facts["name"]]
@@ -58,6 +61,33 @@ def teardown(facts: dict[str, Any], damage: JournalDamaged, env: Env, waiting: W
     known = unread(env, facts, damage)
     known.held, known.ended = Held.GONE, env.clock.now()
     return known
+
+
+def clear_unrecorded(run: Run, env: Env, waiting: Waiting) -> None:
+    """Delete what the run's backends find under its label, where this machine has created jobs and
+    where the run is known to have some. Errors: `Leaked`, also where a backend cannot be asked
+    although the journal, as far as it is known, says that the run holds something, and where there
+    is no time until what the run has asked for last would show."""
+    theirs, again = replace(env, owner=run.owner), f"launch teardown {run.name}"
+    sure = True
+    for name in dict.fromkeys(job.backend for job in run.jobs):
+        backend = backends.load(name)
+        attempts = [a for job in run.jobs if job.backend == name for a in job.attempts]
+        known = [ref for attempt in attempts for ref in attempt.refs]
+        if any(attempt.held is Held.CREATING for attempt in attempts):
+            text = f"{run.name}: what it has asked for last is {LATE}"
+            sure &= waiting.begin().look_again(backend.can.settle, text)
+        try:
+            found = list(backend.sweep(theirs))
+            if known and isinstance(backend, CanFind):
+                found += [r for r in backend.of_run(run.id, known, theirs) if r not in found]
+        except (Signal, OSError) as error:
+            raise unanswered([run], error) or error from error
+        for ref in found:
+            if ref.run == run.id:
+                remove(backend, ref, theirs, waiting, again)
+    if not sure:
+        raise Leaked([run.name], [again])
 
 
 def _clear(

@@ -33,6 +33,11 @@ class Waiting:
         """A wait that begins now."""
         return Wait(self)
 
+    def at_most(self, seconds: float) -> float:
+        """`seconds`, or those until all waits are over."""
+        left = math.inf if self.until is None else self.until - self.clock.now()
+        return max(0.0, min(seconds, left))
+
 
 class Wait:
     """One wait, in as many sleeps as it takes."""
@@ -45,7 +50,7 @@ class Wait:
 
     @property
     def over(self) -> bool:
-        return self._waited > PATIENCE or self._left() <= 0
+        return self._waited > PATIENCE or self._rules.at_most(math.inf) <= 0
 
     def sleep(self, seconds: float, why: str, at_once: bool = False) -> None:
         """Sleep, but not past the end of all waits. `why` is told of a wait that is not short, or
@@ -53,7 +58,8 @@ class Wait:
         quiet = self._waited + seconds < _QUIET or self._waited < self._told + _EVERY
         if at_once or not quiet:
             self._told = self._waited
-            end = self._rules.clock.now() + min(max(PATIENCE - self._waited, 0.0), self._left())
+            left = self._rules.at_most(PATIENCE - self._waited)
+            end = self._rules.clock.now() + left
             since = f"waiting since {_time(self._began)}, until {_time(end)} at most"
             self._rules.say(f"{why}; {since}")
         self._rest(seconds)
@@ -62,19 +68,17 @@ class Wait:
         """Sleep before a further look, of which `why` tells the reason; False: all waits are over
         before that."""
         if seconds > _QUIET:
-            self._rules.say(f"{why}; looking again in {seconds:.0f} s")
+            left, next_look = self._rules.at_most(seconds), f"looking again in {seconds:.0f} s"
+            if left < seconds:
+                next_look = f"waiting {left:.0f} s for it, of {seconds:.0f} s"
+            self._rules.say(f"{why}; {next_look}")
         return self._rest(seconds)
 
     def _rest(self, seconds: float) -> bool:
-        allowed = min(seconds, max(self._left(), 0.0))
+        allowed = self._rules.at_most(seconds)
         self._rules.clock.sleep(allowed)
         self._waited += allowed
         return allowed >= seconds
-
-    def _left(self) -> float:
-        """Seconds until all waits are over."""
-        until = self._rules.until
-        return math.inf if until is None else until - self._rules.clock.now()
 
 
 def _time(when: float) -> str:

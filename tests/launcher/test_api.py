@@ -490,6 +490,15 @@ def test_what_was_shown_is_what_is_started(
 
 
 @pytest.mark.usefixtures("world")
+def test_what_was_read_already_takes_no_changes(file: Path) -> None:
+    ready = api.Prepared(file)
+    for change in ({"overrides": ["tokenizer.vocab_size=301"]}, {"on": "local"}):
+        with pytest.raises(UsageError, match="takes no `overrides` and no `on`"):
+            api.up(ready, **change)  # type: ignore[arg-type]
+    assert api.list_runs() == []
+
+
+@pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("change", ["name=other", "hardware.backend=local", "artifacts=/else"])
 def test_resuming_cannot_move_a_run(tmp_path: Path, change: str) -> None:
     it = scene(tmp_path, load_text(tmp_path, TRAINING))

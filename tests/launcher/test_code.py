@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import os
 import shutil
@@ -208,6 +210,28 @@ def test_equal_files_are_one_archive_and_others_another_run(mine: Path, tmp_path
     assert code.resolved(one, home).recipe == one.recipe
     code.place(one.recipe.code, home).unlink()
     with pytest.raises(UsageError, match=r"code.sha256: the files of .* are .*, not"):
+        code.resolved(one, home)
+
+
+def test_a_run_that_an_older_version_began_goes_on_with_its_archive(
+    mine: Path, tmp_path: Path
+) -> None:
+    """It is packed by gzip, and cannot be made again: the files are others by now."""
+    home = tmp_path / "home"
+    one = code.resolved(load(recipe(tmp_path)), home)
+    assert one.recipe.code is not None
+    made = code.place(one.recipe.code, home)
+    older = made.with_name(made.name.replace(".tar.bz2", ".tar.gz"))
+    older.write_bytes(gzip.compress(bz2.decompress(made.read_bytes())))
+    made.unlink()
+    write_reward(mine, "len(text)")
+    assert code.resolved(one, home).recipe == one.recipe
+    assert code.shipped(one.recipe.code, home)["url"] == str(older)
+    # Another machine, which has no archive of it, names the one in the bucket.
+    there = code.shipped(one.recipe.code, tmp_path / "other", older.name)
+    assert Path(there["url"]).name == older.name
+    older.write_bytes(b"\x1f\x8b damaged")
+    with pytest.raises(UsageError, match=r"code.sha256: the files of"):
         code.resolved(one, home)
 
 

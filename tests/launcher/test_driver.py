@@ -138,6 +138,16 @@ def test_a_process_that_got_the_number_of_a_driver_before_is_left_alone(it: Scen
         lock.close()
 
 
+def test_a_driver_does_not_start_again_what_a_teardown_has_deleted(it: Scene) -> None:
+    """Although nobody could write down that its run is to end."""
+    running(it)
+    (it.root / "control").write_text("not a folder")
+    with pytest.raises(home.Unwritable, match="holds nothing any more"):
+        api.teardown(it.run_id)
+    assert home.holder(it.place) is None, "it would take the job for lost"
+    assert (len(it.world.lines("begun.log")), it.world.alive()) == (1, [])
+
+
 def test_the_lock_passes_to_the_driver_without_a_gap(it: Scene) -> None:
     env = api.env()
     lock = home.DriverLock.acquire(it.place)

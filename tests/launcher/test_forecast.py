@@ -527,6 +527,15 @@ def test_a_run_of_the_same_work_is_believed_more_than_arithmetic(tmp_path: Path)
     assert of(larger, offer(1.0), home=tmp_path).source != f"in {name}"
 
 
+def test_steps_that_draw_and_steps_that_do_not_are_measured_together(tmp_path: Path) -> None:
+    """Of four steps on the same answers one draws them: most steps are faster than the run."""
+    one = reinforced(grpo={"iterations": 4})
+    recorded(tmp_path, Recipe("r", (one,)), [1.0, *[4.0, 40.0, 40.0, 40.0] * 5])
+    found = of(one, offer(1.0), home=tmp_path)
+    assert found.basis == "measured" and found.hours is not None
+    assert found.hours[0] * 3600 == pytest.approx(100 * 16 * (1 / 4 + 3 / 40) / 4)
+
+
 def test_a_run_whose_rows_were_others_is_not_believed(tmp_path: Path) -> None:
     """Rows that are not packed are as long as the texts; a resume may have changed the batch."""
     data = Data(train=(Source(path="short.jsonl"),), sequence_length=128, packing=False)

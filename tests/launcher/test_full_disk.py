@@ -10,7 +10,7 @@ import pytest
 
 from launcher import api, cli, engine, google, home
 from launcher.backends.base import Phase
-from launcher.errors import Denied, Exit
+from launcher.errors import Denied, Exit, Leaked
 from tests.launcher import runs
 from tests.launcher.bucketed import begin, bucket, load
 from tests.launcher.rehearsed import Scene
@@ -79,6 +79,37 @@ def test_it_waits_for_a_job_that_may_not_show_yet(it: Scene) -> None:
     with pytest.raises(home.Unwritable, match="holds nothing any more"):
         api.teardown(run_id)
     assert it.server.vertex.states() == {}
+
+
+def test_it_waits_no_longer_than_is_asked_and_then_is_not_sure(
+    it: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = begin(it)
+    with pytest.raises(Killed):
+        engine.drive(run_id, it.env, dying)
+    refuse(home.folder(it.home, run_id) / "claim.json")
+    before = it.clock.now()
+    with pytest.raises(Leaked, match="may still bill"):
+        api.teardown(run_id, timeout=20)
+    assert it.clock.now() - before == 20
+    assert "it might show late; waiting 20 s for it, of 60 s" in capsys.readouterr().err
+    with pytest.raises(home.Unwritable, match="holds nothing any more"):
+        api.teardown(run_id)
+    assert it.server.vertex.states() == {}
+
+
+def test_a_run_whose_journal_and_lock_are_damaged_is_deleted_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = runs.scene(tmp_path, jobs=[{"looks": None}])
+    runs.plugged_in(monkeypatch, tmp_path, local.world)
+    runs.killed_at(8, local.drive)
+    for place in (local.root, local.place):
+        (place / "journal" / "00000002.json").write_text("{")
+    refuse(local.place / "driver.lock")
+    with pytest.raises(home.Unwritable, match="nothing any more, but it may have a driver: cannot"):
+        api.teardown(local.run_id)
+    assert local.world.alive() == []
 
 
 def test_a_run_without_its_summary_is_shown_as_it_ended(it: Scene) -> None:

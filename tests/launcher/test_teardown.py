@@ -6,14 +6,15 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from launcher import api, cli, home
-from launcher.backends.base import Held, Phase
+from launcher.backends.base import Env, Held, Phase
 from launcher.clock import ManualClock
-from launcher.errors import Exit, JournalDamaged, Leaked
-from tests.launcher.fake_backend import World
+from launcher.errors import Denied, Exit, JournalDamaged, Leaked
+from tests.launcher.fake_backend import FakeBackend, World
 from tests.launcher.runs import Scene, killed_at, plugged_in, scene
 
 
@@ -124,6 +125,22 @@ def test_a_damaged_run_that_another_machine_has_started_is_not_called_gone(
     with pytest.raises(Leaked, match="another machine has started it") as caught:
         api.teardown(it.run_id)
     assert caught.value.code == Exit.LEAKED and it.world.alive() == []
+
+
+def test_what_may_be_left_is_told_where_a_backend_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: ManualClock
+) -> None:
+    it = working(tmp_path, monkeypatch)
+    damage(it, 1)
+    name = home.find(it.env.home, it.run_id)["name"]
+
+    def denied(self: FakeBackend, env: Env) -> NoReturn:
+        raise Denied("the token is over")
+
+    monkeypatch.setattr(FakeBackend, "sweep", denied)
+    with pytest.raises(Leaked, match=f"may still bill: {name}") as caught:
+        api.teardown_all()
+    assert caught.value.commands == [f"launch teardown {name}"]
 
 
 # Waiting.

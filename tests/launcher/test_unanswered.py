@@ -12,6 +12,7 @@ import pytest
 from launcher import engine, google
 from launcher.adopt import adopt
 from launcher.backends.base import Backend, Env, Held, Intent, JobHandle, Phase, Ref, Seen
+from launcher.backends.vertex.jobs import SETTLE
 from launcher.claim import write_marker
 from launcher.costs import costs
 from launcher.errors import HeldElsewhere
@@ -92,8 +93,10 @@ def test_what_was_never_created_has_cost_nothing(
     with pytest.raises(Killed):
         engine.drive(run_id, it.env, lambda _: Unsent())
     it.clock.sleep(A_DAY)
+    before = it.clock.now()
     run = end(it, run_id)
     assert (run.phase, run.spent_usd, it.server.vertex.created) == (Phase.CANCELLED, 0.0, [])
+    assert SETTLE <= it.clock.now() - before < 1.5 * SETTLE, "it is looked for, and that once"
 
 
 def test_a_job_that_a_sleeping_laptop_asks_for_after_the_end_is_deleted_again(
