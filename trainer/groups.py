@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.answer_rows import Group, Laid, lay_out
 from trainer.batch import Batch
-from trainer.config import Grpo
+from trainer.config import ConfigError, Grpo
 from trainer.data.prompts import Prompt
 from trainer.losses.linear import token_logprobs
 from trainer.models import head_weight, hidden_states, reading
@@ -58,6 +58,7 @@ class Groups:
         self.kept: dict[int, Group] = {}
         self.step: Optional[int] = None
         self.parts = 1  # in which the answers of a micro-batch go through the model
+        self.drawing = False  # also after a draw that failed
 
     @property
     def reported(self) -> dict[str, str]:
@@ -84,7 +85,9 @@ class Groups:
             seed = f"{self.seed}/{batch.places[new[0]]}"
             asked = [prompts[i] for i in new]
             ids = [prompt.ids for prompt in asked]
+            self.drawing = True
             drawn = self.rollouts.draw(ids, self.plan.group, seed, step)
+            self.drawing = False
             made = self._judged(asked, drawn)  # kept whatever happens to the passes below
             self.kept.update((batch.places[i], group) for i, group in zip(new, made))
         return self._completed([self.kept[place] for place in batch.places])
@@ -116,7 +119,14 @@ class Groups:
         return found
 
     def divide(self) -> Optional[str]:
-        """Twice as many parts from now on, in words; None: each is but an answer of a prompt."""
+        """Twice as many parts from now on, in words; None: each is but an answer of a prompt. All
+        ranks must call it. Errors: `ConfigError` where memory was too little to draw an answer,
+        which is done before there are parts."""
+        if self.runtime.any(self.drawing)[0]:
+            raise ConfigError(
+                "grpo: no memory to draw a single answer: lower grpo.max_new_tokens, or take a"
+                " larger accelerator"
+            )
         if self.parts >= self.plan.group:
             return None
         self.parts = min(2 * self.parts, self.plan.group)

@@ -41,7 +41,8 @@ class Divisible(Protocol):
 
     def divide(self) -> Optional[str]:
         """After an out-of-memory with one row: into smaller parts from now on, on all ranks alike.
-        What is done, in words; None: there are none smaller."""
+        What is done, in words; None: there are none smaller. Errors: `ConfigError`, on all ranks,
+        where that would not help."""
         ...
 
 

@@ -335,6 +335,8 @@ def tiny(folder: Path, kind: str, tokenizer: str, weights: bool) -> str:
         "eos_token_id": tokens.eos_token_id,
         "pad_token_id": tokens.pad_token_id,
     }
+    if kind == "qwen3_moe":  # as those that are published, and not as the class has it
+        size["norm_topk_prob"] = True
     configuration = AutoConfig.for_model(kind, **size)
     configuration.architectures = None
     if weights:

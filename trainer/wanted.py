@@ -295,7 +295,8 @@ class Inputs:
         for name, facts in listed.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise _Broken(f"{MANIFEST} names a file outside the folder: {name!r}")
-            if name not in found or found[name].size != facts["bytes"]:
+            there = found.get(name)  # what is packed is compared once it is here
+            if there is None or not (there.packed or there.size == facts["bytes"]):
                 raise _Broken(f"{name} is missing, or not as large as {MANIFEST} says")
         kept = [name for name in listed if _belongs(name, part)]
         for name in kept:

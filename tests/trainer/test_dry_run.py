@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from trainer.__main__ import main
 from trainer.config import Data, Export, Job, Source, StageConfig, Tokenizer, to_dict
-from trainer.shrink import shrink
+from trainer.gguf_model import FAMILIES, _odd
+from trainer.shrink import shrink, tiny
 
 
 def trainer(job: Any, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -82,6 +84,13 @@ def test_a_hub_name_that_is_not_on_disk_keeps_its_architecture(
     assert written["model_type"] == "qwen3" and written["hidden_size"] == 64
     assert any("byte-level" in note for note in notes)
     assert (config.model.attention, config.model.float8) == ("auto", "off")  # those need a GPU
+
+
+def test_stand_ins_are_of_the_kind_that_is_written_as_gguf(tokenizer: str, tmp_path: Path) -> None:
+    """The classes' own defaults are not always those of the models that are published."""
+    for kind in FAMILIES:
+        folder = tiny(tmp_path / kind, kind, tokenizer, weights=False)
+        assert _odd(AutoConfig.from_pretrained(folder)) is None, kind
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from tests.trainer import gradients, grpo_cases
 from tests.trainer.grpo_cases import Fixed
 from trainer.batch import Batch
+from trainer.config import ConfigError
 from trainer.data.stream import Stream
 from trainer.evaluate import held_out
 from trainer.groups import advantages
@@ -248,6 +249,24 @@ def test_out_of_memory_in_the_reference_keeps_answers_and_rewards(
     groups = [group for half in batch.split() for group in held.of(half, 0)]
     assert len(drawn.calls) == 1 and judged == [16]
     assert all(len(group.reference) == 4 for group in groups)
+
+
+def test_parts_are_not_tried_where_not_even_one_answer_can_be_drawn(
+    tokenizer: str, texts: str
+) -> None:
+    class Full(Fixed):
+        def draw(self, *_: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory for one answer")
+
+    model = gradients.model(tokenizer, torch.float32, seed=1)
+    objective = Reinforce(grpo_cases.groups(model, CPU, rollouts=Full()))
+    (batch,) = stream(grpo_cases.prompts(tokenizer, texts)).next_group()
+    with pytest.raises(torch.OutOfMemoryError):
+        objective.groups.of(batch, 0)
+    with pytest.raises(ConfigError, match=r"no memory to draw .* lower grpo\.max_new_tokens"):
+        objective.divide()
+    objective.groups.rollouts = Fixed()
+    assert objective.groups.of(batch, 0) and objective.divide() is not None
 
 
 def test_held_out_means_are_over_the_answers_that_were_judged(tokenizer: str, texts: str) -> None:

@@ -348,6 +348,17 @@ def test_of_a_stage_only_the_checkpoint_that_is_meant_comes(world: World) -> Non
     assert found["evaluate"]["models"] == {"a": str(world.here(f"{steps}10"))}
 
 
+def test_a_checkpoint_that_was_stored_packed_is_whole(world: World) -> None:
+    """As it may be where somebody has copied it: what its manifest says is not what is listed."""
+    held = world.checkpoint("s", 10, config__json=b"{}" + b" " * 99)
+    name = f"{world.base}/s/checkpoints/step-10/config.json"
+    packed = gzip.compress(held["config.json"])
+    world.server.objects.insert("in", name, packed, {"contentEncoding": "gzip"}, Conditions())
+    (found,) = world.fetch(stage(model=Model(name=f"{world.uri}/s")))
+    assert found["model"]["name"] == str(world.here("s/checkpoints/step-10"))
+    assert world.here("s/checkpoints/step-10/config.json").read_bytes() == held["config.json"]
+
+
 def test_a_tokenizer_stage_and_an_exporting_one_are_what_they_wrote(world: World) -> None:
     done = b'{"completed": true}'
     world.put("t/run_meta.json", done.decode())

@@ -248,13 +248,14 @@ def test_an_exchange_is_asked_up_to_its_last_answer(tokenizer: str, tmp_path: Pa
             {"messages": [asked, answered]},
             {"messages": [asked, answered], "answer": "four"},  # the record's own
             {"messages": [turn("system", "s"), asked], "answer": "4"},  # a question alone
+            {"messages": [asked, answered], "answer": None, "prompt": None},  # a row of a table
         ),
         marked(tokenizer, CHATML),
     )
-    assert [prompt.given for prompt in rows.prompts] == [[asked]] * 2 + [
-        [turn("system", "s"), asked]
-    ]
-    assert [prompt.columns["answer"] for prompt in rows.prompts] == ["4", "four", "4"]
+    assert [prompt.given for prompt in rows.prompts] == [
+        [asked], [asked], [turn("system", "s"), asked], [asked]
+    ]  # fmt: skip
+    assert [prompt.columns["answer"] for prompt in rows.prompts] == ["4", "four", "4", "4"]
 
 
 @pytest.mark.parametrize(

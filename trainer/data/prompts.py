@@ -123,12 +123,15 @@ def _prompt(
 
 def _made(item: Object, encoder: Encoder, most: int) -> Prompt:
     record, at = item.record, item.at
-    if "messages" in record and "prompt" not in record:
+    # Tables give every record all columns: null is what a record does not have.
+    if record.get("messages") is not None and record.get("prompt") is None:
         # An exchange: what was asked before its last answer, which becomes a column.
         messages = checked_messages(record["messages"], "messages", at)
         record = {name: value for name, value in record.items() if name != "messages"}
         if len(messages) > 1 and messages[-1]["role"] == "assistant":
-            record.setdefault("answer", messages.pop()["content"])
+            answer = messages.pop()["content"]
+            if record.get("answer") is None:
+                record["answer"] = answer
         record["prompt"] = messages
     if "prompt" not in record:
         keys = ", ".join(f"'{name}'" for name in sorted(record)[:8]) or "none"
