@@ -230,20 +230,21 @@ def test_text_that_is_learned_as_a_whole_has_the_digest_that_it_had(
 def test_answers_of_a_pair_do_not_see_each_other_or_the_model_is_refused(
     digits: StageConfig, tokenizer: str, tmp_path: Path, run_stage: Run
 ) -> None:
-    """A gpt-oss does not tell documents of a row apart by their positions, packed or not."""
+    """A gpt-oss does not tell documents of a row apart by their positions."""
     tiny("gpt_oss", vocab_size=258).save_pretrained(tmp_path / "oss")
     load_tokenizer(tokenizer).save_pretrained(tmp_path / "oss")
     record = {"prompt": "a question, ", "chosen": "A", "rejected": "B"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
-    for packing in (True, False):
-        data = Data(
-            train=(Source(path=str(tmp_path / "pairs.jsonl")),), sequence_length=64, packing=packing
-        )
-        config = replace(digits, stage="dpo", grpo=None, data=data)
-        config = replace(config, model=Model(name=str(tmp_path / "oss")))
-        with pytest.raises(ConfigError, match="the two answers of a pair share a row") as raised:
-            run_stage(config)
-        assert "\n" not in str(raised.value)
+    train = (Source(path=str(tmp_path / "pairs.jsonl")),)
+    config = replace(digits, stage="dpo", grpo=None, model=Model(name=str(tmp_path / "oss")))
+    packed = replace(config, data=Data(train=train, sequence_length=64, packing=True))
+    with pytest.raises(
+        ConfigError, match=r"see each other .*; set data\.packing: false$"
+    ) as raised:
+        run_stage(packed)
+    assert "\n" not in str(raised.value)
+    apart = Data(train=train, sequence_length=64, packing=False)
+    assert run_stage(replace(config, data=apart)).stopped is None
 
 
 def test_weights_in_4_bits_are_refused_before_the_model_is_read(
