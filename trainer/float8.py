@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from trainer.adapters import ROUTERS
 from trainer.config import ConfigError, Data, Model, Train
+from trainer.packages import source_of
 from trainer.runtime import Runtime
 
 #: Compute capability from which a GPU multiplies in float8 (Ada).
@@ -33,10 +34,6 @@ MULTIPLE = 16
 #: second in bf16 and float8, bytes a second.
 _BF16, _FLOAT8, _BYTES = 700e12, 1300e12, 2.5e12
 _LAYERS = "_float8_layers"  # where a model keeps the names of those that were converted
-_INSTALL = {
-    "torchao": 'pip install "launch-llm[quantize]"',
-    "transformer_engine": 'pip install "transformer-engine[pytorch]"',
-}
 
 
 def convert(
@@ -66,7 +63,7 @@ def convert(
     if lacks:
         raise ConfigError(f"model.float8: {wanted} cannot run here: {lacks}; set it to off or auto")
     if importlib.util.find_spec(wanted) is None:
-        raise ConfigError(f"model.float8: {wanted} is not installed; {_INSTALL[wanted]}")
+        raise ConfigError(f"model.float8: {wanted} is not installed; {_install(wanted)}")
     layers = convertible(model)
     if wanted == "torchao":
         layers = [name for name in layers if not slow(*_sides(model, name))] or layers
@@ -170,7 +167,7 @@ def _not_worth(model: Any, plan: Model, tokens: int, compiled: bool) -> str:
     if not compiled:
         return "it is slower than bf16 without model.compile"
     if importlib.util.find_spec("torchao") is None:
-        return f"torchao is not installed; {_INSTALL['torchao']}"
+        return f"torchao is not installed; {_install('torchao')}"
     sides = [_sides(model, name) for name in convertible(model)]
     expected = gain([pair for pair in sides if not slow(*pair)], tokens)
     if expected < LEAST_GAIN:
@@ -179,6 +176,10 @@ def _not_worth(model: Any, plan: Model, tokens: int, compiled: bool) -> str:
             f" it pays from {LEAST_GAIN:g}x"
         )
     return ""
+
+
+def _install(module: str) -> str:
+    return f'pip install "{source_of(module.replace("_", "-"))}"'
 
 
 def _to_torchao(model: nn.Module, layers: list[str], steady: bool, emulate: bool) -> None:

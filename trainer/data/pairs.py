@@ -72,7 +72,7 @@ def build_pairs(
     layout = _of_both(pack(units, sequence_length) if packing else one_per_row(len(units)))
     if limit_rows is not None:
         layout = layout.first(limit_rows)
-    return Rows(chunks, layout, sequence_length, fixed=packing, pairs=True)
+    return Rows(chunks, layout, sequence_length, fixed=packing)
 
 
 def _read_source(

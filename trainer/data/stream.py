@@ -30,9 +30,8 @@ _HASHED = 1 << 20
 
 class Rows:
     """Rows of at most `sequence_length` tokens, made of `chunks` as `packing` says. `fixed`: every
-    row is `sequence_length` long (packed rows); else a batch is cut to its longest row. `pairs`:
-    chunks 2p and 2p + 1 are two answers to one prompt, side by side in their row. `repeats`: the
-    steps in a row that a stream gives them to. `apart`: that of their batches."""
+    row is `sequence_length` long (packed rows); else a batch is cut to its longest row. `repeats`:
+    the steps in a row that a stream gives them to. `apart`: that of their batches."""
 
     repeats = 1
     apart = False
@@ -44,9 +43,8 @@ class Rows:
         sequence_length: int,
         *,
         fixed: bool,
-        pairs: bool = False,
     ) -> None:
-        self.chunks, self.packing, self.pairs = chunks, packing, pairs
+        self.chunks, self.packing = chunks, packing
         self.sequence_length, self.fixed = sequence_length, fixed
         self.summary: dict[str, Any] = self._summary()
 
@@ -57,10 +55,8 @@ class Rows:
         """The first `rows` of them; 0: all."""
         if not 0 < rows < len(self):
             return self
-        found = Rows(
-            self.chunks, self.packing.first(rows), self.sequence_length, fixed=self.fixed,
-            pairs=self.pairs,
-        )  # fmt: skip
+        kept = self.packing.first(rows)
+        found = Rows(self.chunks, kept, self.sequence_length, fixed=self.fixed)
         found.apart = self.apart
         return found
 
